@@ -1,0 +1,95 @@
+"""Examples as padded tensors: source and target apart, rows of like length together.
+
+A training step takes its examples in a seeded random order (so that a step is what the paper's is) and then splits them
+by length into micro-batches of bounded size; the loss is normalised over the whole step, so the split changes nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # a label that carries no loss
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The ids of one prompt and of its target; the target ends in the end token unless it was cut."""
+
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.prompt) + len(self.target)
+
+    @property
+    def sequences(self) -> tuple["Encoded", ...]:
+        """Itself alone; a preference pair has two."""
+        return (self,)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What `model(*inputs)` takes, and label_BT: the id that each logit should predict, IGNORED behind a row's end."""
+
+    inputs: tuple[Tensor, ...]
+    label_BT: Tensor
+
+
+def collate(sequences: Sequence[Encoded], start_id: int, device: torch.device | str) -> Batch:
+    """Pad to the longest of the batch: (source_BS, source_mask_BS, target_BT) and label_BT, for an encoder-decoder.
+
+    Rows are masked by length, never by id, so that it does not matter which id pads.
+    """
+    source_BS = pad([sequence.prompt for sequence in sequences], 0, device)
+    mask_BS = pad([[1] * len(sequence.prompt) for sequence in sequences], 0, device).bool()
+    label_BT = pad([sequence.target for sequence in sequences], IGNORED, device)
+    target_BT = pad([(start_id, *sequence.target[:-1]) for sequence in sequences], 0, device)
+    return Batch((source_BS, mask_BS, target_BT), label_BT)
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, device: torch.device | str) -> Tensor:
+    """Rows of different lengths as one (B, longest) tensor of ids."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.long).to(device)
+
+
+def within_limits(items: Sequence, max_source: int, max_target: int) -> list:
+    """The examples or pairs of which no sequence is longer than the limits, in tokens. None is ever cut."""
+
+    def fits(sequence: Encoded) -> bool:
+        return len(sequence.prompt) <= max_source and len(sequence.target) <= max_target
+
+    return [item for item in items if all(map(fits, item.sequences))]
+
+
+def token_counts(items: Sequence) -> tuple[int, int]:
+    """Source and target tokens of all examples or pairs."""
+    sequences = [sequence for item in items for sequence in item.sequences]
+    return sum(len(s.prompt) for s in sequences), sum(len(s.target) for s in sequences)
+
+
+def by_length(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Split 0 … n−1 into groups of like size whose padded total stays within `max_tokens` (a group has at least one)."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        if not groups or sizes[groups[-1][0]] * (len(groups[-1]) + 1) > max_tokens:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
+
+
+def shuffled_steps(n_examples: int, per_step: int, n_steps: int, seed: int) -> Iterator[list[int]]:
+    """The example numbers of each step: epochs in seeded random order, one after another, a short step at an epoch's end."""
+    done, epoch = 0, 0
+    while done < n_steps and n_examples:
+        order = Random(f"{seed} {epoch}").sample(range(n_examples), n_examples)
+        for start in range(0, n_examples, per_step):
+            if done == n_steps:
+                return
+            yield order[start : start + per_step]
+            done += 1
+        epoch += 1

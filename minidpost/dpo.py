@@ -1,0 +1,110 @@
+"""Direct preference optimization from a frozen copy of the starting weights (Rafailov et al. 2023; paper, equation 5).
+
+The encoder reads the question and the decoder the rationale alone: feeding the prompt to the decoder makes an
+encoder-decoder diverge. The reference's log-probabilities are computed once, before the first step, by the very model
+that is about to be trained, so no second model is held. There is no dropout, here or there.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minidpost.batches import Encoded, by_length, collate, shuffled_steps
+from minidpost.objectives import dpo_loss, sequence_log_probabilities
+from minidpost.optimizer import Schedule, StepLog, adamw, apply_step, autocast, derived_seed
+
+
+@dataclass(frozen=True)
+class DPOSettings:
+    """Optimizer steps, pairs a step, β, and padded tokens a micro-batch (memory, not results)."""
+
+    steps: int
+    pairs_per_step: int
+    schedule: Schedule
+    beta: float = 0.1
+    micro_batch_tokens: int = 16384
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preferred and a dispreferred completion of one prompt."""
+
+    chosen: Encoded
+    rejected: Encoded
+
+    @property
+    def n_tokens(self) -> int:
+        return self.chosen.n_tokens + self.rejected.n_tokens
+
+    @property
+    def sequences(self) -> tuple[Encoded, Encoded]:
+        return (self.chosen, self.rejected)
+
+
+def train_dpo(
+    model: nn.Module, pairs: Sequence[Pair], settings: DPOSettings, log_path: Path | None = None, stage: str = "dpo"
+) -> None:
+    """Train `model` in place, against itself as it is now. Each step's loss is the mean over the pairs of the step.
+
+    The log has loss, lr, grad_norm, tokens_per_second, the mean log-probabilities of chosen and rejected completions
+    (nats), the mean margin, and the share of pairs whose margin is positive.
+    """
+    device = next(model.parameters()).device
+    optimizer = adamw(model, settings.schedule)
+    model.eval()
+    reference_P2 = reference_log_probabilities(model, pairs, settings.micro_batch_tokens, stage)
+    seed = derived_seed(settings.seed, stage, "order")
+    order = shuffled_steps(len(pairs), settings.pairs_per_step, settings.steps, seed)
+    with StepLog(log_path) as log, tqdm(total=settings.steps, desc=stage, unit="step") as progress:
+        for step, numbers in enumerate(order):
+            started = time.perf_counter()
+            totals = torch.zeros(5, device=device)
+            for group in by_length([pairs[number].n_tokens for number in numbers], settings.micro_batch_tokens):
+                chosen = [numbers[i] for i in group]
+                policy_B2 = pair_log_probabilities(model, [pairs[number] for number in chosen])
+                loss_B, margin_B = dpo_loss(*policy_B2.unbind(1), *reference_P2[chosen].unbind(1), settings.beta)
+                (loss_B.sum() / len(numbers)).backward()
+                totals += measures(loss_B, margin_B, policy_B2) / len(numbers)
+            update = apply_step(model, optimizer, settings.schedule, step, settings.steps)
+            n_tokens = sum(pairs[number].n_tokens for number in numbers)
+            names = ("loss", "chosen_logp", "rejected_logp", "margin", "accuracy")
+            values = dict(zip(names, totals.tolist(), strict=True))
+            speed = n_tokens / (time.perf_counter() - started)
+            log.write(step=step, **values, **update, n_tokens=n_tokens, tokens_per_second=speed)
+            progress.set_postfix(loss=f"{values['loss']:.3f}", prefers=f"{values['accuracy']:.0%}", refresh=False)
+            progress.update()
+
+
+def pair_log_probabilities(model: nn.Module, pairs: Sequence[Pair]) -> Tensor:
+    """log π of (chosen, rejected), (B, 2), in one forward pass over both."""
+    device = next(model.parameters()).device
+    sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    batch = collate(sequences, model.config.start_id, device)
+    with autocast(device):
+        logits_BTV = model(*batch.inputs)
+    return sequence_log_probabilities(logits_BTV, batch.label_BT).view(2, -1).T
+
+
+@torch.no_grad()
+def reference_log_probabilities(model: nn.Module, pairs: Sequence[Pair], max_tokens: int, stage: str) -> Tensor:
+    """log π_ref of every pair's (chosen, rejected), (P, 2)."""
+    weight = next(model.parameters())
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    reference_P2 = torch.empty(len(pairs), 2, dtype=dtype, device=weight.device)
+    groups = by_length([pair.n_tokens for pair in pairs], max_tokens)
+    for group in tqdm(groups, desc=f"{stage} reference", unit="batch", leave=False):
+        reference_P2[group] = pair_log_probabilities(model, [pairs[number] for number in group])
+    return reference_P2
+
+
+def measures(loss_B: Tensor, margin_B: Tensor, policy_B2: Tensor) -> Tensor:
+    """Sums over the pairs: loss, chosen and rejected log-probability, margin, pairs preferred rightly."""
+    chosen_B, rejected_B = policy_B2.detach().unbind(1)
+    columns = (loss_B.detach(), chosen_B, rejected_B, margin_B.detach(), (margin_B > 0).to(chosen_B.dtype))
+    return torch.stack([column.sum() for column in columns])

@@ -1,0 +1,68 @@
+"""Files that are whole or absent: JSONL in and out, and stages that take their final name only when finished."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class UserError(Exception):
+    """What the user got wrong, in one line that names the file, flag or value and what would be right."""
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """Yield (line number from 1, object) for each non-blank line; UserError names the file and the broken line."""
+    try:
+        stream = open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    with stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except (UnicodeDecodeError, ValueError, RecursionError):
+                raise UserError(f"{path}, line {number}: not a JSON object in UTF-8") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number}: a JSON object is expected, found {type(row).__name__}")
+            yield number, row
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """Write one object a line, under a temporary name until the file is whole."""
+    with staged_file(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write indented JSON, under a temporary name until the file is whole."""
+    with staged_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def staged_file(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; it takes the final name when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_directory(path: str | Path) -> Iterator[Path]:
+    """Give an empty directory `path.unfinished`; it takes the final name when the block ends without an error."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    os.replace(temporary, path)

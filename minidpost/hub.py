@@ -1,0 +1,87 @@
+"""From a model's name to its directory: our own weights lie in the repository, published ones are fetched on demand.
+
+A fetched model has the files that checkpoint.py and tokenizer.py read (config.json, safetensors, SentencePiece model),
+never a pickle. It grows under `NAME.unfinished` and takes its name when complete; a broken fetch keeps its whole files.
+"""
+
+import difflib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from minidpost.files import UserError
+
+WEIGHTS_DIR = Path(__file__).resolve().parent.parent / "weights"
+EMBEDDED = ("tiny-t5",)
+PUBLISHED: dict[str, str] = {
+    "flan-t5-small": "google/flan-t5-small",
+    "flan-t5-base": "google/flan-t5-base",
+    "flan-t5-large": "google/flan-t5-large",
+    "flan-t5-xl": "google/flan-t5-xl",
+    "t5-large": "google-t5/t5-large",
+}
+SHARDS = "model.safetensors.index.json"
+FILES = ("config.json", "spiece.model", "*.safetensors", SHARDS)
+
+
+def find_model(name_or_directory: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
+    """Return the directory of a model given by directory or by name, after fetching it if it is a published one.
+
+    UserError: a directory without config.json, an unknown name, an incomplete model, a fetch that fails.
+    """
+    directory, name = Path(name_or_directory), name_or_directory
+    if (directory / "config.json").is_file():
+        return directory
+    if name not in (*EMBEDDED, *PUBLISHED):
+        raise UserError(_explain_unknown(name))
+    found = Path(weights_dir) / name
+    if not found.exists():
+        if name in EMBEDDED:
+            raise UserError(f"{found} is missing, though it is part of the repository; restore it with git checkout")
+        _fetch(PUBLISHED[name], found)
+    if missing := _missing_files(found):
+        raise UserError(f"{found}: lacks {', '.join(missing)}; put it there, or remove the directory and start again")
+    return found
+
+
+def _explain_unknown(name: str) -> str:
+    """Say what is wrong with a name that is no model's, nor a directory with one."""
+    if Path(name).is_dir():
+        return f"{name}: this directory holds no config.json, so it is no model in Hugging Face's layout"
+    known = (*EMBEDDED, *PUBLISHED)
+    closest = difflib.get_close_matches(name.rpartition("/")[2].lower(), known, n=1)
+    hint = f" (did you mean {closest[0]}?)" if closest else ""
+    return f"no model and no directory is called {name!r}{hint}; known models: {', '.join(known)}"
+
+
+def _missing_files(directory: Path) -> list[str]:
+    """Name the files that a T5 model still lacks; shards are those that its index names."""
+    wanted = ["config.json", "spiece.model", "model.safetensors"]
+    index = directory / SHARDS
+    if index.is_file():
+        try:
+            wanted[2:] = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            wanted[2:] = [f"a readable {SHARDS}"]
+    return [file for file in wanted if not (directory / file).is_file()]
+
+
+def _fetch(repository: str, directory: Path) -> None:
+    """Download what `FILES` matches of a repository; `directory` appears only when nothing is missing."""
+    from huggingface_hub import constants, snapshot_download  # here: reads HF_ENDPOINT now, and is slow to import
+
+    unfinished = directory.with_name(f"{directory.name}.unfinished")
+    try:
+        snapshot_download(repository, local_dir=unfinished, allow_patterns=list(FILES))
+        # Offline, snapshot_download is content with whatever an earlier call left here.
+        if missing := _missing_files(unfinished):
+            raise FileNotFoundError(f"{', '.join(missing)} did not arrive")
+        shutil.rmtree(unfinished / ".cache", ignore_errors=True)  # its records of the download
+        os.replace(unfinished, directory)
+    except Exception as error:  # huggingface_hub's errors, its HTTP client's and its Rust part's share no other base
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{directory.name} could not be fetched from {constants.ENDPOINT}/{repository} ({reason:.200}); run the "
+            f"command again, or download {', '.join(FILES[:3])} (and {SHARDS}, if there) and put them in {directory}"
+        ) from None

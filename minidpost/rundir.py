@@ -1,0 +1,68 @@
+"""A run's directory: claimed by one configuration, filled stage by stage, continued where it stopped.
+
+A stage works under a temporary name and takes its own when it is whole; what has its final name is finished.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minidpost import __version__
+from minidpost.files import UserError, read_jsonl, staged_directory, staged_file, write_json
+
+
+class RunDirectory:
+    """`config.json` (settings, versions), `stages.jsonl` (what each stage took and found), `log.txt`, and the stages' files."""
+
+    def __init__(self, path: Path, settings: dict):
+        """Begin a run, or continue the one that was begun with the same settings; UserError names what differs."""
+        self.path, self.settings = Path(path), json.loads(json.dumps(settings, default=str))
+        config = self.path / "config.json"
+        if config.is_file():
+            self._check_same(config)
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(f"{path} exists and is no run directory; choose another --run-dir")
+        else:
+            versions = {"minidpost": __version__, "python": platform.python_version(), "torch": version("torch")}
+            write_json(config, {"settings": self.settings, "versions": versions})
+        stages = self.path / "stages.jsonl"
+        self.facts = {row.pop("stage"): row for _, row in read_jsonl(stages)} if stages.is_file() else {}
+
+    def _check_same(self, config: Path) -> None:
+        try:
+            begun = json.loads(config.read_text(encoding="utf-8"))["settings"]
+            differing = sorted(name for name in {*begun, *self.settings} if begun.get(name) != self.settings.get(name))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{config} is not readable; choose another --run-dir") from None
+        if differing:
+            name = differing[0]
+            raise UserError(
+                f"{self.path} was begun with {name} = {begun.get(name)}, this command has {self.settings.get(name)}; "
+                "choose another --run-dir"
+            )
+
+    def stage(self, name: str, work: Callable[[Path], dict]) -> Path:
+        """Do `work` on a temporary path that becomes the stage's when whole, noting its facts and seconds; or skip it."""
+        path = self.path / name
+        if path.exists():
+            return path
+        self.say(name)
+        started = time.perf_counter()
+        with staged_file(path) if path.suffix else staged_directory(path) as temporary:
+            facts = work(temporary) | {"seconds": round(time.perf_counter() - started, 2)}
+            with open(self.path / "stages.jsonl", "a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"stage": name, **facts}) + "\n")
+        self.facts[name] = facts
+        return path
+
+    def say(self, text: str) -> None:
+        """One line on the terminal, between progress bars, and in log.txt."""
+        line = f"{time.strftime('%H:%M:%S')} {text}"
+        tqdm.write(line)
+        with open(self.path / "log.txt", "a", encoding="utf-8") as stream:
+            stream.write(line + "\n")

@@ -1,0 +1,66 @@
+"""Supervised fine-tuning on rationales (paper, equation 2): the warm-up on human ones, and the end of every iteration."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from minidpost.batches import Encoded, by_length, collate, shuffled_steps
+from minidpost.objectives import sft_loss
+from minidpost.optimizer import Schedule, StepLog, adamw, apply_step, autocast, derived_seed
+
+
+@dataclass(frozen=True)
+class SFTSettings:
+    """Epochs over the data, examples an optimizer step, and padded tokens a micro-batch (memory, not results)."""
+
+    epochs: int
+    examples_per_step: int
+    schedule: Schedule
+    micro_batch_tokens: int = 16384
+    seed: int = 42
+
+
+def train_sft(
+    model: nn.Module,
+    sequences: Sequence[Encoded],
+    settings: SFTSettings,
+    log_path: Path | None = None,
+    stage: str = "sft",
+) -> None:
+    """Fine-tune `model` in place. Each step's loss is the mean over all target tokens of the step, in nats a token.
+
+    Dropout is on, and seeded by (seed, stage, step). The log has loss, lr, grad_norm and tokens_per_second a step.
+    """
+    device = next(model.parameters()).device
+    n_steps = settings.epochs * -(-len(sequences) // settings.examples_per_step)
+    optimizer = adamw(model, settings.schedule)
+    order = shuffled_steps(
+        len(sequences), settings.examples_per_step, n_steps, derived_seed(settings.seed, stage, "order")
+    )
+    model.train()
+    with StepLog(log_path) as log, tqdm(total=n_steps, desc=stage, unit="step") as progress:
+        for step, numbers in enumerate(order):
+            started = time.perf_counter()
+            torch.manual_seed(derived_seed(settings.seed, stage, step))
+            batch = [sequences[number] for number in numbers]
+            n_targets = sum(len(sequence.target) for sequence in batch)
+            loss = torch.zeros((), device=device)
+            for group in by_length([sequence.n_tokens for sequence in batch], settings.micro_batch_tokens):
+                micro = collate([batch[i] for i in group], model.config.start_id, device)
+                with autocast(device):
+                    logits_BTV = model(*micro.inputs)
+                micro_loss = sft_loss(logits_BTV, micro.label_BT, n_targets)
+                micro_loss.backward()
+                loss += micro_loss.detach()
+            update = apply_step(model, optimizer, settings.schedule, step, n_steps)
+            n_tokens = sum(sequence.n_tokens for sequence in batch)
+            speed = n_tokens / (time.perf_counter() - started)
+            log.write(step=step, loss=loss.item(), **update, n_tokens=n_tokens, tokens_per_second=speed)
+            progress.set_postfix(loss=f"{loss.item():.3f}", tok_s=f"{speed:.0f}", refresh=False)
+            progress.update()
+    model.eval()

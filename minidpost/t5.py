@@ -1,0 +1,299 @@
+"""T5 (Raffel et al. 2020, arXiv 1910.10683): v1.0, v1.1 and Flan, for training and for cached decoding.
+
+Ids in, logits out. Pre-norm residual layers with RMS norm, no biases, no 1/sqrt(d) in attention, and one table of
+relative-position biases for the encoder and one for the decoder, each shared by all layers of its stack. v1.0 has a
+ReLU feed-forward and an output tied to the embedding (and scaled by d_model^-1/2); v1.1 and Flan a gated GELU (tanh
+form) and a head of their own. Run it in fp32 or bf16: fp16 overflows.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidpost.kvcache import KVCache
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """The shape of a T5; `n_heads * d_kv` may differ from `d_model`, and the two depths from each other."""
+
+    vocab_size: int
+    d_model: int
+    d_kv: int
+    d_ff: int
+    n_heads: int
+    n_encoder_layers: int
+    n_decoder_layers: int
+    gated: bool = True
+    tied: bool = False
+    scaled: bool = False
+    n_buckets: int = 32
+    max_distance: int = 128
+    norm_eps: float = 1e-6
+    dropout: float = 0.1
+    pad_id: int = 0
+    eos_id: int = 1
+    start_id: int = 0
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose scores are not scaled: T5's initialisation absorbs the factor."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        inner = config.n_heads * config.d_kv
+        self.n_heads, self.dropout = config.n_heads, config.dropout
+        self.query = nn.Linear(config.d_model, inner, bias=False)
+        self.key = nn.Linear(config.d_model, inner, bias=False)
+        self.value = nn.Linear(config.d_model, inner, bias=False)
+        self.output = nn.Linear(inner, config.d_model, bias=False)
+
+    def split(self, x_BTE: Tensor) -> Tensor:
+        """Split the last dimension into heads: (B, T, H·K) to (B, H, T, K)."""
+        return x_BTE.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+
+    def keys_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, each (B, H, S, K)."""
+        return self.split(self.key(x_BSD)), self.split(self.value(x_BSD))
+
+    def forward(self, x_BTD: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_BHTS: Tensor) -> Tensor:
+        """Attend from x to the given keys and values; the bias (broadcastable) is −inf where a query must not look."""
+        q_BHTK = self.split(self.query(x_BTD))
+        y_BHTK = F.scaled_dot_product_attention(
+            q_BHTK,
+            k_BHSK,
+            v_BHSK,
+            attn_mask=bias_BHTS.to(q_BHTK.dtype),
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=1.0,
+        )
+        return self.output(y_BHTK.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """down(gelu(gate x) · up x) when gated, down(relu(up x)) otherwise."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.gate = nn.Linear(config.d_model, config.d_ff, bias=False) if config.gated else None
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        up_BTF = self.up(x_BTD)
+        if self.gate is None:
+            hidden_BTF = F.relu(up_BTF)
+        else:
+            hidden_BTF = F.gelu(self.gate(x_BTD), approximate="tanh") * up_BTF
+        return self.down(self.dropout(hidden_BTF))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, each normed before and added back after."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BSD: Tensor, bias_BHSS: Tensor) -> Tensor:
+        h_BSD = self.attention_norm(x_BSD)
+        x_BSD = x_BSD + self.dropout(self.attention(h_BSD, *self.attention.keys_values(h_BSD), bias_BHSS))
+        return x_BSD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BSD)))
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, cross-attention to the encoder's output, feed-forward."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.self_attention_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.self_attention = Attention(config)
+        self.cross_attention_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.cross_attention = Attention(config)
+        self.feed_forward_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD, bias_BHTT, cross_k_BHSK, cross_v_BHSK, cross_bias_B11S, cache=None, layer=0) -> Tensor:
+        """With a cache, T is 1 and the keys and values of earlier positions come from it."""
+        h_BTD = self.self_attention_norm(x_BTD)
+        k_BHTK, v_BHTK = self.self_attention.keys_values(h_BTD)
+        if cache is not None:
+            k_BHTK, v_BHTK = cache.append(layer, k_BHTK, v_BHTK)
+        x_BTD = x_BTD + self.dropout(self.self_attention(h_BTD, k_BHTK, v_BHTK, bias_BHTT))
+        h_BTD = self.cross_attention_norm(x_BTD)
+        x_BTD = x_BTD + self.dropout(self.cross_attention(h_BTD, cross_k_BHSK, cross_v_BHSK, cross_bias_B11S))
+        return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
+
+
+class Stack(nn.Module):
+    """Layers of one kind, their shared relative-position biases, and the norm behind the last."""
+
+    def __init__(self, config: T5Config, layer_type: type[nn.Module], n_layers: int):
+        super().__init__()
+        self.layers = nn.ModuleList(layer_type(config) for _ in range(n_layers))
+        self.relative_bias = nn.Embedding(config.n_buckets, config.n_heads)
+        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+
+
+class T5Cache:
+    """What decoding remembers of each row: its own tokens, and its prompt as the cross-attention sees it."""
+
+    def __init__(self, own: KVCache, prompt: KVCache, bias_SH: Tensor):
+        self.own, self.prompt = own, prompt
+        self.bias_SH = bias_SH  # the decoder's position bias by distance, 0 … max_new − 1
+
+    @torch.inference_mode()
+    def copy_rows(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Make each target row an exact copy of its source row."""
+        self.own.copy_rows(sources, targets)
+        self.prompt.copy_rows(sources, targets)
+
+
+class T5(nn.Module):
+    """The encoder-decoder: `model(source_BS, source_mask_BS, target_BT) -> logits_BTV`."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Stack(config, EncoderLayer, config.n_encoder_layers)
+        self.decoder = Stack(config, DecoderLayer, config.n_decoder_layers)
+        self.head = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    @torch.no_grad()
+    def initialise(self) -> "T5":
+        """Draw fresh weights from the global generator: fan-in scaled, queries also by d_kv^-1/2, as scores are not."""
+        for name, weight in self.named_parameters():
+            if weight.dim() == 1:
+                weight.fill_(1.0)
+            elif name == "embedding.weight":
+                weight.normal_()
+            else:
+                n_inputs = self.config.d_model if "relative_bias" in name else weight.shape[1]
+                weight.normal_(std=(n_inputs * (self.config.d_kv if "query" in name else 1)) ** -0.5)
+        return self
+
+    def forward(self, source_BS: Tensor, source_mask_BS: Tensor, target_BT: Tensor) -> Tensor:
+        """Logits for the token after each decoder input.
+
+        Shapes: source_BS ids; source_mask_BS bool, True = a token; target_BT the decoder's input ids, beginning with
+        the start id (padding behind a row's end cannot reach back to it and needs no mask). Result (B, T, V).
+        """
+        return self.decode_all(self.encode(source_BS, source_mask_BS), source_mask_BS, target_BT)
+
+    def encode(self, source_BS: Tensor, source_mask_BS: Tensor) -> Tensor:
+        """The encoder's output, (B, S, D)."""
+        config, position_S = self.config, torch.arange(source_BS.shape[1], device=source_BS.device)
+        distance_SS = position_S[None, :] - position_S[:, None]
+        bucket_SS = relative_bucket(distance_SS, True, config.n_buckets, config.max_distance)
+        bias_1HSS = self.encoder.relative_bias(bucket_SS).permute(2, 0, 1)[None]
+        bias_BHSS = bias_1HSS.masked_fill(~source_mask_BS[:, None, None, :], -math.inf)
+        x_BSD = self.dropout(self.embedding(source_BS))
+        for layer in self.encoder.layers:
+            x_BSD = layer(x_BSD, bias_BHSS)
+        return self.dropout(self.encoder.norm(x_BSD))
+
+    def decode_all(self, encoded_BSD: Tensor, source_mask_BS: Tensor, target_BT: Tensor) -> Tensor:
+        """Logits at every target position at once, (B, T, V), as training needs them."""
+        n_targets = target_BT.shape[1]
+        position_T = torch.arange(n_targets, device=target_BT.device)
+        distance_TT = position_T[:, None] - position_T[None, :]
+        bias_1HTT = self.position_bias(distance_TT.clamp(min=0)).permute(2, 0, 1)[None]
+        bias_1HTT = bias_1HTT.masked_fill(distance_TT < 0, -math.inf)
+        cross_bias_B11S = mask_bias(source_mask_BS, encoded_BSD.dtype)
+        x_BTD = self.dropout(self.embedding(target_BT))
+        for layer in self.decoder.layers:
+            k_BHSK, v_BHSK = layer.cross_attention.keys_values(encoded_BSD)
+            x_BTD = layer(x_BTD, bias_1HTT, k_BHSK, v_BHSK, cross_bias_B11S)
+        return self.logits(x_BTD)
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """From the last decoder layer to the vocabulary."""
+        x_BTD = self.dropout(self.decoder.norm(x_BTD))
+        if self.config.scaled:
+            x_BTD = x_BTD * self.config.d_model**-0.5
+        return F.linear(x_BTD, self.embedding.weight if self.head is None else self.head.weight)
+
+    def position_bias(self, distance: Tensor) -> Tensor:
+        """The decoder's bias for looking `distance` ≥ 0 tokens back: (…) to (…, H)."""
+        return self.decoder.relative_bias(
+            relative_bucket(-distance, False, self.config.n_buckets, self.config.max_distance)
+        )
+
+    @torch.inference_mode()
+    def new_cache(self, rows: int, max_prompt: int, max_new: int) -> T5Cache:
+        """Room for `rows` sequences of at most `max_prompt` source and `max_new` target tokens."""
+        config, weight = self.config, self.embedding.weight
+        own, prompt = (
+            KVCache(config.n_decoder_layers, rows, config.n_heads, size, config.d_kv, weight.dtype, weight.device)
+            for size in (max_new, max_prompt)
+        )
+        return T5Cache(own, prompt, self.position_bias(torch.arange(max_new, device=weight.device)))
+
+    @torch.inference_mode()
+    def prefill(self, cache: T5Cache, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Encode the prompts together, start `rows` afresh on them, and give the id that each row decodes first."""
+        device, lengths = self.embedding.weight.device, [len(prompt) for prompt in prompts]
+        longest, rows = max(lengths), list(rows)
+        source_BS = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+        mask_BS = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+        encoded_BSD = self.encode(source_BS, mask_BS)
+        for index, layer in enumerate(self.decoder.layers):
+            k_BHSK, v_BHSK = layer.cross_attention.keys_values(encoded_BSD)
+            cache.prompt.keys_LBHSK[index, rows, :, :longest] = k_BHSK
+            cache.prompt.values_LBHSK[index, rows, :, :longest] = v_BHSK
+        cache.prompt.set_lengths(rows, lengths)
+        cache.own.set_lengths(rows, [0] * len(rows))
+        return [self.config.start_id] * len(rows)
+
+    @torch.inference_mode()
+    def decode(self, cache: T5Cache, ids_B: Tensor) -> Tensor:
+        """Feed one token to each of the cache's first B rows, at the row's own position; logits_BV of what follows."""
+        n_rows = len(ids_B)
+        own_used, prompt_used = cache.own.longest(n_rows) + 1, cache.prompt.longest(n_rows)
+        slot_S = torch.arange(max(own_used, prompt_used), device=ids_B.device)
+        distance_BS = cache.own.length_B[:n_rows, None] - slot_S[:own_used]
+        bias_BH1S = cache.bias_SH[distance_BS.clamp(min=0)].masked_fill((distance_BS < 0)[..., None], -math.inf)
+        bias_BH1S = bias_BH1S.transpose(1, 2)[:, :, None]
+        prompt_mask_BS = slot_S[:prompt_used] < cache.prompt.length_B[:n_rows, None]
+        cross_bias_B11S = mask_bias(prompt_mask_BS, bias_BH1S.dtype)
+        x_B1D = self.embedding(ids_B)[:, None]
+        for index, layer in enumerate(self.decoder.layers):
+            k_BHSK = cache.prompt.keys_LBHSK[index, :n_rows, :, :prompt_used]
+            v_BHSK = cache.prompt.values_LBHSK[index, :n_rows, :, :prompt_used]
+            x_B1D = layer(x_B1D, bias_BH1S, k_BHSK, v_BHSK, cross_bias_B11S, cache.own, index)
+        cache.own.advance(n_rows)
+        return self.logits(x_B1D)[:, 0]
+
+
+def relative_bucket(offset: Tensor, bidirectional: bool, n_buckets: int, max_distance: int) -> Tensor:
+    """The bucket of each key-minus-query offset: exact for short distances, logarithmic up to `max_distance`."""
+    bucket = torch.zeros_like(offset)
+    if bidirectional:
+        n_buckets //= 2
+        bucket = (offset > 0).long() * n_buckets
+        distance = offset.abs()
+    else:
+        distance = (-offset).clamp(min=0)
+    n_exact = n_buckets // 2
+    # fp32 on purpose: the published models were trained with the buckets that fp32 rounding gives.
+    share = torch.log(distance.clamp(min=1).float() / n_exact) / math.log(max_distance / n_exact)
+    far = (n_exact + (share * (n_buckets - n_exact)).long()).clamp(max=n_buckets - 1)
+    return bucket + torch.where(distance < n_exact, distance, far)
+
+
+def mask_bias(mask_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where the mask is True and −inf elsewhere, (B, 1, 1, S)."""
+    bias_BS = torch.zeros(mask_BS.shape, dtype=dtype, device=mask_BS.device).masked_fill(~mask_BS, -math.inf)
+    return bias_BS[:, None, None]

@@ -1,0 +1,281 @@
+"""Arithmetic against fractions, the automaton against scripted token streams, and both against all of GSM8K."""
+
+import json
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import calculator_gsm8k as gsm8k
+from minidpost.calculator import MAX_CHARACTERS, MAX_DEPTH, Automaton, evaluate
+from minidpost.formats import T5Format
+from minidpost.tokenizer import load_tokenizer
+
+DETERMINISTIC = settings(derandomize=True, max_examples=300, deadline=None, database=None)
+
+
+@pytest.mark.parametrize(
+    ("expression", "result"),
+    [
+        ("48/2", "24"),
+        ("0.29*100", "29"),
+        ("0.1+0.2", "0.3"),
+        ("1/3", "0.33"),
+        ("2/3", "0.67"),
+        ("1/2", "0.5"),
+        ("0.005", "0.01"),  # half up, though the binary double lies below
+        ("1.005", "1.01"),
+        ("-0.005", "-0.01"),
+        ("0.004", "0"),
+        ("-0.004", "0"),
+        ("0-0", "0"),
+        ("19.996", "20"),
+        ("5.+.5", "5.5"),
+        ("1,000*2", "2000"),
+        ("12,345,678.5*2", "24691357"),
+        ("20%", "0.2"),
+        ("20%*50", "10"),
+        ("(10+10)%*50", "10"),
+        ("2+3*4", "14"),
+        ("(2+3)*4", "20"),
+        ("100/10/2", "5"),
+        ("10-4-3", "3"),
+        ("3*-2", "-6"),
+        ("3--2", "5"),
+        ("-(3+4)", "-7"),
+        ("+8+30", "38"),
+        ("3*+6", "18"),
+        (" ( 48 +2 ) /  2 ", "25"),
+        ("3 × 4 ÷ 2 − 1", "5"),
+        ("3x4", "12"),
+        ("3 X 4", "12"),
+        ("99999999999*99999999999", "9999999999800000000001"),
+    ],
+)
+def test_values(expression, result):
+    assert evaluate(expression) == result
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        *("", " ", "abc", "3+", "*3", "3 4", "1 000", "3(4)", "(3)(4)", "()", "(3", "3)", "2**3", "2^3", "7//2", "7%3"),
+        *("20%%", "$5+3", "x", "3xx4", "3x", "1,00", "10,00", "0,500", "1,0000", "1,000,", "1.2.3", ".", "1e3", "1_0"),
+        *("3=3", "1/0", "1/(2-2)", "٣+1", "３+1", "½", "__import__('os')", "3;4", "0x1f", "inf", "nan", "\ufffd"),
+    ],
+)
+def test_what_is_not_arithmetic_has_no_value(expression):
+    assert evaluate(expression) is None
+
+
+def test_length_depth_and_magnitude_are_bounded():
+    assert evaluate("1+" * (MAX_CHARACTERS // 2 - 1) + "10") == str(MAX_CHARACTERS // 2 + 9)
+    assert evaluate("1+" * (MAX_CHARACTERS // 2) + "1") is None
+    assert evaluate("(" * MAX_DEPTH + "7" + ")" * MAX_DEPTH) == "7"
+    assert evaluate("(" * (MAX_DEPTH + 1) + "7" + ")" * (MAX_DEPTH + 1)) is None
+    assert evaluate("+".join(["(7)"] * (MAX_DEPTH + 1))) == str(7 * (MAX_DEPTH + 1))
+    assert evaluate("9" * 77) == "9" * 77
+    assert evaluate("9" * 78) is None
+    assert evaluate("*".join(["999999999999"] * 7) + "*0") is None
+    assert evaluate("." + "0" * 90 + "1") is None
+
+
+numbers = st.one_of(
+    st.integers(0, 9999).map(lambda n: (str(n), Fraction(n))),
+    st.integers(0, 9999999).map(lambda n: (f"{n:,}", Fraction(n))),
+    st.integers(0, 99999).map(lambda n: (f"{n // 100}.{n % 100:02d}", Fraction(n, 100))),
+    st.integers(0, 99).map(lambda n: (f"{n}%", Fraction(n, 100))),
+)
+
+
+def compounds(terms):
+    """Sums, products and the like of two (text, value) terms, everything in parentheses; negations."""
+
+    def combine(left, sign, right):
+        text, value = f"({left[0]} {sign}{right[0]})", None
+        if left[1] is not None and right[1] is not None and not (sign == "/" and right[1] == 0):
+            value = {
+                "+": lambda a, b: a + b,
+                "-": lambda a, b: a - b,
+                "*": lambda a, b: a * b,
+                "/": lambda a, b: a / b,
+            }[sign](left[1], right[1])
+        return text, value
+
+    binary = st.builds(combine, terms, st.sampled_from("+-*/"), terms)
+    return binary | terms.map(lambda term: (f"-{term[0]}", None if term[1] is None else -term[1]))
+
+
+def printed(value):
+    """The result as text, from the digits of the value in thousandths and what is left below them."""
+    whole_hundredths, rest = divmod(abs(value) * 100, 1)
+    hundredths = int(whole_hundredths) + (rest >= Fraction(1, 2))
+    text = str(hundredths // 100)
+    if hundredths % 100:
+        text += "." + str(100 + hundredths % 100)[1:].rstrip("0")
+    return "-" + text if value < 0 and hundredths else text
+
+
+@DETERMINISTIC
+@given(st.recursive(numbers, compounds, max_leaves=6))
+def test_values_equal_those_of_fractions(term):
+    text, value = term
+    assert evaluate(text) == (None if value is None else printed(value))
+
+
+@DETERMINISTIC
+@given(st.text(alphabet="0123456789.,+-*/()% x×", max_size=30) | st.text(max_size=20))
+def test_no_text_raises(text):
+    result = evaluate(text)
+    assert result is None or evaluate(result) == result
+
+
+VOCABULARY = [
+    *("", " [", " 48", " /", " 2", " =", " 24", "]", " 3", " 4", "=", "=<<", ")=", "=6", "<", "<<", ">", ">>", " *"),
+    *("<<3*4=", "3", "*", " = ", "(3+4", "\ufffd", "[1+1=] [2+2=", " a", "][", " [[", "<<<", "1" * 40),
+]
+IDS = {text: token_id for token_id, text in enumerate(VOCABULARY)}
+CLOSE = IDS["]"]
+
+
+def bracket_result(result):
+    """Ids for `24]`: one a digit, from 10,000 on, where no token has a text."""
+    return [*(10_000 + int(digit) for digit in result), CLOSE]
+
+
+def drive(tokens, open_mark="[", close_mark="]"):
+    """Push tokens, given by text or id, and what they force; returns (token, forced ids) where anything was forced."""
+    automaton = Automaton(VOCABULARY, bracket_result, open_mark, close_mark)
+    events = []
+    for token in tokens:
+        forced = automaton.push(IDS[token] if isinstance(token, str) else token)
+        if forced:
+            events.append((token, forced))
+        for token_id in forced:
+            assert automaton.push(token_id) == []
+    return events
+
+
+def test_a_result_of_several_tokens_is_forced_once():
+    assert drive([" [", " 48", " /", " 2", " ="]) == [(" =", [10_002, 10_004, CLOSE])]
+
+
+def test_a_second_annotation_is_forced_too():
+    tokens = [" [", " 48", " /", " 2", " =", " 24", " a", " [", " 3", " *", " 4", " ="]
+    assert [token for token, _ in drive(tokens)] == [" =", " ="]
+
+
+@pytest.mark.parametrize("last", ["=", " =", " = "])
+def test_any_token_that_ends_in_the_equals_sign_triggers(last):
+    assert drive([" [", " 3", "*", " 4", last]) == [(last, [10_001, 10_002, CLOSE])]
+
+
+def test_an_equals_sign_behind_a_parenthesis_triggers():
+    assert drive([" [", "(3+4", ")="]) == [(")=", [10_007, CLOSE])]
+
+
+def test_an_equals_sign_inside_a_token_does_not_trigger():
+    assert drive([" [", " 3", "*", " 4", "=6", "]"]) == []
+    assert drive([" [", " 3", "=6", "="]) == []
+
+
+@pytest.mark.parametrize("text", [" a", "", " 3 *", " 3\ufffd", " 3 /<", " 3 4", " 3 =6"])
+def test_without_a_value_nothing_is_forced_and_the_row_goes_on(text):
+    texts = [*VOCABULARY, text]
+    automaton = Automaton(texts, bracket_result, "[", "]")
+    ids = [IDS[" ["], len(VOCABULARY), IDS[" ="], IDS[" 4"], CLOSE]
+    assert [automaton.push(token_id) for token_id in ids] == [[]] * 5
+    assert [automaton.push(IDS[token]) for token in (" [", " 4", " =")] == [[], [], [10_004, CLOSE]]
+
+
+def test_outside_an_annotation_nothing_is_forced():
+    assert drive([" 48", " /", " 2", " ="]) == []
+    assert drive([" [", " 3", "]", " *", " 2", " ="]) == []
+
+
+def test_the_last_opening_mark_counts():
+    assert drive([" [", " 3", " *", " [", " 4", " ="]) == [(" =", [10_004, CLOSE])]
+    assert drive([" [[", " 4", " ="]) == [(" =", [10_004, CLOSE])]
+    assert drive([" [", " 3", "][", " 4", " ="]) == [(" =", [10_004, CLOSE])]
+
+
+def test_only_the_end_of_a_token_with_several_marks_triggers():
+    assert drive(["[1+1=] [2+2="]) == [("[1+1=] [2+2=", [10_004, CLOSE])]
+
+
+def test_marks_may_straddle_tokens():
+    forced = [10_001, 10_002, CLOSE]
+    assert drive(["<", "<", "3", "*", " 4", "="], "<<", ">>") == [("=", forced)]
+    assert drive(["<<<", "3", "*", " 4", "="], "<<", ">>") == [("=", forced)]
+    assert drive(["<<", "<", "3", "*", " 4", "="], "<<", ">>") == [("=", forced)]
+    assert drive([" 3", "=<<", "3", "*", " 4", "="], "<<", ">>") == [("=", forced)]
+    assert drive(["<<3*4="], "<<", ">>") == [("<<3*4=", forced)]
+    assert drive(["<", " a", "<", "3", "="], "<<", ">>") == []
+    assert drive(["<<", "3", ">", ">", "*", " 4", "="], "<<", ">>") == []
+    assert drive(["<<", "3", ">>", "<", "<", " 4", "="], "<<", ">>") == [("=", [10_004, CLOSE])]
+
+
+def test_ids_without_text_change_nothing():
+    end, beyond = 0, len(VOCABULARY)
+    assert drive([" [", " 3", end, "*", beyond, " 4", -1, " ="]) == [(" =", [10_001, 10_002, CLOSE])]
+    assert drive([" [", " 3", end, end]) == []
+
+
+def test_an_endless_annotation_is_abandoned():
+    assert drive([" [", " 3", *["1" * 40] * 10, " ="]) == []
+    assert len(drive([" [", " 3", *["1" * 40] * 10, " [", " 4", " ="])) == 1
+
+
+def test_rows_are_independent():
+    first = Automaton(VOCABULARY, bracket_result, "[", "]")
+    for token in (" [", " 3"):
+        first.push(IDS[token])
+    second = first.fresh()
+    assert second.push(IDS[" ="]) == []
+    assert first.push(IDS[" ="]) == [10_003, CLOSE]
+
+
+@pytest.fixture(scope="module")
+def t5_format(shared):
+    return T5Format(load_tokenizer(shared / "tokenizers" / "t5"))
+
+
+def test_every_annotation_of_gsm8k_train(shared, t5_format):
+    rationales = gsm8k.read_rationales(shared / "data", "train")
+    verdicts, walked, disagreements = gsm8k.measure(rationales, t5_format)
+    assert verdicts == Counter({gsm8k.SAME: 23_046, gsm8k.SPELT: 662, gsm8k.DECIMALS: 6, gsm8k.NO_VALUE: 2})
+    assert walked == Counter({gsm8k.FORCED_EQUAL: 23_046 + 662, gsm8k.FORCED_OTHER: 6, gsm8k.NOT_FORCED: 2})
+    assert len(disagreements) == 8
+
+
+def test_every_annotation_of_gsm8k_test(shared, t5_format):
+    verdicts, walked, disagreements = gsm8k.measure(gsm8k.read_rationales(shared / "data", "test"), t5_format)
+    assert verdicts == Counter({gsm8k.SAME: 4_126, gsm8k.SPELT: 155, gsm8k.NO_NUMBER: 1})
+    assert walked == Counter({gsm8k.FORCED_EQUAL: 4_126 + 155, gsm8k.FORCED_OTHER: 1})
+    assert len(disagreements) == 1
+
+
+def test_where_the_human_agrees_the_forced_ids_stand_in_the_target(shared, t5_format):
+    """The same walk, rationale by rationale and without the benchmark's own bookkeeping."""
+    for line in (shared / "data" / "gsm8k" / "test.jsonl").open():
+        rationale = json.loads(line)["answer"]
+        agreeing = [gsm8k.verdict(*pair) in gsm8k.AGREE for pair in gsm8k.annotations(rationale)]
+        walked = [forced == standing for forced, standing in gsm8k.walk(t5_format, rationale)]
+        assert walked == agreeing
+
+
+def test_a_sentence_that_a_model_writes_through_the_calculator(shared, t5_format):
+    """The model proposes wrong digits; the row holds the calculator's instead, and reads as training text does."""
+    tokenizer = load_tokenizer(shared / "tokenizers" / "t5")
+    automaton, row = t5_format.calculator(), []
+    for token_id in tokenizer.encode("She pays 3 * 4.25 = $ [ 3 * 4.25 ="):
+        row.append(token_id)
+        forced = automaton.push(token_id)
+        for forced_id in forced:
+            assert automaton.push(forced_id) == []
+        row += forced
+    row += tokenizer.encode("12.75.")
+    assert row == tokenizer.encode("She pays 3 * 4.25 = $ [ 3 * 4.25 = 12.75] 12.75.")
+    assert t5_format.text(row) == "She pays 3 * 4.25 = $<<3*4.25=12.75>>12.75."

@@ -1,0 +1,186 @@
+"""T5's way of writing: spacing, folding, the way back, and all of GSM8K through both."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minidpost.files import UserError
+from minidpost.formats import T5Format, format_for
+from minidpost.tokenizer import load_tokenizer
+
+CHARACTERS = SimpleNamespace(  # a vocabulary of all Unicode characters: nothing has to be folded
+    eos_id=0,
+    token_texts=["", " [", " ="],
+    encode=lambda text: [ord(c) for c in text],
+    decode=lambda ids: "".join(chr(i) for i in ids if i),
+)
+
+
+@pytest.fixture(scope="module")
+def t5(shared):
+    return T5Format(load_tokenizer(shared / "tokenizers" / "t5"))
+
+
+@pytest.fixture(scope="module")
+def anything():
+    return T5Format(CHARACTERS)
+
+
+@pytest.fixture(scope="module")
+def gsm8k(shared):
+    paths = [shared / "data" / "gsm8k" / f"{split}.jsonl" for split in ("train", "test")]
+    return [json.loads(line) for path in paths for line in path.open()]
+
+
+@pytest.mark.parametrize(
+    ("rationale", "target"),
+    [
+        (
+            "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nIn all 48+24 = <<48+24=72>>72 clips.\n#### 72",
+            "Natalia sold 48 / 2 = [ 48 / 2 = 24] 24 clips in May. In all 48 + 24 = [ 48 + 24 = 72] 72 clips. #### 72",
+        ),
+        ("5+6+7=<<5+6+7=18>>18", "5 + 6 + 7 = [ 5 + 6 + 7 = 18] 18."),
+        ("<<(3+4)*2=14>>14", "[ (3 + 4) * 2 = 14] 14."),
+        ("( 3+4 )*2", "(3 + 4) * 2."),
+        ("It costs $<<4*5=20>>20", "It costs $ [ 4 * 5 = 20] 20."),
+        ("$5+$3=$<<5+3=8>>8", "$5 + $3 = $ [ 5 + 3 = 8] 8."),
+        ("20%*50=<<20%*50=10>>10", "20% * 50 = [ 20% * 50 = 10] 10."),
+        ("<<3-8=-5>>-5 degrees", "[ 3 - 8 = -5] -5 degrees."),
+        ("<<3*-2=-6>>-6 or 3--2 or -1", "[ 3 * -2 = -6] -6 or 3 - -2 or -1."),
+        ("a 30-minute and/or x=5 break", "a 30-minute and/or x = 5 break."),
+        ("x >= 5 and y<=6 and z==7", "x >= 5 and y<=6 and z==7."),
+        ("two\tspaces  and\xa0more", "two spaces and more."),
+    ],
+)
+def test_targets(anything, rationale, target):
+    assert anything.target(rationale) == target
+
+
+@pytest.mark.parametrize(
+    ("annotation", "written"),
+    [
+        ("1000*2=2,000", "1000 * 2 = 2000"),
+        ("12*2=24.0", "12 * 2 = 24"),
+        ("10/2=5.00", "10 / 2 = 5"),
+        ("5/10=.5", "5 / 10 = 0.5"),
+        ("1/8=0.125", "1 / 8 = 0.125"),  # another number than the calculator's 0.13 stays the human's
+        ("2+2=5", "2 + 2 = 5"),
+        ("3/4=3/4", "3 / 4 = 3 / 4"),
+        ("1/0=0", "1 / 0 = 0"),
+    ],
+)
+def test_a_result_is_written_as_the_calculator_writes_it(anything, annotation, written):
+    assert anything.target(f"<<{annotation}>>2,000.00 left") == f"[ {written}] 2,000.00 left."
+
+
+def test_lines_end_in_a_sentence_mark_and_the_answer_in_none(anything):
+    assert anything.target("So\nIs it?\nYes!\nThen:\n(done.)\n\n#### 9.") == "So. Is it? Yes! Then: (done.) #### 9"
+    assert anything.target("He has 9. #### 9") == "He has 9. #### 9"
+    assert anything.target("Nine\n#### #### 9\n") == "Nine. #### 9"
+    assert anything.target("No answer") == "No answer."
+    assert anything.target("") == ""
+
+
+def test_brackets_in_prose_become_parentheses(anything):
+    assert anything.target("[1 + (30/60)] hours = <<[1+2]*2=6>>6") == "(1 + (30 / 60)) hours = [ (1 + 2) * 2 = 6] 6."
+
+
+@pytest.mark.parametrize(
+    ("sign", "folded"),
+    [
+        ("3 × $4", "3 * $4."),
+        ("W × W", "W x W."),
+        ("6÷2", "6 / 2."),
+        ("6−2", "6 - 2."),
+        ("½ of 10½", "1 / 2 of 10 1 / 2."),
+        ("5² m^2 cm³", "5**2 m**2 cm**3."),
+        ("√25=5", "square root of 25 = 5."),
+        ("4<5 and 4 ≤ 5", "4 less than 5 and 4 at most 5."),
+        ("a jalapeño, a café", "a jalapeno, a café."),
+        ("{2} `.5", "(2) '.5."),
+        ("¢25 and 75¢", "25 cents and 75 cents."),
+        ("¢<<25*3=75>>75", "[ 25 * 3 = 75] 75 cents."),
+        ("wait… \u200bhere", "wait... here."),
+        ("Janice’s “–”—", "Janice’s “–”—."),  # all in T5's vocabulary
+    ],
+)
+def test_signs_outside_the_vocabulary_are_folded(t5, anything, sign, folded):
+    assert t5.target(sign) == folded
+    assert t5.survives(folded)
+    assert t5.target(t5.canonical(folded)) == folded
+
+
+def test_nothing_is_folded_that_the_vocabulary_has(anything):
+    text = "3 × 4 ÷ 2 − ½ ¢ ² ^ √ ≤ ñ { ` ’ …"
+    assert anything.prompt(text) == text
+    assert anything.target(text) == text + "."
+
+
+def test_what_has_no_likeness_stays_and_is_detected(t5):
+    assert t5.prompt("three  猫\ncats") == "three 猫 cats"
+    assert not t5.survives("three 猫 cats")
+    assert t5.survives("three cats")
+    assert not t5.survives("three  cats")
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("48 / 2 = [ 48 / 2 = 24] 24 clips. #### 24", "48 / 2 = <<48/2=24>>24 clips.\n#### 24"),
+        ("$ [ (3 + 4) * -2 = -14] -14", "$<<(3+4)*-2=-14>>-14"),
+        ("[48/2 =  24]24 #### #### 24", "<<48/2=24>>24\n#### 24"),
+        ("[ 3 apples = ] [ 3 + 4", "<<3 apples=>>[ 3 + 4"),
+        ("#### 5", "#### 5"),
+        ("", ""),
+    ],
+)
+def test_the_way_back(anything, text, canonical):
+    assert anything.canonical(text) == canonical
+
+
+def test_ids_and_text(t5, shared):
+    tokenizer = load_tokenizer(shared / "tokenizers" / "t5")
+    rationale = "Half is <<48/2=24>>24.\n#### 24"
+    assert t5.prompt_ids(" How \n many? ") == [*tokenizer.encode("How many?"), 1]
+    assert t5.target_ids(rationale) == [*tokenizer.encode("Half is [ 48 / 2 = 24] 24. #### 24"), 1]
+    assert t5.text([*t5.target_ids(rationale), 0, 0]) == rationale
+
+
+def test_each_row_gets_a_calculator_of_its_own(t5):
+    ids = t5.target_ids("<<48/2=24>>24")
+    first, second = t5.calculator(), t5.calculator()
+    position = 5
+    assert [first.push(token_id) for token_id in ids[:position]] == [[]] * position
+    assert second.push(ids[position]) == []
+    assert first.push(ids[position]) == ids[position + 1 : position + 3]
+
+
+def test_every_target_of_gsm8k_survives_and_is_a_fixed_point(t5, gsm8k):
+    assert len(gsm8k) == 8792
+    targets = [t5.target(row["answer"]) for row in gsm8k]
+    assert [target for target in targets if not t5.survives(target)] == []
+    assert [target for target in targets if t5.target(t5.canonical(target)) != target] == []
+
+
+def test_every_question_of_gsm8k_survives_but_one(t5, gsm8k):
+    lost = [row["question"] for row in gsm8k if not t5.survives(t5.prompt(row["question"]))]
+    assert [question[:8] for question in lost] == ["А Senior"]  # a Cyrillic А
+
+
+fragments = st.sampled_from([*"0159.,+-*/=()[]<>#$% \n×½¢^a", "<<3*4=12>>", "####"])
+
+
+@settings(derandomize=True, max_examples=400, deadline=None, database=None)
+@given(rationale=st.lists(fragments, max_size=14).map("".join))
+def test_formatting_twice_changes_nothing(t5, rationale):
+    target = t5.target(rationale)
+    assert t5.target(t5.canonical(target)) == target
+
+
+def test_families_are_picked_by_model_type(t5):
+    assert isinstance(format_for("t5", CHARACTERS), T5Format)
+    with pytest.raises(UserError, match="model_type 'gpt2': only 't5' is supported"):
+        format_for("gpt2", CHARACTERS)

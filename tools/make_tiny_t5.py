@@ -1,0 +1,152 @@
+"""Make weights/tiny-t5: a base model that has seen simple problems, but neither rationales nor the task.
+
+It learns three things, all from the generator of minidpost/toy.py under another seed: to write down the one expression of a
+one-step problem, to restore a problem from which words were dropped, and to copy. What it has not seen: annotations, the
+calculator, chains of steps, `####`. The vocabulary is a SentencePiece unigram model with byte fallback whose numbers are
+single digits, so that any text goes in.
+"""
+
+import argparse
+import io
+import sys
+from pathlib import Path
+from random import Random
+
+import sentencepiece
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from minidpost import toy  # noqa: E402
+from minidpost.batches import Encoded  # noqa: E402
+from minidpost.checkpoint import save_model  # noqa: E402
+from minidpost.formats import T5Format  # noqa: E402
+from minidpost.optimizer import Schedule  # noqa: E402
+from minidpost.sft import SFTSettings, train_sft  # noqa: E402
+from minidpost.t5 import T5, T5Config  # noqa: E402
+from minidpost.tokenizer import SentencePieceTokenizer  # noqa: E402
+
+SEED = 7  # of the pre-training problems and weights; toy.WORLD_SEED makes the task's
+ONE_STEP_EVENTS = (toy.gain, toy.loss, toy.multiply)
+ONE_STEP_QUESTIONS = (toy.ask_money, toy.ask_share, toy.ask_missing)
+ONE_STEP_STARTS = (toy.start_boxes, toy.start_kinds, toy.start_days)
+WORDS = """how many much each every other more less than first second last week month year hour minute day morning night
+money dollars cents price cost costs pay paid buys sells sold bought total all together altogether left remaining half
+third quarter twice times as percent number people children friends students school class house store car miles feet
+inches pounds water food cake bread milk work works worked hours make makes made take takes took give gives gave need
+needs want wants use uses used is are was were be been has have had does do did will would can could if then so because
+and or but of to in on at for from with by the a an this that these those there here it its he she they his her their
+what when where which who since while after before during between only also still into over under out up down off""".split()
+
+
+def simple_problem(random: Random) -> tuple[str, str] | None:
+    """A problem of one step and its expression; unseen names, things and verbs occur here, as in any large corpus."""
+    story = toy.new_story(random, unseen=random.random() < 0.2)
+    answer: object = True
+    kind = random.random()
+    if kind < 0.3:
+        random.choice(ONE_STEP_STARTS)(story)
+    else:
+        toy.start_count(story)
+        story.amount = random.randint(4, 999)
+        story.sentences.clear()
+        story.say("{name} has {n} {thing}.", "There are {n} {thing} in {name}'s room.", n=story.amount)
+        answer = random.choice(ONE_STEP_EVENTS if kind < 0.7 else ONE_STEP_QUESTIONS)(story)
+    if answer is None or answer is False:
+        return None
+    if kind < 0.7:
+        toy.ask_count(story)
+    problem = toy.finished(story, 0)
+    expression = story.steps[-1].partition("<<")[2].partition("=")[0]
+    return problem.question, expression
+
+
+def restoration(random: Random, question: str) -> tuple[str, str]:
+    """The problem with some words dropped, and the whole of it."""
+    kept = [word for word in question.split() if word[0].isdigit() or random.random() > 0.15]
+    return " ".join(kept), question
+
+
+def pretraining_texts(n: int) -> list[tuple[str, str]]:
+    """Source and target texts, two thirds of them one-step problems."""
+    random, texts = Random(SEED), []
+    chains = [toy._problem(random, random.choice(("train", "words"))) for _ in range(n // 3)]
+    for chain in filter(None, chains):
+        texts.append(restoration(random, chain.question))
+    while len(texts) < n:
+        if (pair := simple_problem(random)) is not None:
+            texts.append(pair)
+    random.shuffle(texts)
+    return texts
+
+
+def train_tokenizer(directory: Path, vocab_size: int) -> SentencePieceTokenizer:
+    """A unigram vocabulary over the toy world's words, frequent English ones, and single digits."""
+    random = Random(SEED)
+    problems = [toy._problem(random, random.choice(("train", "words", "distractors"))) for _ in range(4000)]
+    sentences = [text for problem in filter(None, problems) for text in (problem.question, bracketed(problem.rationale))]
+    sentences += [" ".join(random.sample(WORDS, 12)) for _ in range(2000)]
+    # A word that is always followed by a space would not become a piece of its own: show each before several signs.
+    words = sorted({word.strip(".,?$%'") for sentence in sentences for word in sentence.split()})
+    sentences += [f"{word}. {word}, {word}? {word}' {word}" for word in words if not word.isdigit()]
+    model = io.BytesIO()
+    symbols = [f"{space}{digit}" for space in ("▁", "") for digit in range(10)] + [f"▁{sign}" for sign in "[=+-*/$"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        character_coverage=1.0,
+        required_chars="".join(chr(i) for i in range(33, 127) if not chr(i).isdigit()),
+        user_defined_symbols=symbols,
+        normalization_rule_name="identity",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "spiece.model"
+    path.write_bytes(model.getvalue())
+    return SentencePieceTokenizer(path)
+
+
+def bracketed(rationale: str) -> str:
+    """The rationale much as T5 writes it, before there is a tokenizer to ask."""
+    for theirs, ours in (("<<", " [ "), (">>", "] "), ("=", " = "), ("*", " * "), ("+", " + "), ("-", " - "), ("/", " / ")):
+        rationale = rationale.replace(theirs, ours)
+    return rationale
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "weights" / "tiny-t5")
+    parser.add_argument("--examples", type=int, default=60000, help="problems to pre-train on, each seen once an epoch")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--vocab-size", type=int, default=800)
+    parser.add_argument("--width", type=int, default=112)
+    parser.add_argument("--layers", type=int, default=3)
+    options = parser.parse_args()
+
+    tokenizer = train_tokenizer(options.output, options.vocab_size)
+    format_ = T5Format(tokenizer)
+    width = options.width
+    config = T5Config(tokenizer.vocab_size, width, width // 4, 2 * width, 4, options.layers, options.layers, dropout=0.0)
+    torch.manual_seed(SEED)
+    model = T5(config).initialise()
+    model.tokenizer_files = tokenizer.files
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    pairs = pretraining_texts(options.examples)
+    sequences = [Encoded(tuple(format_.prompt_ids(source)), tuple(format_.target_ids(target))) for source, target in pairs]
+    settings = SFTSettings(epochs=options.epochs, examples_per_step=64, schedule=Schedule(3e-3, warmup=0.05), seed=SEED)
+    train_sft(model, sequences, settings, options.output / "pretraining.jsonl", "pre-training")
+    save_model(model, options.output)
+
+
+if __name__ == "__main__":
+    main()
