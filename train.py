@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 
 from minidpost import datasets
-from minidpost.commands import run_command
+from minidpost.commands import Parser, device, run_command
 from minidpost.files import UserError
 from minidpost.generation import default_device
 from minidpost.hub import find_model
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--model", default="tiny-t5", help="tiny-t5, flan-t5-{small,base,large,xl}, t5-large, or a directory"
     )
@@ -61,7 +61,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, help="default: runs/MODEL-METHOD-DATA-SEED")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--no-calculator", action="store_true", help="let the model do its own arithmetic")
-    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--device", type=device, default=default_device())
     for name, (kind, text) in OVERRIDES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{text} (default: the preset's)")
     options = parser.parse_args()
@@ -99,4 +99,4 @@ def load_data(options: argparse.Namespace) -> Data:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "the same command continues after the last finished stage")

@@ -73,7 +73,7 @@ def token_counts(items: Sequence) -> tuple[int, int]:
 
 
 def by_length(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Split 0 … n−1 into groups of like size whose padded total stays within `max_tokens` (a group has at least one)."""
+    """Split 0 … n−1 into groups of like size, each of one or more, whose padded total stays within `max_tokens`."""
     groups: list[list[int]] = []
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         if not groups or sizes[groups[-1][0]] * (len(groups[-1]) + 1) > max_tokens:
@@ -83,7 +83,7 @@ def by_length(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def shuffled_steps(n_examples: int, per_step: int, n_steps: int, seed: int) -> Iterator[list[int]]:
-    """The example numbers of each step: epochs in seeded random order, one after another, a short step at an epoch's end."""
+    """The example numbers of each step: epochs in seeded random order, a short step at the end of each."""
     done, epoch = 0, 0
     while done < n_steps and n_examples:
         order = Random(f"{seed} {epoch}").sample(range(n_examples), n_examples)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 import warnings
 import xml.etree.ElementTree as ElementTree
 from decimal import Decimal
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from minidpost import toy
 from minidpost.answers import Example, extract_answer, is_correct, parse_number
-from minidpost.files import UserError, read_jsonl, staged_file
+from minidpost.files import UserError, parse_jsonl, read_jsonl, staged_file
 
 SPLITS: dict[str, tuple[str, ...]] = {
     "gsm8k": ("train", "dev", "test"),
@@ -72,10 +73,7 @@ def load(name: str, split: str, data_dir: str | Path = "data") -> list[Example]:
     Rationales come with GSM8K (the whole annotated solution, `#### n` included) and toy. UserError: an unknown name or
     split, a file in `data_dir` that is not the pinned one, a fetch that fails.
     """
-    if name not in SPLITS:
-        raise UserError(f"there is no dataset {name!r}; choose one of {', '.join(SPLITS)}")
-    if split not in SPLITS[name]:
-        raise UserError(f"{name} has no split {split!r}; choose one of {', '.join(SPLITS[name])}")
+    check_split(name, split)
     if name == "toy":
         return toy.examples(split)
     if name == "gsm8k":
@@ -85,6 +83,14 @@ def load(name: str, split: str, data_dir: str | Path = "data") -> list[Example]:
     if name == "asdiv":
         return _asdiv(_read_verified("asdiv/ASDiv.xml", data_dir))
     return _svamp(_read_verified("svamp/SVAMP.json", data_dir))
+
+
+def check_split(name: str, split: str) -> None:
+    """UserError: an unknown name or split."""
+    if name not in SPLITS:
+        raise UserError(f"there is no dataset {name!r}; choose one of {', '.join(SPLITS)}")
+    if split not in SPLITS[name]:
+        raise UserError(f"{name} has no split {split!r}; choose one of {', '.join(SPLITS[name])}")
 
 
 def load_jsonl(path: str | Path, labelled: bool) -> list[Example]:
@@ -115,14 +121,44 @@ def load_jsonl(path: str | Path, labelled: bool) -> list[Example]:
     return [example for _, example in first.values()]
 
 
+def load_questions(source: str) -> list[str]:
+    """Questions without answers: JSONL with `question`, text with one a line, or either from standard input (`-`).
+
+    UserError names the file, and the line that is broken or holds no question.
+    """
+    name, suffix = ("standard input", "") if source == "-" else (source, Path(source).suffix)
+    if source != "-" and suffix not in (".jsonl", ".txt"):
+        raise UserError(f"{source}: a file that ends in .jsonl or .txt is expected, or - for standard input")
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+    if suffix == ".jsonl" or (source == "-" and data.lstrip().startswith(b"{")):
+        rows = parse_jsonl(data.split(b"\n"), name)
+        questions = [_text(row.get("question"), "question", f"{name}, line {line}") for line, row in rows]
+    else:
+        try:
+            questions = [line.strip() for line in data.decode("utf-8").split("\n") if line.strip()]
+        except UnicodeDecodeError:
+            raise UserError(f"{name}: not a text in UTF-8") from None
+    if not questions:
+        raise UserError(f"{name}: holds no questions")
+    return questions
+
+
+def _text(value: object, key: str, where: str) -> str:
+    """A row's text, without the spaces around it."""
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: `{key}` must be a text that is not empty")
+    return value.strip()
+
+
 def _example(row: dict, where: str) -> Example:
     """Check one row of a user's file; `where` begins every complaint."""
     for key in ("question", "answer"):
         if key not in row:
             raise UserError(f"{where}: `{key}` is missing")
-    question, given, rationale = row["question"], row["answer"], row.get("rationale")
-    if not isinstance(question, str) or not question.strip():
-        raise UserError(f"{where}: `question` must be a text that is not empty")
+    question, given, rationale = _text(row["question"], "question", where), row["answer"], row.get("rationale")
     if rationale is not None and (not isinstance(rationale, str) or not rationale.strip()):
         raise UserError(f"{where}: `rationale`, where there is one, must be a text that is not empty")
 
@@ -140,7 +176,7 @@ def _example(row: dict, where: str) -> Example:
             rationale += f"\n#### {answer}"
         elif not is_correct(rationale, answer):
             raise UserError(f"{where}: the last #### of `rationale` must give {answer}, as `answer` does")
-    return Example(question.strip(), answer, rationale)
+    return Example(question, answer, rationale)
 
 
 def _number(value: object) -> Decimal | None:

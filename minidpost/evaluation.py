@@ -52,7 +52,7 @@ def sampled_scores(
     """pass@k and maj@k for each k, from max(k) samples a question at the settings' temperature.
 
     pass@k is the unbiased estimate 1 − C(n−c, k)/C(n, k) (Chen et al. 2021); maj@k takes the commonest answer of the
-    first k samples, the earliest one in a tie. Intervals are those of a mean over questions (normal).
+    first k samples, the earliest one in a tie. Intervals are those of a mean over questions.
     """
     n_samples = max([*pass_at, *maj_at])
     texts = completions_by_question(model, text_format, examples, settings, n_samples, calculator, label)
@@ -104,8 +104,10 @@ def wilson(n_right: int, n: int) -> Score:
 
 
 def mean_score(values: Sequence[float]) -> Score:
-    """A mean and its normal interval."""
+    """A mean and its normal interval; Wilson's where the values are only 0 and 1, as that of all zeros is not empty."""
     n = len(values)
+    if {*values} <= {0.0, 1.0}:
+        return wilson(int(sum(values)), n)
     mean = sum(values) / n
     half = 1.96 * sqrt(sum((value - mean) ** 2 for value in values) / max(1, n - 1) / n)
     return Score(mean, n, max(0.0, mean - half), min(1.0, mean + half))

@@ -19,16 +19,23 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     with stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except (UnicodeDecodeError, ValueError, RecursionError):
-                raise UserError(f"{path}, line {number}: not a JSON object in UTF-8") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: a JSON object is expected, found {type(row).__name__}")
-            yield number, row
+        yield from parse_jsonl(stream, str(path))
+
+
+def parse_jsonl(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, dict]]:
+    """`read_jsonl` of lines that are open already; `name` begins every complaint."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+            if b"\\ud" in line.lower():  # half a surrogate pair is valid JSON, but no text that could be written again
+                json.dumps(row, ensure_ascii=False).encode("utf-8")
+        except (ValueError, RecursionError):
+            raise UserError(f"{name}, line {number}: not a JSON object in UTF-8") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{name}, line {number}: a JSON object is expected, found {type(row).__name__}")
+        yield number, row
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:

@@ -38,8 +38,8 @@ def generate(
 ) -> Iterator[Generated]:
     """Yield `n_samples` completions of every question as they finish.
 
-    With the questions' `answers`, the progress bar shows the accuracy so far. UserError: an empty question, or one that is
-    longer than MAX_PROMPT_TOKENS.
+    With the questions' `answers`, the progress bar shows the accuracy so far. UserError: an empty question, or one that
+    is longer than MAX_PROMPT_TOKENS.
     """
     prompts = [tuple(text_format.prompt_ids(question)) for question in questions]
     check_prompts(questions, prompts)

@@ -7,7 +7,7 @@ from minidpost.batches import IGNORED
 
 
 def token_log_probabilities(logits_BTV: Tensor, label_BT: Tensor) -> Tensor:
-    """log f(y_t | x, y_<t) of each label in nats, computed in at least fp32; 0 where the label is IGNORED. Result (B, T)."""
+    """log f(y_t | x, y_<t) of each label in nats, computed in at least fp32, 0 where it is IGNORED. Result (B, T)."""
     logits_BVT = logits_BTV.float().transpose(1, 2) if logits_BTV.itemsize < 4 else logits_BTV.transpose(1, 2)
     return -F.cross_entropy(logits_BVT, label_BT, ignore_index=IGNORED, reduction="none")
 

@@ -1,7 +1,7 @@
 """Every number of the method, tagged with where it is from.
 
-[paper] the text or appendix of arXiv 2407.18248; [code] the published code, where the text is silent; [ours] a choice of
-ours, with its reason.
+[paper] the text or appendix of arXiv 2407.18248; [code] the published code, where the text is silent; [ours] a choice
+of ours, with its reason.
 """
 
 from dataclasses import dataclass, replace
@@ -55,6 +55,7 @@ TINY_T5 = replace(
     dpo_learning_rate=1e-4,
     max_source=640,
     max_target=640,
+    micro_batch_tokens=2048,
     slots=128,
 )
 

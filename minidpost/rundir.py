@@ -5,6 +5,7 @@ A stage works under a temporary name and takes its own when it is whole; what ha
 
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -17,7 +18,7 @@ from minidpost.files import UserError, read_jsonl, staged_directory, staged_file
 
 
 class RunDirectory:
-    """`config.json` (settings, versions), `stages.jsonl` (what each stage took and found), `log.txt`, and the stages' files."""
+    """`config.json` (settings, versions), `stages.jsonl` (what each took and found), `log.txt`, the stages' files."""
 
     def __init__(self, path: Path, settings: dict):
         """Begin a run, or continue the one that was begun with the same settings; UserError names what differs."""
@@ -35,19 +36,19 @@ class RunDirectory:
 
     def _check_same(self, config: Path) -> None:
         try:
-            begun = json.loads(config.read_text(encoding="utf-8"))["settings"]
-            differing = sorted(name for name in {*begun, *self.settings} if begun.get(name) != self.settings.get(name))
-        except (OSError, ValueError, KeyError, TypeError):
+            begun, wanted = flat(json.loads(config.read_text(encoding="utf-8"))["settings"]), flat(self.settings)
+            differing = sorted(name for name in {*begun, *wanted} if begun.get(name) != wanted.get(name))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{config} is not readable; choose another --run-dir") from None
         if differing:
             name = differing[0]
             raise UserError(
-                f"{self.path} was begun with {name} = {begun.get(name)}, this command has {self.settings.get(name)}; "
+                f"{self.path} was begun with {name} = {begun.get(name)}, this command has {wanted.get(name)}; "
                 "choose another --run-dir"
             )
 
     def stage(self, name: str, work: Callable[[Path], dict]) -> Path:
-        """Do `work` on a temporary path that becomes the stage's when whole, noting its facts and seconds; or skip it."""
+        """Do `work` on a temporary path that becomes the stage's when whole, and note facts and seconds; or skip it."""
         path = self.path / name
         if path.exists():
             return path
@@ -64,5 +65,14 @@ class RunDirectory:
         """One line on the terminal, between progress bars, and in log.txt."""
         line = f"{time.strftime('%H:%M:%S')} {text}"
         tqdm.write(line)
+        sys.stdout.flush()  # a pipe would hold it back until the end
         with open(self.path / "log.txt", "a", encoding="utf-8") as stream:
             stream.write(line + "\n")
+
+
+def flat(settings: dict) -> dict:
+    """Settings with those of inner groups under dotted names, so that a complaint can name the one that differs."""
+    pairs = {}
+    for name, value in settings.items():
+        pairs |= {f"{name}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {name: value}
+    return pairs

@@ -1,10 +1,10 @@
-"""Batched decoding: a fixed number of slots, refilled as rows end; forced tokens; random draws that belong to their row.
+"""Batched decoding: a fixed number of slots, refilled as rows end; forced tokens; draws that belong to their row.
 
 Knows nothing of text or arithmetic. A row's `override` sees each of its tokens and may answer with ids that must follow
-(the calculator does so); the sampler's own draw at those positions is discarded. Every row draws its uniform numbers from
-a counter-based generator keyed by (seed, question, sample), one a position, so that a completion depends neither on its
-neighbours nor on the number of slots nor on the order of work. Requests are worked off in chunks that begin with empty
-slots. All samples of one question share one prefill. One device-to-host transfer a step: the ids.
+(the calculator does so); the sampler's own draw at those positions is discarded. Every row draws its uniform numbers
+from a counter-based generator keyed by (seed, question, sample), one a position, so that a completion depends neither
+on its neighbours nor on the number of slots nor on the order of work. Requests are worked off in chunks that begin with
+empty slots. All samples of one question share one prefill. One device-to-host transfer a step: the ids.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ class DecodingModel(Protocol):
 
 
 class Override(Protocol):
-    """Watches one row: `push` takes each token of the row in order and returns the ids that must come right after it."""
+    """Watches one row: `push` takes each of its tokens in order and returns the ids that must come right after it."""
 
     def push(self, token_id: int) -> list[int]: ...
 
@@ -59,7 +59,7 @@ class Request:
 
 @dataclass
 class Completion:
-    """The ids a row emitted (its end token included), which of them were forced, and why it ended: "stop" or "length"."""
+    """The ids a row emitted (the end token too), which of them were forced, and why it ended: "stop" or "length"."""
 
     token_ids: list[int] = field(default_factory=list)
     forced: list[bool] = field(default_factory=list)

@@ -1,10 +1,10 @@
 """From graded samples to training data: near-duplicates, preference pairs, pseudo-labels.
 
-The rules are the paper's where its text gives them and the published code's where only that does:
-near-duplicates are completions whose sets of tokenizer pieces overlap by more than 0.7 (Jaccard); a question's preference
-pairs are the 3 least similar (winner, loser); a question's pseudo-labels are capped at the 90th percentile of the counts.
-Departures: gold rationales and samples are compared and kept as token ids, so nothing is formatted twice; where the
-published code shuffled before it chose, the order here is that of the samples, so a choice can be repeated.
+The rules are the paper's where its text gives them and the published code's where only that does: near-duplicates are
+completions whose sets of tokenizer pieces overlap by more than 0.7 (Jaccard); a question's preference pairs are the 3
+least similar (winner, loser); a question's pseudo-labels are capped at the 90th percentile of the counts. Departures:
+gold rationales and samples are compared and kept as token ids, so nothing is formatted twice; where the published code
+shuffled before it chose, the order here is that of the samples, so a choice can be repeated.
 """
 
 from collections.abc import Iterable, Sequence

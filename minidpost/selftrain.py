@@ -6,9 +6,9 @@
     rft      one round of st with K = 100
     rest-em  st, but fine-tuned on the kept samples alone
 
-Stages hand over files, so the same command continues behind the last finished one (rundir.py). The samples of all earlier rounds are merged into the pairs and
-pseudo-labels of later ones, as the published code does. A run ends after the given number of iterations, or before,
-when accuracy on dev no longer rises.
+Stages hand over files, so the same command continues behind the last finished one (rundir.py). The samples of all
+earlier rounds are merged into the pairs and pseudo-labels of later ones, as the published code does. A run ends after
+the given number of iterations, or before, when accuracy on dev no longer rises.
 """
 
 import json
@@ -79,7 +79,7 @@ class Run:
         self.fine_tune(0, None)
         best = self.evaluate(0)
         yield 0
-        for number in range(1, self.preset.iterations + 1):
+        for number in range(1, 1 if self.method == "sft" else self.preset.iterations + 1):
             self.iterate(number)
             accuracy = self.evaluate(number)
             yield number
@@ -181,7 +181,8 @@ class Run:
             model = load_model(policy, device=self.device)
             preset, size, flops = self.preset, model_size(model), 0.0
             if pairs:
-                n_steps = min(preset.dpo_steps, -(-preset.dpo_max_epochs * len(pairs) // preset.dpo_pairs_per_step))
+                epoch_steps = -(-len(pairs) // preset.dpo_pairs_per_step)
+                n_steps = min(preset.dpo_steps, preset.dpo_max_epochs * epoch_steps)
                 settings = DPOSettings(
                     steps=n_steps,
                     pairs_per_step=preset.dpo_pairs_per_step,
@@ -192,8 +193,8 @@ class Run:
                 )
                 train_dpo(model, pairs, settings, directory / "log.jsonl", f"{number}/dpo")
                 n_source, n_target = token_counts(pairs)
-                passes = n_steps * preset.dpo_pairs_per_step / len(pairs)
-                flops = passes * training_flops(size, n_source, n_target) + forward_flops(size, n_source, n_target)
+                flops = n_steps / epoch_steps * training_flops(size, n_source, n_target)
+                flops += forward_flops(size, n_source, n_target)  # the reference
             else:
                 self.directory.say(f"iteration {number}: no preference pairs, so DPO leaves the model as it is")
             save_model(model, directory)
@@ -205,13 +206,13 @@ class Run:
         """Pseudo-labels from the samples-sft of this and all earlier iterations; gold rationales but for ReST-EM."""
 
         def work(path: Path) -> dict:
-            candidates = self.candidates(number, "samples-sft")
-            kept = pseudo_labels(candidates, self.preset.label_cap, with_gold=self.method != "rest-em")
+            candidates, with_gold = self.candidates(number, "samples-sft"), self.method != "rest-em"
+            kept = pseudo_labels(candidates, self.preset.label_cap, with_gold)
             rows = [
                 question_and_answer(example)
                 | {
                     "rationale": self.format.text(ids),
-                    "source": "gold" if ids == known.gold else "sample",
+                    "source": "gold" if with_gold and ids == known.gold else "sample",
                     "token_ids": ids,
                 }
                 for example, known, labels in zip(self.data.pool, candidates, kept, strict=True)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on rationales (paper, equation 2): the warm-up on human ones, and the end of every iteration."""
+"""Supervised fine-tuning on rationales (paper, equation 2): the warm-up, and the end of every iteration."""
 
 import time
 from collections.abc import Sequence

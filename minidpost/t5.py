@@ -233,7 +233,8 @@ class T5(nn.Module):
 
     @torch.inference_mode()
     def new_cache(self, rows: int, max_prompt: int, max_new: int) -> T5Cache:
-        """Room for `rows` sequences of at most `max_prompt` source and `max_new` target tokens."""
+        """Room for `rows` sequences of at most `max_prompt` source and `max_new` target tokens; dropout ends here."""
+        self.eval()
         config, weight = self.config, self.embedding.weight
         own, prompt = (
             KVCache(config.n_decoder_layers, rows, config.n_heads, size, config.d_kv, weight.dtype, weight.device)

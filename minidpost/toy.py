@@ -1,8 +1,8 @@
 """The embedded world: grade-school word problems with annotated rationales, generated from a seed.
 
-A problem is a chain. Someone starts with a number of things, a few events change it, and a question is asked of the end.
-Each link is written in one of several ways and adds one or two steps to the rationale, in GSM8K's own form
-(`Mia then has <<24+15=39>>39 apples.` … `#### 39`). There is a small labelled set, a larger set of which only question and
+A problem is a chain. Someone starts with a number of things, a few events change it, and a question is asked of the
+end. Each link is written in one of several ways and adds one or two steps to the rationale, in GSM8K's own form (`Mia
+then has <<24+15=39>>39 apples.` … `#### 39`). There is a small labelled set, a larger set of which only question and
 answer are known, and, as in the paper, test sets out of domain: longer chains, unseen names, things and verbs, and
 numbers that do not matter.
 """
@@ -209,12 +209,12 @@ def ask_count(story: Story) -> int:
 def ask_money(story: Story) -> int:
     price = story.random.randint(2, 12)
     story.say(
-        "{she} sells them for ${p} each. How much money does {name} get?",
-        "Each of them is worth ${p}. How much are they worth together?",
-        "One of them costs ${p}. How much do all of them cost?",
+        "{she} sells them for {p} dollars each. How many dollars does {name} get?",
+        "Each of them is worth {p} dollars. How much are they worth together?",
+        "One of them costs {p} dollars. How much do all of them cost?",
         p=price,
     )
-    return story.compute("All of them are worth ${}.", f"{story.amount}*{price}", story.amount * price)
+    return story.compute("All of them are worth {} dollars.", f"{story.amount}*{price}", story.amount * price)
 
 
 def ask_share(story: Story) -> int | None:
@@ -287,7 +287,7 @@ def examples(split: str, seed: int = WORLD_SEED) -> list[Example]:
 def _draw(split: str, seed: int, seen: set[str]) -> list[Example]:
     random, drawn = Random(f"{seed}/{split}"), []
     while len(drawn) < SIZES[split]:
-        example = _problem(random, split)
+        example = problem(random, split)
         if example is not None and example.question not in seen:
             seen.add(example.question)
             rationale = None if split == "unlabelled" else example.rationale
@@ -295,9 +295,9 @@ def _draw(split: str, seed: int, seen: set[str]) -> list[Example]:
     return drawn
 
 
-def _problem(random: Random, split: str) -> Example | None:
+def problem(random: Random, split: str) -> Example | None:
     """One problem of a split's kind; None where the draws do not fit together."""
-    n_events = random.choice((4, 5)) if split == "longer" else random.choice((1, 2, 2, 3))
+    n_events = random.choice((3, 4)) if split == "longer" else random.choice((1, 1, 2))
     story = new_story(random, unseen=split == "words")
     random.choice(STARTS)(story)
     for _ in range(n_events):

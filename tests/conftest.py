@@ -3,12 +3,38 @@
 from pathlib import Path
 
 import pytest
+import torch
+
+from minidpost.checkpoint import save_model
+from minidpost.formats import T5Format
+from minidpost.t5 import T5, T5Config
+from minidpost.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real datasets, tokenizers and configs that lies beside the checkout."""
-    folder = Path(__file__).resolve().parents[2] / "shared"
+    folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip("../shared (real data, tokenizers, configs) is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_format() -> T5Format:
+    """How a T5 with the embedded vocabulary writes."""
+    return T5Format(load_tokenizer(ROOT / "weights" / "tiny-t5"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory) -> Path:
+    """A checkpoint of random weights, one layer of width 16, with the embedded vocabulary."""
+    tokenizer = load_tokenizer(ROOT / "weights" / "tiny-t5")
+    torch.manual_seed(0)
+    model = T5(T5Config(tokenizer.vocab_size, 16, 8, 24, 2, 1, 1, dropout=0.1)).initialise()
+    model.tokenizer_files = tokenizer.files
+    directory = tmp_path_factory.mktemp("models") / "tiny-random"
+    save_model(model, directory)
+    return directory

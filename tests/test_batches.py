@@ -1,12 +1,13 @@
 """Padding, grouping by length, and the order of training."""
 
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from random import Random
 
 import pytest
 import torch
 
-from minidpost.batches import IGNORED, Encoded, by_length, collate, pad, shuffled_steps
+from minidpost.batches import IGNORED, Encoded, by_length, collate, pad, shuffled_steps, token_counts, within_limits
+from minidpost.dpo import Pair
 from minidpost.t5 import T5, T5Config
 
 torch.set_num_threads(1)
@@ -40,8 +41,20 @@ def test_a_padded_row_has_the_logits_it_has_alone():
     assert (without_1TV - alone_1TV).abs().max() > 1e-3  # the padding id inside the text is read as text
 
 
-def test_n_tokens_counts_prompt_and_target():
-    assert Encoded((1, 2, 3), (4, 5)).n_tokens == 5
+def test_tokens_are_counted_of_examples_and_of_pairs():
+    example = Encoded((1, 2, 3), (4, 5))
+    pair = Pair(example, Encoded((1, 2, 3), (4, 5, 6, 7)))
+    assert example.n_tokens == 5
+    assert pair.n_tokens == 12
+    assert token_counts([example, example]) == (6, 4)
+    assert token_counts([example, pair]) == (9, 8)
+
+
+def test_within_limits_keeps_whole_what_fits_and_drops_the_rest():
+    fits, long_source, long_target = (Encoded((2,) * n, (3,) * m) for n, m in ((4, 6), (5, 1), (1, 7)))
+    assert within_limits([long_source, fits, long_target, fits], max_source=4, max_target=6) == [fits, fits]
+    pairs = [Pair(fits, fits), Pair(fits, long_target), Pair(long_target, fits), Pair(long_source, long_source)]
+    assert within_limits(pairs, max_source=4, max_target=6) == pairs[:1]
 
 
 @pytest.mark.parametrize("budget", [1, 40, 100, 10_000])
@@ -53,7 +66,7 @@ def test_by_length_covers_each_index_once_within_the_budget(budget):
     assert all(len(group) == 1 or max(sizes[i] for i in group) * len(group) <= budget for group in groups)
     in_order = [sizes[i] for i in chain(*groups)]
     assert in_order == sorted(sizes, reverse=True)  # so that a group holds like sizes
-    for group, after in zip(groups, groups[1:], strict=False):  # and no group could have taken one more
+    for group, after in pairwise(groups):  # and no group could have taken one more
         assert sizes[group[0]] * (len(group) + 1) > budget, (group, after)
 
 

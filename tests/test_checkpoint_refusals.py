@@ -118,6 +118,7 @@ def test_absurd_sizes(saved, key, value):
         ("relative_attention_max_distance", 16),
     ],
 )
+@pytest.mark.timeout(20)
 def test_impossible_settings(saved, key, value):
     rewrite_json(saved / "config.json", **{key: value})
     assert_refused(saved, str(saved / "config.json"), key, repr(value))

@@ -1,6 +1,7 @@
 """The paper's sets with the paper's counts, fetching from a server on this machine, complaints about users' files."""
 
 import hashlib
+import io
 import json
 import re
 import warnings
@@ -260,3 +261,44 @@ def test_repeated_questions_are_counted(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         datasets.load_jsonl(write(path, GOOD), labelled=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "questions"),
+    [
+        ("a.txt", "How?\r\n\n  Why? \n", ["How?", "Why?"]),
+        ("a.txt", '{"question": "How?"}', ['{"question": "How?"}']),
+        ("a.jsonl", '\n{"question": " How? ", "answer": null}\n{"question": "Why?"}', ["How?", "Why?"]),
+        ("-", '\n {"question": "How?"}\n', ["How?"]),
+        ("-", "How?\nWhy?", ["How?", "Why?"]),
+    ],
+)
+def test_questions_alone(tmp_path, monkeypatch, name, content, questions):
+    (tmp_path / "a.txt").write_text(content)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    source = name if name == "-" else str((tmp_path / "a.txt").rename(tmp_path / name))
+    assert datasets.load_questions(source) == questions
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.txt", b" \n", "a.txt: holds no questions"),
+        ("a.txt", b"\xff", "a.txt: not a text in UTF-8"),
+        ("a.jsonl", b"", "a.jsonl: holds no questions"),
+        ("a.jsonl", b"How?", "a.jsonl, line 1: not a JSON object"),
+        ("a.jsonl", b'{"question": "How?"}\n{"question": 3}', "a.jsonl, line 2: `question` must be a text"),
+        ("a.csv", b"How?", "a.csv: a file that ends in .jsonl or .txt is expected"),
+        ("a", b"How?", "a: a file that ends in .jsonl or .txt is expected"),
+        ("-", b'{"question": ""}', "standard input, line 1: `question` must be a text that is not empty"),
+        ("-", b"", "standard input: holds no questions"),
+        ("none.txt", None, "none.txt: cannot be read (No such file or directory)"),
+    ],
+)
+def test_mistakes_in_questions(tmp_path, monkeypatch, name, content, complaint):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    with pytest.raises(UserError) as raised:
+        datasets.load_questions(name if name == "-" else str(tmp_path / name))
+    assert complaint in str(raised.value)

@@ -49,7 +49,7 @@ def log_probability(model: T5, sequence: Encoded) -> torch.Tensor:
 
 
 def margin(policy: T5, reference: T5, pair: Pair, beta: float) -> torch.Tensor:
-    """r(y_w) − r(y_l) with r(y) = β log (π(y | x) / π_ref(y | x)), each log-probability from a forward pass of its own."""
+    """r(y_w) − r(y_l) with r(y) = β log (π(y | x) / π_ref(y | x)), every log π from a forward pass of its own."""
     with torch.no_grad():
         chosen, rejected = log_probability(reference, pair.chosen), log_probability(reference, pair.rejected)
     ratio_chosen = log_probability(policy, pair.chosen) - chosen

@@ -187,6 +187,11 @@ def test_only_the_first_rows_of_a_cache_move():
     for n_rows in (2, 1, 4, 3, 4):
         rows[:n_rows] = play(model, cache, rows[:n_rows])
     assert cache.own.lengths.tolist() == [5, 4, 3, 2]
+    start(model, cache, {0: Script(model, 2, 6, seed=9), 1: (restarted := Script(model, 1, 6, seed=10))})
+    cache.copy_rows([1], [0])  # now the rows that rest are longer than those that move
+    rows[:2] = [(restarted, 0), (restarted, 0)]
+    for n_rows in (1, 2, 1):
+        rows[:n_rows] = play(model, cache, rows[:n_rows])
 
 
 def test_logits_do_not_depend_on_place_and_neighbours():

@@ -37,6 +37,7 @@ def test_schedule_at_its_edges():
     assert Schedule(1.0, warmup=0.1).at(0, 1) == 1.0
     assert Schedule(1.0, warmup=0.0).at(0, 10) == 1.0
     assert Schedule(1.0, warmup=1.0).at(9, 10) == 1.0
+    assert Schedule(1.0, warmup=0.15).at(0, 10) == 0.5  # one step and a half are two
     assert Schedule(1.0, warmup=0.01).at(0, 10) == 1.0  # a share of less than a step is one step
     assert Schedule(1.0, warmup=0.0, floor=0.0).at(5, 10) == pytest.approx(0.5)
 

@@ -1,4 +1,4 @@
-"""Decoding against transformers, independence of rows, the choice of a token, and the calculator at work in the slots."""
+"""Decoding against transformers, independence of rows, the choice of a token, the calculator at work in the slots."""
 
 import json
 import random
@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -217,7 +218,7 @@ def test_row_uniforms_are_uniform_independent_and_the_same_everywhere():
     counts, _ = np.histogram(rows, bins=100, range=(0, 1))
     assert ((counts - 1200) ** 2 / 1200).sum() < 160  # chi-square of 99 degrees of freedom: 1 in 10,000
     assert abs(np.corrcoef(rows)[np.triu_indices(400, 1)]).max() < 0.35
-    assert row_uniforms(settings, Request((1,), "q", 0))[:2].tolist() == [0.0, 0.0]
+    assert row_uniforms(settings, Request((1,), "q", 0))[:2].tolist() == [0.9736291598947793, 0.8977817992361041]
 
 
 # The choice of a token
@@ -267,6 +268,19 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it():
     }
 
 
+def test_top_p_stops_at_the_token_that_reaches_it_exactly():
+    grid_N = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    even_NV = torch.zeros(1000, 4, dtype=torch.float64)
+    for top_p, n_kept in ((0.25, 1), (0.5, 2), (0.75, 3)):
+        assert set(choose(even_NV, grid_N, Sampling(1.0, 0, top_p)).tolist()) == set(range(n_kept))
+
+
+def test_fp64_logits_are_chosen_from_in_fp64():
+    """A draw nearer to the border between two tokens than fp32 can tell."""
+    uniform_B = torch.tensor([0.5 - 1e-12, 0.5 + 1e-12], dtype=torch.float64)
+    assert choose(torch.zeros(2, 2, dtype=torch.float64), uniform_B, Sampling(1.0)).tolist() == [0, 1]
+
+
 def test_temperature_divides_the_logits():
     grid_N = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
     logits_NV = torch.tensor([[0.0, 1.0]], dtype=torch.float64).expand(10_000, -1)
@@ -278,7 +292,7 @@ def test_temperature_divides_the_logits():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (6, 1.0), (0, 0.999999), (6, 0.9)])
 def test_the_extremes_of_a_draw_never_choose_a_token_of_no_probability(top_k, top_p, dtype):
-    """Impossible tokens first, last and between, by an infinite logit or by underflow; several sizes, as rounding differs."""
+    """Impossible tokens first, last and between, by an infinite logit or by underflow, at several sizes."""
     torch.manual_seed(0)
     settings = Sampling(0.7, top_k, top_p)
     for size in (4, 33, 1000, 32_128):
@@ -436,6 +450,7 @@ CASES = {
     "blanks between": "a \u2423 << 1 \u2423 + \u2423 4 \u2423 = !5 !>> \u2423 END",
     "two annotations": "<< 1 + 1 = !2 !>> 2 a << 2 * 6 = !12 !>> 12 END",
     "second annotation at once": "<< 1 + 1 = !2 !>> << 2 + 1 = !3 !>> END",
+    "plain arithmetic behind an annotation": "<< 1 + 1 = !2 !>> 2 + 3 = 5 END",
     "annotation opened again": "<< 1 + << 2 + 1 = !3 !>> END",
     "closed and not computed": "<< 1 + 1 >> = 2 END",
     "malformed: operator missing a side": "<< 1 + = 5 >> END",
@@ -489,14 +504,17 @@ def test_a_forced_token_takes_the_place_of_its_own_draw_only():
     """Draws belong to positions: behind forced tokens a row goes on as it would have without them."""
 
     class Interrupting:
-        """Forces the ids 30 and 31 behind the row's third token."""
+        """Forces the ids 30 and 31 behind the row's third token, and remembers all it saw."""
+
+        made: ClassVar[list["Interrupting"]] = []
 
         def __init__(self):
-            self.n_seen = 0
+            self.seen = []
+            self.made.append(self)
 
         def push(self, token_id: int) -> list[int]:
-            self.n_seen += 1
-            return [30, 31] if self.n_seen == 3 else []
+            self.seen.append(token_id)
+            return [30, 31] if len(self.seen) == 3 else []
 
     model = FakeModel(lambda prompt, position: torch.cat([torch.zeros(20), torch.full((20,), -torch.inf)]))
     requests = [Request((5,), "q", k) for k in range(6)]
@@ -505,6 +523,7 @@ def test_a_forced_token_takes_the_place_of_its_own_draw_only():
     forced = [c for _, c in sorted(sample(model, requests, settings, 39, Interrupting), key=lambda pair: pair[0])]
     assert [c.token_ids for c in forced] == [[*ids[:3], 30, 31, *ids[5:]] for ids in free]
     assert all(c.forced == [False] * 3 + [True] * 2 + [False] * 7 for c in forced)
+    assert sorted(override.seen for override in Interrupting.made) == sorted(c.token_ids for c in forced)
 
 
 def test_forced_ids_of_the_real_tokenizer_are_those_of_the_training_text(shared):
@@ -526,7 +545,7 @@ def test_forced_ids_of_the_real_tokenizer_are_those_of_the_training_text(shared)
 
 
 def computed_positions(token_texts: list[str]) -> list[bool]:
-    """Which tokens lie within the ` result]` of an annotation whose left side has a value, found in the text as a whole."""
+    """Which tokens lie within the ` result]` of an annotation whose left side has a value, found in the whole text."""
     spans = [
         match.span(2)
         for match in re.finditer(r"\[([^\[\]=]*)=( [^\[\]]*\])", "".join(token_texts))

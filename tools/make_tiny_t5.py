@@ -1,13 +1,14 @@
 """Make weights/tiny-t5: a base model that has seen simple problems, but neither rationales nor the task.
 
-It learns three things, all from the generator of minidpost/toy.py under another seed: to write down the one expression of a
-one-step problem, to restore a problem from which words were dropped, and to copy. What it has not seen: annotations, the
-calculator, chains of steps, `####`. The vocabulary is a SentencePiece unigram model with byte fallback whose numbers are
-single digits, so that any text goes in.
+From the generator of minidpost/toy.py under another seed it learns to write down the one expression of a one-step
+problem, and the outline of a chain: what is computed in which order, with blanks for every number that is not in the
+question. It has not seen: a result, an annotation, a rationale, `####`. The vocabulary is a SentencePiece unigram model
+with byte fallback whose numbers are single digits, so that any text goes in.
 """
 
 import argparse
 import io
+import re
 import sys
 from pathlib import Path
 from random import Random
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from minidpost import toy  # noqa: E402
+from minidpost.answers import Example  # noqa: E402
 from minidpost.batches import Encoded  # noqa: E402
 from minidpost.checkpoint import save_model  # noqa: E402
 from minidpost.formats import T5Format  # noqa: E402
@@ -31,13 +33,15 @@ SEED = 7  # of the pre-training problems and weights; toy.WORLD_SEED makes the t
 ONE_STEP_EVENTS = (toy.gain, toy.loss, toy.multiply)
 ONE_STEP_QUESTIONS = (toy.ask_money, toy.ask_share, toy.ask_missing)
 ONE_STEP_STARTS = (toy.start_boxes, toy.start_kinds, toy.start_days)
-WORDS = """how many much each every other more less than first second last week month year hour minute day morning night
-money dollars cents price cost costs pay paid buys sells sold bought total all together altogether left remaining half
-third quarter twice times as percent number people children friends students school class house store car miles feet
-inches pounds water food cake bread milk work works worked hours make makes made take takes took give gives gave need
-needs want wants use uses used is are was were be been has have had does do did will would can could if then so because
-and or but of to in on at for from with by the a an this that these those there here it its he she they his her their
-what when where which who since while after before during between only also still into over under out up down off""".split()
+WORDS = """
+how many much each every other more less than first second last week month year hour minute day morning night money
+dollars cents price cost costs pay paid buys sells sold bought total all together altogether left remaining half third
+quarter twice times as percent number people children friends students school class house store car miles feet inches
+pounds water food cake bread milk work works worked hours make makes made take takes took give gives gave need needs
+want wants use uses used is are was were be been has have had does do did will would can could if then so because and or
+but of to in on at for from with by the a an this that these those there here it its he she they his her their what when
+where which who since while after before during between only also still into over under out up down off
+""".split()
 
 
 def simple_problem(random: Random) -> tuple[str, str] | None:
@@ -62,36 +66,43 @@ def simple_problem(random: Random) -> tuple[str, str] | None:
     return problem.question, expression
 
 
-def restoration(random: Random, question: str) -> tuple[str, str]:
-    """The problem with some words dropped, and the whole of it."""
-    kept = [word for word in question.split() if word[0].isdigit() or random.random() > 0.15]
-    return " ".join(kept), question
+def outline(problem: Example) -> tuple[str, str]:
+    """A chain of steps and its outline: what is computed in which order, `_` for all that is not in the question."""
+    results: set[str] = set()
+    steps = []
+    for expression, result in re.findall(r"<<([^=]*)=(\d+)>>", problem.rationale):
+        steps.append(re.sub(r"\d+", lambda number: "_" if number[0] in results else number[0], expression))
+        results.add(result)
+    return problem.question, " ".join(steps)
 
 
 def pretraining_texts(n: int) -> list[tuple[str, str]]:
-    """Source and target texts, two thirds of them one-step problems."""
+    """Source and target texts, half of them one-step problems with their expression, half chains with their outline."""
     random, texts = Random(SEED), []
-    chains = [toy._problem(random, random.choice(("train", "words"))) for _ in range(n // 3)]
-    for chain in filter(None, chains):
-        texts.append(restoration(random, chain.question))
     while len(texts) < n:
-        if (pair := simple_problem(random)) is not None:
+        if len(texts) % 2:
+            problem = toy.problem(random, random.choice(("train", "words")))
+            pair = outline(problem) if problem is not None else None
+        else:
+            pair = simple_problem(random)
+        if pair is not None:
             texts.append(pair)
     random.shuffle(texts)
     return texts
 
 
 def train_tokenizer(directory: Path, vocab_size: int) -> SentencePieceTokenizer:
-    """A unigram vocabulary over the toy world's words, frequent English ones, and single digits."""
+    """A unigram vocabulary over the toy world's words, frequent English ones, and numbers."""
     random = Random(SEED)
-    problems = [toy._problem(random, random.choice(("train", "words", "distractors"))) for _ in range(4000)]
-    sentences = [text for problem in filter(None, problems) for text in (problem.question, bracketed(problem.rationale))]
+    drawn = [toy.problem(random, random.choice(("train", "words", "distractors"))) for _ in range(4000)]
+    problems = [problem for problem in drawn if problem is not None]
+    sentences = [text for problem in problems for text in (problem.question, bracketed(problem.rationale))]
     sentences += [" ".join(random.sample(WORDS, 12)) for _ in range(2000)]
     # A word that is always followed by a space would not become a piece of its own: show each before several signs.
     words = sorted({word.strip(".,?$%'") for sentence in sentences for word in sentence.split()})
     sentences += [f"{word}. {word}, {word}? {word}' {word}" for word in words if not word.isdigit()]
     model = io.BytesIO()
-    symbols = [f"{space}{digit}" for space in ("▁", "") for digit in range(10)] + [f"▁{sign}" for sign in "[=+-*/$"]
+    symbols = [f"▁{number}" for number in range(1000)] + [*"0123456789"] + [f"▁{sign}" for sign in "[=+-*/$"]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),
         model_writer=model,
@@ -118,9 +129,8 @@ def train_tokenizer(directory: Path, vocab_size: int) -> SentencePieceTokenizer:
 
 def bracketed(rationale: str) -> str:
     """The rationale much as T5 writes it, before there is a tokenizer to ask."""
-    for theirs, ours in (("<<", " [ "), (">>", "] "), ("=", " = "), ("*", " * "), ("+", " + "), ("-", " - "), ("/", " / ")):
-        rationale = rationale.replace(theirs, ours)
-    return rationale
+    rationale = rationale.replace("<<", " [ ").replace(">>", "] ")
+    return re.sub(r"([-+*/=])", r" \1 ", rationale)
 
 
 def main() -> None:
@@ -128,7 +138,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "weights" / "tiny-t5")
     parser.add_argument("--examples", type=int, default=60000, help="problems to pre-train on, each seen once an epoch")
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--vocab-size", type=int, default=800)
+    parser.add_argument("--vocab-size", type=int, default=2000)
     parser.add_argument("--width", type=int, default=112)
     parser.add_argument("--layers", type=int, default=3)
     options = parser.parse_args()
@@ -136,14 +146,18 @@ def main() -> None:
     tokenizer = train_tokenizer(options.output, options.vocab_size)
     format_ = T5Format(tokenizer)
     width = options.width
-    config = T5Config(tokenizer.vocab_size, width, width // 4, 2 * width, 4, options.layers, options.layers, dropout=0.0)
+    n_layers = options.layers
+    config = T5Config(tokenizer.vocab_size, width, width // 4, 2 * width, 4, n_layers, n_layers, tied=True, scaled=True, dropout=0.0)
     torch.manual_seed(SEED)
     model = T5(config).initialise()
     model.tokenizer_files = tokenizer.files
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     pairs = pretraining_texts(options.examples)
-    sequences = [Encoded(tuple(format_.prompt_ids(source)), tuple(format_.target_ids(target))) for source, target in pairs]
-    settings = SFTSettings(epochs=options.epochs, examples_per_step=64, schedule=Schedule(3e-3, warmup=0.05), seed=SEED)
+    sequences = [
+        Encoded(tuple(format_.prompt_ids(source)), tuple(format_.target_ids(target))) for source, target in pairs
+    ]
+    schedule = Schedule(3e-3, warmup=0.05)
+    settings = SFTSettings(options.epochs, 64, schedule, micro_batch_tokens=2048, seed=SEED)
     train_sft(model, sequences, settings, options.output / "pretraining.jsonl", "pre-training")
     save_model(model, options.output)
 

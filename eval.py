@@ -1,0 +1,116 @@
+"""Measure a model: greedy accuracy, and where asked pass@k and maj@k, with and without the calculator."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import nn
+
+from minidpost import commands, datasets
+from minidpost.answers import Example
+from minidpost.evaluation import greedy_accuracy, sampled_scores
+from minidpost.files import write_json
+from minidpost.formats import T5Format
+from minidpost.report import markdown
+from minidpost.sampler import Sampling
+
+CALCULATORS = {"on": (True,), "off": (False,), "both": (True, False)}
+
+
+def main() -> None:
+    options = parse_options()
+    commands.check_output(options.output)
+    sets = load_sets(options)
+    directory, model, text_format = commands.open_model(options.checkpoint, options.device)
+    results = [
+        measure(model, text_format, name, examples, calculator, options)
+        for name, examples in sets.items()
+        for calculator in CALCULATORS[options.calculator]
+    ]
+    if options.output:
+        write_json(options.output, {"checkpoint": str(directory), "split": options.split, "results": results})
+    print(f"{directory}\n\n{table(results)}")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = commands.model_parser(__doc__)
+    parser.add_argument(
+        "--tasks", type=names, default=["toy"], metavar="NAME,…", help=f"{', '.join(datasets.SPLITS)} (default: toy)"
+    )
+    parser.add_argument("--split", default="test", help="default: test, of which toy has four kinds")
+    parser.add_argument("--calculator", choices=CALCULATORS, default="both", help="default: both")
+    parser.add_argument("--pass-at", type=counts, default=(), metavar="K,…", help="pass@k for each k")
+    parser.add_argument("--maj-at", type=counts, default=(), metavar="K,…", help="maj@k for each k")
+    parser.add_argument("--limit", type=commands.POSITIVE, metavar="N", help="only the first N questions of every set")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON to write beside the table")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where datasets lie or are fetched to")
+    parser.add_argument(
+        "--temperature", type=commands.TEMPERATURE, default=0.7, metavar="T", help="of pass@k and maj@k (default: 0.7)"
+    )
+    options = parser.parse_args()
+    if not options.temperature and max([1, *options.pass_at, *options.maj_at]) > 1:
+        parser.error("pass@k and maj@k need a --temperature above 0: greedy completions are all the same")
+    return options
+
+
+def names(text: str) -> list[str]:
+    """A flag's type: names between commas."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+def counts(text: str) -> list[int]:
+    """A flag's type: values of k between commas."""
+    return sorted({commands.POSITIVE(k) for k in text.split(",")})
+
+
+def load_sets(options: argparse.Namespace) -> dict[str, list[Example]]:
+    """The questions of every task's split, by task/split; names are checked before anything is fetched."""
+    for task in options.tasks:
+        datasets.check_split(task, options.split)
+    pairs = [
+        (task, split)
+        for task in options.tasks
+        for split in (datasets.toy.TEST_SPLITS if (task, options.split) == ("toy", "test") else [options.split])
+    ]
+    return {f"{task}/{split}": datasets.load(task, split, options.data_dir)[: options.limit] for task, split in pairs}
+
+
+def measure(
+    model: nn.Module,
+    text_format: T5Format,
+    name: str,
+    examples: Sequence[Example],
+    calculator: bool,
+    options: argparse.Namespace,
+) -> dict:
+    """One entry of the results: a set of questions, with or without calculator."""
+    settings = Sampling(
+        options.temperature, max_new_tokens=options.max_new_tokens, slots=options.slots, seed=options.seed
+    )
+    label = f"{name}, calculator {'on' if calculator else 'off'}"
+    result = {"task": name, "calculator": calculator, "n": len(examples)}
+    result["accuracy"] = asdict(greedy_accuracy(model, text_format, examples, settings, calculator, label))
+    if options.pass_at or options.maj_at:
+        passed, majority = sampled_scores(
+            model, text_format, examples, settings, options.pass_at, options.maj_at, calculator, f"{label}, sampled"
+        )
+        result["pass_at"] = {str(k): asdict(score) for k, score in passed.items()}
+        result["maj_at"] = {str(k): asdict(score) for k, score in majority.items()}
+    return result
+
+
+def table(results: Sequence[dict]) -> str:
+    """The results as a Markdown table, every score with its 95 % interval."""
+    sampled = [(kind, k) for kind in ("pass_at", "maj_at") for k in results[0].get(kind, ())]
+    heads = ["task", "calculator", "questions", "accuracy", *(f"{kind[:-3]}@{k}" for kind, k in sampled)]
+    rows = []
+    for result in results:
+        scores = [result["accuracy"], *(result[kind][k] for kind, k in sampled)]
+        shown = [f"{s['value']:.1%} ({100 * s['low']:.1f}–{100 * s['high']:.1f})" for s in scores]
+        rows.append([result["task"], "on" if result["calculator"] else "off", f"{result['n']:,}", *shown])
+    return markdown(heads, rows)
+
+
+if __name__ == "__main__":
+    commands.run_command(main)

@@ -1,0 +1,576 @@
+"""The three commands as a user meets them: what they write and show, and the one line they answer a mistake with.
+
+Most calls run a command in this process, where imports cost nothing; what depends on a process of its own (pipes,
+terminals, signals, exit statuses) runs in one.
+"""
+
+import io
+import json
+import os
+import pty
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample as sample_command
+from minidpost import toy
+from minidpost.batches import Encoded
+from minidpost.checkpoint import load_model, save_model
+from minidpost.generation import Generated
+from minidpost.optimizer import Schedule
+from minidpost.report import table
+from minidpost.sampler import Completion
+from minidpost.sft import SFTSettings, train_sft
+from minidpost.t5 import T5, T5Config
+from minidpost.tokenizer import load_tokenizer
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+KNOWN = {
+    "Tom has 3 apples and buys 4. How many?": "Tom has <<3+4=7>>7 apples.\n#### 7",
+    "Mia has 9 pens and loses 5. How many?": "Mia keeps <<9-5=4>>4 pens.\n#### 4",
+}
+TOM, MIA = KNOWN
+QUICK = ["--limit", "2", "--iterations", "1", "--max-new-tokens", "8", "--sft-epochs", "1", "--samples", "2"]
+
+
+@dataclass
+class Outcome:
+    """A finished command."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def complaints(self) -> list[str]:
+        """What stands on standard error beside progress bars."""
+        return [line for line in self.err.split("\n") if line.strip() and "%|" not in line]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Runs a command's file in this process, in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(command: str, *arguments: object, terminal: bool = False) -> Outcome:
+        monkeypatch.setattr(sys, "argv", [f"{ROOT}/{command}", *map(str, arguments)])
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / command), run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        return Outcome(status, *capsys.readouterr())
+
+    return run
+
+
+def start(command: str, *arguments: object, **options) -> subprocess.Popen:
+    """Starts a command as a process of its own, one that Ctrl-C reaches."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    environment.pop("PYTHONUNBUFFERED", None)  # as most users have it
+    pipes = {name: options.pop(name, subprocess.PIPE) for name in ("stdin", "stdout", "stderr")}
+    return subprocess.Popen(
+        [sys.executable, ROOT / command, *map(str, arguments)],
+        env=environment,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **pipes,
+        **options,
+    )
+
+
+def finished(process: subprocess.Popen, given: str | None = None) -> Outcome:
+    out, err = process.communicate(given, timeout=120)
+    return Outcome(process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def knowing_model_dir(tmp_path_factory, tiny_format) -> Path:
+    """A tiny model that knows two answers by heart, calculator annotations included."""
+    tokenizer = load_tokenizer(ROOT / "weights" / "tiny-t5")
+    torch.manual_seed(0)
+    model = T5(T5Config(tokenizer.vocab_size, 32, 16, 64, 2, 1, 1, dropout=0.0)).initialise()
+    model.tokenizer_files = tokenizer.files
+    pairs = [
+        Encoded(tuple(tiny_format.prompt_ids(question)), tuple(tiny_format.target_ids(rationale)))
+        for question, rationale in KNOWN.items()
+    ]
+    train_sft(model, pairs, SFTSettings(60, 2, Schedule(1e-2)))
+    directory = tmp_path_factory.mktemp("models") / "knowing"
+    save_model(model, directory)
+    return directory
+
+
+def write_lines(path: Path, *rows: dict | str) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def snapshot(directory: Path) -> dict[str, tuple[int, bytes]]:
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+# -- sample.py --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_in_the_order_of_questions_and_samples(call, knowing_model_dir, tiny_format):
+    outcome = call("sample.py", TOM, MIA, "--checkpoint", knowing_model_dir, "--output", "rows.jsonl", "--slots", 1)
+    assert (outcome.status, outcome.complaints) == (0, [])
+    assert "2 completions of 2 questions: rows.jsonl" in outcome.out
+    rows = read_rows("rows.jsonl")
+    for index, (row, (question, rationale), answer) in enumerate(zip(rows, KNOWN.items(), "74", strict=True)):
+        assert [*row] == "index sample question completion answer finish_reason token_ids forced".split()
+        assert (row["index"], row["sample"], row["question"]) == (index, 0, question)
+        assert (row["completion"], row["answer"], row["finish_reason"]) == (rationale, answer, "stop")
+        assert row["token_ids"] == tiny_format.target_ids(rationale)
+        forced = [i for i, flag in zip(row["token_ids"], row["forced"], strict=True) if flag]
+        assert tiny_format.text(forced).strip("[] ") == answer
+    assert [path.name for path in Path().iterdir()] == ["rows.jsonl"]
+
+
+def test_samples_depend_on_the_seed_and_not_on_the_slots(call, knowing_model_dir):
+    flags = ["--checkpoint", knowing_model_dir, "--samples", 3, "--temperature", 3, "--max-new-tokens", 9]
+    seeds_and_slots = [(1, 64), (1, 2), (2, 64)]
+    for name, (seed, slots) in zip("abc", seeds_and_slots, strict=True):
+        assert call("sample.py", TOM, MIA, *flags, "--seed", seed, "--slots", slots, "--output", name).status == 0
+    a, b, c = map(read_rows, "abc")
+    assert [(row["index"], row["sample"]) for row in a] == [(i, k) for i in range(2) for k in range(3)]
+    assert a == b != c
+    assert len({row["completion"] for row in a}) == 6
+
+
+@pytest.mark.parametrize("flags", [["--top-k", 1], ["--top-p", 1e-9]])
+def test_the_likeliest_token_alone_is_greedy(call, knowing_model_dir, flags):
+    call("sample.py", TOM, "--checkpoint", knowing_model_dir, "--temperature", 5, *flags, "--output", "rows.jsonl")
+    assert read_rows("rows.jsonl")[0]["completion"] == KNOWN[TOM]
+
+
+def test_without_calculator_nothing_is_forced(call, knowing_model_dir):
+    call("sample.py", TOM, "--checkpoint", knowing_model_dir, "--no-calculator", "--output", "rows.jsonl")
+    (row,) = read_rows("rows.jsonl")
+    assert not any(row["forced"])
+    assert row["completion"] == KNOWN[TOM]
+
+
+def test_an_answer_that_is_none_is_null_and_a_cut_is_told(call, knowing_model_dir):
+    flags = ["--checkpoint", knowing_model_dir, "--max-new-tokens", 3]
+    call("sample.py", TOM, *flags, "--output", "rows.jsonl")
+    (row,) = read_rows("rows.jsonl")
+    assert (row["answer"], row["finish_reason"], len(row["token_ids"])) == (None, "length", 3)
+    assert "(cut after 3 tokens)" in call("sample.py", TOM, *flags).out
+
+
+@pytest.mark.parametrize("name", ["questions.jsonl", "questions.txt"])
+def test_questions_from_a_file(call, knowing_model_dir, name):
+    rows = [{"question": TOM, "answer": "of no interest"}, "", {"question": f" {MIA} "}]
+    if name.endswith(".txt"):
+        rows = [TOM, "", f" {MIA} \r"]
+    write_lines(Path(name), *rows)
+    call("sample.py", "--input", name, "--checkpoint", knowing_model_dir, "--output", "rows.jsonl")
+    assert [row["question"] for row in read_rows("rows.jsonl")] == [TOM, MIA]
+
+
+@pytest.mark.parametrize("given", [json.dumps({"question": TOM}), f"\n{TOM}\r\n"])
+def test_questions_from_standard_input(call, knowing_model_dir, monkeypatch, given):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
+    outcome = call("sample.py", "--input", "-", "--checkpoint", knowing_model_dir)
+    assert (outcome.status, outcome.complaints) == (0, [])
+    assert outcome.out == f"{TOM}\n    Tom has <<3+4=7>>7 apples.\n    #### 7\n"
+
+
+def test_results_of_the_calculator_stand_out_on_a_terminal_only(call, knowing_model_dir, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    flags = [TOM, "--checkpoint", knowing_model_dir]
+    plain = call("sample.py", *flags).out
+    assert "<<3+4=7>>7 apples" in plain
+    bold = call("sample.py", *flags, terminal=True).out
+    assert f"<<3+4={sample_command.BOLD}7{sample_command.PLAIN}>>7 apples" in bold
+    assert call("sample.py", *flags, "--no-calculator", terminal=True).out == plain
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert call("sample.py", *flags, terminal=True).out == plain
+
+
+def test_from_a_pipe_to_a_terminal(knowing_model_dir, tmp_path):
+    ours, theirs = pty.openpty()
+    flags = ["--input", "-", "--checkpoint", knowing_model_dir]
+    process = start("sample.py", *flags, stdin=subprocess.PIPE, stdout=theirs, cwd=tmp_path, env={"NO_COLOR": ""})
+    outcome = finished(process, TOM)
+    os.close(theirs)
+    assert (outcome.status, outcome.complaints) == (0, [])
+    assert f"={sample_command.BOLD}7{sample_command.PLAIN}>>" in os.read(ours, 10_000).decode()
+
+
+def test_only_what_was_forced_is_highlighted():
+    text = "A <<1+1=2>>2, b <<2*3=6>>6, c <<7>>7.\n#### 6"
+    assert sample_command.highlighted(text, set()) == text
+    assert sample_command.highlighted(text, {1, 2}) == text.replace("=6", "=\x1b[1;36m6\x1b[0m").replace(
+        "<<7", "<<\x1b[1;36m7\x1b[0m"
+    )
+
+
+@pytest.mark.parametrize(
+    ("pieces", "numbers"),
+    [
+        ([("a [ 1 + 1 =", 0), (" 2]", 1), (" 2 b [ 2 * 3 = 6] 6 c [ 8 / 2 =", 0), (" 4]", 1), (" 4", 0)], {0, 2}),
+        ([("a [ 1 + 1 = 2] 2 b [ 2 * 3 =", 0), (" 6]", 1)], {1}),
+        ([("a [ 1 + 1 = 2] 2 b [ 90 * 3 =", 0), (" 2", 1)], set()),  # cut inside a forced result
+        ([("a [ 1 + 1 = 2] 2", 0)], set()),
+    ],
+)
+def test_which_annotations_were_forced(tiny_format, pieces, numbers):
+    tokenizer = load_tokenizer(ROOT / "weights" / "tiny-t5")
+    ids = [(i, bool(forced)) for text, forced in pieces for i in tokenizer.encode(text)]
+    done = Generated(0, 0, Completion(*map(list, zip(*ids, strict=True))), "")
+    assert sample_command.forced_annotations(done, tiny_format) == numbers
+
+
+def test_signs_that_command_a_terminal_are_not_passed_on(tiny_format, capsys):
+    done = Generated(0, 0, Completion([1], [False], "stop"), "½ – ü\n\x1b[2J")
+    sample_command.show(["\x1bcHow?\x07"], [done], tiny_format)
+    assert capsys.readouterr().out == "\ufffdcHow?\ufffd\n    ½ – ü\n    \ufffd[2J\n"
+
+
+def test_without_argument_the_newest_model_answers_toy_questions(call, tiny_model_dir, knowing_model_dir):
+    for name, age, source in (("a/iteration-2", 50, tiny_model_dir), ("b/iteration-1", 10, knowing_model_dir)):
+        path = shutil.copytree(source, Path("runs", name, "sft"))
+        os.utime(path / "config.json", (time.time() - age,) * 2)
+    shutil.copytree(tiny_model_dir, "runs/b/iteration-2/sft.unfinished")
+    outcome = call("sample.py", "--max-new-tokens", 30)
+    assert (outcome.status, outcome.complaints) == (0, [])
+    assert [line for line in outcome.out.splitlines() if line and line[0] != " "] == [
+        example.question for example in toy.examples("dev")[:5]
+    ]
+    assert outcome.out == call("sample.py", "--max-new-tokens", 30, "--checkpoint", "runs/b/iteration-1/sft").out
+
+
+# -- eval.py ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_toy_test_sets_with_and_without_calculator(call, tiny_model_dir):
+    flags = ["--checkpoint", tiny_model_dir, "--limit", 3, "--max-new-tokens", 6]
+    outcome = call("eval.py", *flags, "--pass-at", "2,1", "--maj-at", 3, "--output", "scores.json")
+    assert (outcome.status, outcome.complaints) == (0, [])
+    scores = json.loads(Path("scores.json").read_text())
+    assert (scores["checkpoint"], scores["split"]) == (str(tiny_model_dir), "test")
+    names = [f"toy/{split}" for split in ("test", "longer", "words", "distractors")]
+    assert [(row["task"], row["calculator"]) for row in scores["results"]] == [
+        (name, calculator) for name in names for calculator in (True, False)
+    ]
+    for row in scores["results"]:
+        assert row["n"] == row["accuracy"]["n"] == 3
+        assert row["accuracy"]["low"] <= row["accuracy"]["value"] <= row["accuracy"]["high"]
+        assert (row["pass_at"].keys(), row["maj_at"].keys()) == ({"1", "2"}, {"3"})
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in outcome.out.splitlines() if "|" in line]
+    assert lines[0] == ["task", "calculator", "questions", "accuracy", "pass@1", "pass@2", "maj@3"]
+    assert lines[2] == ["toy/test", "on", "3", *["0.0% (0.0–56.2)"] * 4]
+    assert [line[0] for line in lines[2::2]] == names
+
+
+def test_a_model_that_knows_the_answers_is_right(call, knowing_model_dir, monkeypatch):
+    from minidpost import datasets
+
+    known = [datasets.Example(TOM, "7"), datasets.Example(MIA, "5")]
+    monkeypatch.setattr(datasets, "load", lambda name, split, data_dir: known)
+    outcome = call("eval.py", "--checkpoint", knowing_model_dir, "--split", "dev", "--calculator", "on")
+    assert "toy/dev | on         | 2         | 50.0% (9.5–90.5)" in outcome.out
+    assert "off" not in outcome.out
+
+
+def test_real_sets(call, tiny_model_dir, shared):
+    flags = ["--checkpoint", tiny_model_dir, "--limit", 2, "--max-new-tokens", 3, "--calculator", "off"]
+    outcome = call("eval.py", "--tasks", "svamp, multiarith", "--data-dir", shared / "data", *flags)
+    assert re.findall(r"^\| (\w+/\w+) +\| off", outcome.out, re.MULTILINE) == ["svamp/test", "multiarith/test"]
+
+
+# -- train.py ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def my_data(tmp_path) -> Path:
+    rows = [{"question": e.question, "answer": e.answer, "rationale": e.rationale} for e in toy.examples("train")[:6]]
+    return write_lines(tmp_path / "mine.jsonl", *rows)
+
+
+FILES = {
+    "sft": ["sft"],
+    "st": ["samples-sft.jsonl", "pseudo-labels.jsonl", "sft"],
+    "rft": ["samples-sft.jsonl", "pseudo-labels.jsonl", "sft"],
+    "dpo-st": ["samples-dpo.jsonl", "pairs.jsonl", "dpo", "samples-sft.jsonl", "pseudo-labels.jsonl", "sft"],
+}
+
+
+@pytest.mark.parametrize("method", FILES)
+def test_a_whole_run_of_each_method(call, tiny_model_dir, my_data, method):
+    flags = [*QUICK, "--limit", 6, "--method", method]
+    outcome = call("train.py", "--model", tiny_model_dir, "--data", my_data, "--run-dir", "run", *flags)
+    assert (outcome.status, outcome.complaints) == (0, [])
+    run, numbers = Path("run"), [0] if method == "sft" else [0, 1]
+    for number in numbers:
+        files = [*(FILES[method] if number else FILES["sft"]), "evaluation.json"]
+        assert {path.name for path in (run / f"iteration-{number}").iterdir()} == set(files)
+        for model in {"sft", "dpo"} & set(files):
+            load_model(run / f"iteration-{number}" / model)
+            names = {"config.json", "model.safetensors", "spiece.model", "log.jsonl"}
+            assert {path.name for path in (run / f"iteration-{number}" / model).iterdir()} == names
+    results = json.loads((run / "results.json").read_text())
+    assert (results["model"], results["method"], results["seed"]) == (str(tiny_model_dir), method, 42)
+    assert results["settings"]["preset"]["max_new_tokens"] == 8
+    assert [entry["iteration"] for entry in results["iterations"]] == numbers
+    for entry in results["iterations"]:
+        assert entry["accuracy"] == {"mine/dev": 0.0}
+        assert entry["flops"] > 0
+        assert entry["seconds"] > 0
+        assert entry["pass_at_10"] == 0
+        assert (entry["pairs"] is not None) == (method == "dpo-st" and entry["iteration"] == 1)
+        assert entry["pseudo_labels"] == (0 if entry["iteration"] else None)
+    assert table(results) in outcome.out
+    assert table(results) in (run / "report.md").read_text()
+    assert (run / "figures/accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in run.iterdir()} == {
+        *(f"iteration-{number}" for number in numbers),
+        *("config.json", "stages.jsonl", "log.txt", "results.json", "report.md", "figures"),
+    }
+
+
+def test_rest_em_with_a_model_that_is_never_right_ends_in_one_line(call, tiny_model_dir, my_data):
+    outcome = call("train.py", "--model", tiny_model_dir, "--method", "rest-em", "--data", my_data, *QUICK)
+    assert outcome.status == 2
+    assert outcome.complaints == [
+        "train.py: iteration 1: not one sample was right, so there is nothing to fine-tune on"
+    ]
+
+
+def test_the_embedded_world_and_a_second_run(call, tiny_model_dir, tmp_path):
+    flags = ["--model", tiny_model_dir, *QUICK]
+    first = finished(start("train.py", *flags, cwd=tmp_path))
+    assert (first.status, first.complaints) == (0, [])
+    run = tmp_path / "runs/tiny-random-dpo-st-toy-42"
+    results = json.loads((run / "results.json").read_text())
+    sets = {f"toy/{split}" for split in ("dev", "test", "longer", "words", "distractors")}
+    assert [entry["accuracy"].keys() for entry in results["iterations"]] == [sets, sets]
+    assert results["iterations"][1]["pairs"] > 0
+    # Two labelled questions and two unlabelled ones were sampled for.
+    assert len(read_rows(run / "iteration-1/samples-dpo.jsonl")) == 4 * 5
+
+    before = snapshot(run)
+    second = call("train.py", *flags)
+    assert (second.status, second.complaints) == (0, [])
+    shown = table(results)
+    assert shown in first.out
+    assert shown in second.out
+    unchanged = {name for name, state in snapshot(run).items() if before[name] == state}
+    assert {name for name in before if name.startswith("iteration-") or "json" in name} - {"results.json"} <= unchanged
+    assert snapshot(run)["results.json"][1] == before["results.json"][1]
+
+
+def test_a_run_directory_of_another_configuration_is_left_alone(call, tiny_model_dir, my_data):
+    flags = ["--model", tiny_model_dir, "--data", my_data, "--run-dir", "run", "--method", "sft", *QUICK]
+    assert call("train.py", *flags).status == 0
+    before = snapshot(Path("run"))
+    for change, complaint in (
+        (["--seed", "7"], "run was begun with seed = 42, this command has 7"),
+        (["--sft-epochs", "2"], "run was begun with preset.sft_epochs = 1, this command has 2"),
+        (["--no-calculator"], "run was begun with no_calculator = False, this command has True"),
+    ):
+        outcome = call("train.py", *flags, *change)
+        assert outcome.status == 2
+        assert outcome.complaints == [f"train.py: {complaint}; choose another --run-dir"]
+    assert snapshot(Path("run")) == before
+
+
+def test_unlabelled_questions_are_sampled_for(call, tiny_model_dir, my_data):
+    more = write_lines(
+        Path("more.jsonl"), {"question": "How many?", "answer": 5}, {"question": "And now?", "answer": "6"}
+    )
+    flags = ["--data", my_data, "--unlabelled", more, "--method", "st", "--run-dir", "run", *QUICK, "--limit", "3"]
+    assert call("train.py", "--model", tiny_model_dir, *flags).status == 0
+    rows = read_rows("run/iteration-1/samples-sft.jsonl")
+    assert len({row["question"] for row in rows}) == 2 + 2  # of three labelled ones one is held out
+    assert {"How many?", "And now?"} <= {row["question"] for row in rows}
+
+
+def test_ctrl_c_ends_quietly_and_leaves_no_half_stage(tiny_model_dir, tmp_path):
+    process = start("train.py", "--model", tiny_model_dir, "--sft-epochs", 10_000, cwd=tmp_path)
+    stage = tmp_path / "runs/tiny-random-dpo-st-toy-42/iteration-0/sft"
+    while not (stage.with_name("sft.unfinished") / "log.jsonl").is_file():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    outcome = finished(process)
+    assert outcome.status == 130
+    assert outcome.complaints == ["train.py: interrupted; the same command continues after the last finished stage"]
+    assert not stage.exists()
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["train.py", "sample.py", "eval.py"])
+def test_help(call, command):
+    outcome = call(command, "--help")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert {"--seed", "--device", "--slots", "--max-new-tokens"} <= set(re.findall(r"--[\w-]+", outcome.out))
+
+
+MISTAKES = [
+    ("train.py --model flan-t5-bsae", "did you mean flan-t5-base?"),
+    ("train.py --method dpost", "'dpo-st'"),
+    ("train.py --data gsm9k", "--data gsm9k: toy, gsm8k or a file that ends in .jsonl is expected"),
+    ("train.py --data none.jsonl", "none.jsonl: cannot be read (No such file or directory)"),
+    ("train.py --data empty.jsonl", "empty.jsonl: holds no examples"),
+    ("train.py --data broken.jsonl", "broken.jsonl, line 3: not a JSON object"),
+    ("train.py --data words.jsonl", "words.jsonl, line 2: `answer` must be a number or the text of one, found 'seven'"),
+    ("train.py --data unlabelled.jsonl", "unlabelled.jsonl, line 1: every row of a labelled set needs a `rationale`"),
+    ("train.py --data one.jsonl", "one.jsonl: at least 2 examples are needed"),
+    ("train.py --data long.jsonl --limit 2", "tokens; the limit is 1,024"),
+    ("train.py --unlabelled broken.jsonl", "broken.jsonl, line 3"),
+    ("train.py --model HALF", "model.safetensors"),
+    ("train.py --limit 0", "--limit 0: must be positive"),
+    ("train.py --samples=-1", "--samples -1: must be positive"),
+    ("train.py --temperature nan", "--temperature nan: must be positive"),
+    ("train.py --dpo-steps many", "argument --dpo-steps: invalid int value: 'many'"),
+    ("train.py --run-dir old.jsonl", "old.jsonl exists and is no run directory"),
+    ("train.py --run-dir folder", "folder exists and is no run directory"),
+    ("train.py --run-dir old.jsonl/run", "Not a directory"),
+    ("train.py --device abacus", "argument --device: 'abacus' cannot be used here"),
+    ("train.py --colour", "unrecognized arguments: --colour"),
+    ("sample.py How? --checkpoint tiny-t6", "did you mean tiny-t5?"),
+    ("sample.py How? --checkpoint folder", "folder: this directory holds no config.json"),
+    ("sample.py How? --checkpoint HALF", "model.safetensors"),
+    ("sample.py How? --checkpoint BARE", "BARE: no tokenizer here"),
+    ("sample.py How? --output old.jsonl", "--output old.jsonl: exists already"),
+    ("sample.py How? --output old.jsonl/rows", "old.jsonl is no directory that can be written to"),
+    ("sample.py --input none.txt", "none.txt: cannot be read (No such file or directory)"),
+    ("sample.py --input empty.jsonl", "empty.jsonl: holds no questions"),
+    ("sample.py --input broken.jsonl", "broken.jsonl, line 3: not a JSON object"),
+    ("sample.py --input nothing.jsonl", "nothing.jsonl, line 2: `question` must be a text that is not empty"),
+    ("sample.py --input notes.md", "notes.md: a file that ends in .jsonl or .txt is expected"),
+    ("sample.py --input latin.txt", "latin.txt: not a text in UTF-8"),
+    ("sample.py --input long.jsonl", "question 2 ('How How"),
+    ("sample.py How? --input one.jsonl", "from the command line or from --input"),
+    ("sample.py How? --samples 3", "--samples 3 needs a --temperature above 0"),
+    ("sample.py How? --samples 0", "argument --samples: a whole number of at least 1 is expected, found '0'"),
+    ("sample.py How? --slots 0", "argument --slots: a whole number of at least 1"),
+    ("sample.py How? --slots 2.5", "argument --slots: a whole number of at least 1 is expected, found '2.5'"),
+    ("sample.py How? --max-new-tokens 0", "argument --max-new-tokens: a whole number of at least 1"),
+    ("sample.py How? --temperature=-1", "argument --temperature: a number of at least 0 is expected, found '-1'"),
+    ("sample.py How? --temperature nan", "argument --temperature: a number of at least 0"),
+    ("sample.py How? --temperature inf", "argument --temperature: a number of at least 0"),
+    ("sample.py How? --top-k=-3", "argument --top-k: a whole number of at least 0"),
+    ("sample.py How? --top-p 0", "argument --top-p: a number above 0 and at most 1 is expected, found '0'"),
+    ("sample.py How? --top-p 1.5", "argument --top-p: a number above 0 and at most 1"),
+    ("eval.py --checkpoint flan-t5-lareg", "did you mean flan-t5-large?"),
+    ("eval.py --tasks gsm9k", "there is no dataset 'gsm9k'; choose one of gsm8k, multiarith, asdiv, svamp, toy"),
+    ("eval.py --tasks gsm8k,svamp --split dev", "svamp has no split 'dev'; choose one of test"),
+    ("eval.py --tasks toy,", "there is no dataset ''"),
+    ("eval.py --pass-at 1,ten", "argument --pass-at: a whole number of at least 1 is expected, found 'ten'"),
+    ("eval.py --pass-at 0", "argument --pass-at: a whole number of at least 1 is expected, found '0'"),
+    ("eval.py --maj-at 8,", "argument --maj-at: a whole number of at least 1 is expected, found ''"),
+    ("eval.py --pass-at 10 --temperature 0", "need a --temperature above 0"),
+    ("eval.py --calculator maybe", "'both'"),
+    ("eval.py --limit 0", "argument --limit: a whole number of at least 1"),
+    ("eval.py --output old.jsonl", "--output old.jsonl: exists already"),
+    ("eval.py --checkpoint HALF", "model.safetensors"),
+]
+
+
+@pytest.fixture
+def mistaken_files(tmp_path, tiny_model_dir) -> Path:
+    """A directory of files as users have them."""
+    row = {"question": "How?", "answer": "1", "rationale": "So.\n#### 1"}
+    write_lines(tmp_path / "empty.jsonl")
+    write_lines(tmp_path / "broken.jsonl", row, "", '{"question": "How', row)
+    write_lines(tmp_path / "words.jsonl", row, row | {"question": "Why?", "answer": "seven"})
+    write_lines(tmp_path / "unlabelled.jsonl", {"question": "How?", "answer": 1})
+    write_lines(tmp_path / "nothing.jsonl", row, {"answer": 1})
+    write_lines(tmp_path / "one.jsonl", row)
+    write_lines(tmp_path / "long.jsonl", row, row | {"question": "How " * 3000})
+    write_lines(tmp_path / "old.jsonl", "old")
+    write_lines(tmp_path / "notes.md", "How?")
+    (tmp_path / "latin.txt").write_bytes("Wie für?".encode("latin-1"))
+    (tmp_path / "folder").mkdir()
+    write_lines(tmp_path / "folder" / "notes.txt", "mine")
+    half = shutil.copytree(tiny_model_dir, tmp_path / "HALF")
+    whole = (half / "model.safetensors").read_bytes()
+    (half / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    bare = shutil.copytree(tiny_model_dir, tmp_path / "BARE")
+    (bare / "spiece.model").unlink()
+    return tmp_path
+
+
+@pytest.mark.parametrize(("line", "complaint"), MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_a_mistake_is_answered_in_one_line(call, mistaken_files, tiny_model_dir, line, complaint):
+    command, *arguments = line.split()
+    flag = "--model" if command == "train.py" else "--checkpoint"
+    if flag not in arguments:
+        arguments += [flag, tiny_model_dir]
+    before = snapshot(mistaken_files)
+    outcome = call(command, *arguments)
+    assert outcome.status == 2
+    assert len(outcome.complaints) == 1
+    assert outcome.complaints[0].startswith(f"{command}: ")
+    assert complaint in outcome.complaints[0]
+    after = snapshot(mistaken_files)
+    assert {name: after[name] for name in before} == before
+    assert command == "train.py" or after == before
+
+
+@pytest.mark.parametrize("line", ["train.py --data none.jsonl", "sample.py --samples 0", "eval.py --tasks nil"])
+def test_a_mistake_in_a_process_of_its_own(tmp_path, tiny_model_dir, line):
+    command, *arguments = line.split()
+    model = ["--model" if command == "train.py" else "--checkpoint", tiny_model_dir]
+    outcome = finished(start(command, *arguments, *model, cwd=tmp_path))
+    assert (outcome.status, outcome.out) == (2, "")
+    assert len(outcome.err.splitlines()) == 1
+    assert outcome.err.startswith(f"{command}: ")
+
+
+def test_a_reader_that_leaves_early_is_no_error(knowing_model_dir, tmp_path):
+    process = start("sample.py", TOM, "--checkpoint", knowing_model_dir, cwd=tmp_path)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=120) == 1
+    assert Outcome(1, "", err).complaints == []
+
+
+# -- with the embedded model, as a newcomer types it ------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "shown"), [("sample.py", "?"), ("eval.py", "toy/distractors")])
+def test_without_run_or_argument_the_base_model_shows_what_it_lacks(tmp_path, command, shown):
+    outcome = finished(start(command, cwd=tmp_path))
+    assert outcome.status == 0
+    assert outcome.complaints == ["no run under runs/ (python train.py makes one): tiny-t5 has not learnt the task yet"]
+    assert shown in outcome.out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_train_without_argument_makes_the_embedded_model_better(tmp_path):
+    process = start("train.py", cwd=tmp_path)
+    out, _ = process.communicate(timeout=1800)
+    assert process.returncode == 0
+    results = json.loads((tmp_path / "runs/tiny-t5-dpo-st-toy-42/results.json").read_text())
+    assert table(results) in out
+    accuracies = [entry["accuracy"]["toy/dev"] for entry in results["iterations"]]
+    assert max(accuracies) > accuracies[0] > 0
+    assert "####" in finished(start("sample.py", cwd=tmp_path)).out
