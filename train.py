@@ -39,6 +39,7 @@ def main() -> None:
     data = load_data(options)
     path = options.run_dir or Path("runs") / f"{base.name}-{options.method}-{data.name}-{options.seed}"
     settings = {name: getattr(options, name) for name in SETTINGS} | {"preset": dataclasses.asdict(preset)}
+    settings["examples"] = data.fingerprint()
     directory = RunDirectory(path, settings)
     calculator = not options.no_calculator
     run = Run(directory, base, options.method, preset, data, options.seed, calculator, options.device)

@@ -1,8 +1,8 @@
 """Sampling with the calculator: ours against transformers' `generate` with a logits processor that does the same job.
 
-Same weights, same questions, greedy, calculator on; 64 slots here, batches of 64 there (questions sorted by length, which
-is kind to it). The processor is a reasonable one: it keeps an automaton a row (ours), looks at the last token only and
-touches only the rows that are being forced. The completions of both sides are compared before anything is timed.
+Same weights, same questions, greedy, calculator on; 64 slots here, batches of 64 there (questions sorted by length,
+which is kind to it). The processor is a reasonable one: it keeps an automaton a row (ours), looks at the last token only
+and touches only the rows that are being forced. The completions of both sides are compared before anything is timed.
 """
 
 import argparse
@@ -93,7 +93,8 @@ def main() -> None:
             f"({torch.get_num_threads()} threads), transformers {transformers.__version__}, fp32",
             "",
             f"{len(prompts)} questions, {n_tokens:,} tokens, {options.rows} rows, greedy, calculator on; "
-            f"{same} of {len(prompts)} completions identical, token for token. Median of {options.pairs} interleaved pairs.",
+            f"{same} of {len(prompts)} completions identical, token for token. "
+            f"Median of {options.pairs} interleaved pairs.",
             "",
             *__doc__.split("\n\n", 1)[1].strip().split("\n"),
             "",

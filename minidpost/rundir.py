@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minidpost import __version__
-from minidpost.files import UserError, read_jsonl, staged_directory, staged_file, write_json
+from minidpost.files import UserError, read_jsonl, staged_directory, staged_file, write_json, write_jsonl
 
 
 class RunDirectory:
@@ -56,9 +56,9 @@ class RunDirectory:
         started = time.perf_counter()
         with staged_file(path) if path.suffix else staged_directory(path) as temporary:
             facts = work(temporary) | {"seconds": round(time.perf_counter() - started, 2)}
-            with open(self.path / "stages.jsonl", "a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"stage": name, **facts}) + "\n")
-        self.facts[name] = facts
+            self.facts[name] = facts
+            rows = ({"stage": stage, **facts} for stage, facts in self.facts.items())
+            write_jsonl(self.path / "stages.jsonl", rows)  # before the stage takes its name: what is finished has facts
         return path
 
     def say(self, text: str) -> None:

@@ -11,6 +11,7 @@ earlier rounds are merged into the pairs and pseudo-labels of later ones, as the
 the given number of iterations, or before, when accuracy on dev no longer rises.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -48,6 +49,10 @@ class Data:
     dev: Sequence[Example]
     tests: dict[str, Sequence[Example]]
     name: str
+
+    def fingerprint(self) -> str:
+        """A short hash of every example, by which a run knows its data again."""
+        return hashlib.sha256(repr([self.labelled, self.pool, self.dev, self.tests]).encode()).hexdigest()[:16]
 
 
 class Run:

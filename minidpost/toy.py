@@ -17,6 +17,7 @@ WORLD_SEED = 2024
 SIZES = {"train": 400, "unlabelled": 1200, "dev": 300, "test": 500, "longer": 200, "words": 200, "distractors": 200}
 SPLITS = tuple(SIZES)
 TEST_SPLITS = ("test", "longer", "words", "distractors")
+EVENTS_A_PROBLEM, LONGER_EVENTS = (1, 1, 2), (3, 4)
 MAX_AMOUNT = 999
 
 NAMES = "Mia Tom Ana Ben Eva Sam Zoe Max Lily Jack Nora Paul Rosa Adam Ella Hugo".split()
@@ -287,7 +288,7 @@ def examples(split: str, seed: int = WORLD_SEED) -> list[Example]:
 def _draw(split: str, seed: int, seen: set[str]) -> list[Example]:
     random, drawn = Random(f"{seed}/{split}"), []
     while len(drawn) < SIZES[split]:
-        example = problem(random, split)
+        example = problem(random, split, LONGER_EVENTS if split == "longer" else EVENTS_A_PROBLEM)
         if example is not None and example.question not in seen:
             seen.add(example.question)
             rationale = None if split == "unlabelled" else example.rationale
@@ -295,12 +296,11 @@ def _draw(split: str, seed: int, seen: set[str]) -> list[Example]:
     return drawn
 
 
-def problem(random: Random, split: str) -> Example | None:
-    """One problem of a split's kind; None where the draws do not fit together."""
-    n_events = random.choice((3, 4)) if split == "longer" else random.choice((1, 1, 2))
+def problem(random: Random, split: str, n_events: tuple[int, ...]) -> Example | None:
+    """One problem of a split's kind, with one of these numbers of events; None where the draws do not fit together."""
     story = new_story(random, unseen=split == "words")
     random.choice(STARTS)(story)
-    for _ in range(n_events):
+    for _ in range(random.choice(n_events)):
         if random.choice(EVENTS)(story) is False or story.amount > MAX_AMOUNT:
             return None
         if split == "distractors" and random.random() < 0.5:

@@ -1,9 +1,10 @@
 """Make weights/tiny-t5: a base model that has seen simple problems, but neither rationales nor the task.
 
-From the generator of minidpost/toy.py under another seed it learns to write down the one expression of a one-step
-problem, and the outline of a chain: what is computed in which order, with blanks for every number that is not in the
-question. It has not seen: a result, an annotation, a rationale, `####`. The vocabulary is a SentencePiece unigram model
-with byte fallback whose numbers are single digits, so that any text goes in.
+From the generator of minidpost/toy.py under another seed it learns to answer problems of one or two steps with bare
+equations, and to write the outline of a longer chain: what is computed in which order, with blanks for every number
+that is not in the question. It has not seen: an annotation, a rationale's sentences, `####`, the results of a chain of
+more than two steps. The vocabulary is a SentencePiece unigram model with byte fallback, so that any text goes in; every
+number up to 999 is a piece, as the common ones are in T5's.
 """
 
 import argparse
@@ -30,9 +31,7 @@ from minidpost.t5 import T5, T5Config  # noqa: E402
 from minidpost.tokenizer import SentencePieceTokenizer  # noqa: E402
 
 SEED = 7  # of the pre-training problems and weights; toy.WORLD_SEED makes the task's
-ONE_STEP_EVENTS = (toy.gain, toy.loss, toy.multiply)
-ONE_STEP_QUESTIONS = (toy.ask_money, toy.ask_share, toy.ask_missing)
-ONE_STEP_STARTS = (toy.start_boxes, toy.start_kinds, toy.start_days)
+PEOPLE, THINGS = {*toy.NAMES, *toy.UNSEEN_NAMES}, {*toy.THINGS, *toy.UNSEEN_THINGS}
 WORDS = """
 how many much each every other more less than first second last week month year hour minute day morning night money
 dollars cents price cost costs pay paid buys sells sold bought total all together altogether left remaining half third
@@ -44,49 +43,41 @@ where which who since while after before during between only also still into ove
 """.split()
 
 
-def simple_problem(random: Random) -> tuple[str, str] | None:
-    """A problem of one step and its expression; unseen names, things and verbs occur here, as in any large corpus."""
-    story = toy.new_story(random, unseen=random.random() < 0.2)
-    answer: object = True
-    kind = random.random()
-    if kind < 0.3:
-        random.choice(ONE_STEP_STARTS)(story)
-    else:
-        toy.start_count(story)
-        story.amount = random.randint(4, 999)
-        story.sentences.clear()
-        story.say("{name} has {n} {thing}.", "There are {n} {thing} in {name}'s room.", n=story.amount)
-        answer = random.choice(ONE_STEP_EVENTS if kind < 0.7 else ONE_STEP_QUESTIONS)(story)
-    if answer is None or answer is False:
-        return None
-    if kind < 0.7:
-        toy.ask_count(story)
-    problem = toy.finished(story, 0)
-    expression = story.steps[-1].partition("<<")[2].partition("=")[0]
-    return problem.question, expression
+def solved(problem: Example) -> tuple[str, str]:
+    """A problem and its bare equations: `Mia, pens: 6*8=48, 48*3=144. Answer 144`."""
+    steps = re.findall(r"<<(.*?)>>", problem.rationale)
+    return f"Solve: {problem.question}", f"{about(problem)}: {', '.join(steps)}. Answer {problem.answer}"
 
 
-def outline(problem: Example) -> tuple[str, str]:
+def outlined(problem: Example) -> tuple[str, str]:
     """A chain of steps and its outline: what is computed in which order, `_` for all that is not in the question."""
     results: set[str] = set()
     steps = []
     for expression, result in re.findall(r"<<([^=]*)=(\d+)>>", problem.rationale):
         steps.append(re.sub(r"\d+", lambda number: "_" if number[0] in results else number[0], expression))
         results.add(result)
-    return problem.question, " ".join(steps)
+    return f"Outline: {problem.question}", f"{about(problem)}: {', '.join(steps)}"
+
+
+def about(problem: Example) -> str:
+    """The first person and the first things that a problem names."""
+    words = re.findall(r"\w+", problem.question)
+    return ", ".join(next(word for word in words if word in known) for known in (PEOPLE, THINGS))
 
 
 def pretraining_texts(n: int) -> list[tuple[str, str]]:
-    """Source and target texts, half of them one-step problems with their expression, half chains with their outline."""
+    """Source and target texts: problems of at most two steps with their equations, and chains with outlines."""
     random, texts = Random(SEED), []
     while len(texts) < n:
+        split = random.choice(("train", "train", "words"))
         if len(texts) % 2:
-            problem = toy.problem(random, random.choice(("train", "words")))
-            pair = outline(problem) if problem is not None else None
+            drawn = toy.problem(random, split, (0, 1))
+            if drawn is not None and 1 <= drawn.rationale.count("<<") <= 2:
+                texts.append(solved(drawn))
         else:
-            pair = simple_problem(random)
-        if pair is not None:
-            texts.append(pair)
+            drawn = toy.problem(random, split, toy.EVENTS_A_PROBLEM)
+            if drawn is not None:
+                texts.append(outlined(drawn))
     random.shuffle(texts)
     return texts
 
@@ -94,10 +85,11 @@ def pretraining_texts(n: int) -> list[tuple[str, str]]:
 def train_tokenizer(directory: Path, vocab_size: int) -> SentencePieceTokenizer:
     """A unigram vocabulary over the toy world's words, frequent English ones, and numbers."""
     random = Random(SEED)
-    drawn = [toy.problem(random, random.choice(("train", "words", "distractors"))) for _ in range(4000)]
+    splits = ("train", "words", "distractors")
+    drawn = [toy.problem(random, random.choice(splits), (1, 2, 3)) for _ in range(4000)]
     problems = [problem for problem in drawn if problem is not None]
     sentences = [text for problem in problems for text in (problem.question, bracketed(problem.rationale))]
-    sentences += [" ".join(random.sample(WORDS, 12)) for _ in range(2000)]
+    sentences += [" ".join(random.sample(WORDS, 12)) for _ in range(2000)] + ["Solve: Outline: Answer"] * 500
     # A word that is always followed by a space would not become a piece of its own: show each before several signs.
     words = sorted({word.strip(".,?$%'") for sentence in sentences for word in sentence.split()})
     sentences += [f"{word}. {word}, {word}? {word}' {word}" for word in words if not word.isdigit()]
@@ -136,18 +128,27 @@ def bracketed(rationale: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "weights" / "tiny-t5")
-    parser.add_argument("--examples", type=int, default=60000, help="problems to pre-train on, each seen once an epoch")
-    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--examples", type=int, default=120000, help="problems to pre-train on")
     parser.add_argument("--vocab-size", type=int, default=2000)
-    parser.add_argument("--width", type=int, default=112)
+    parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--layers", type=int, default=3)
     options = parser.parse_args()
 
     tokenizer = train_tokenizer(options.output, options.vocab_size)
     format_ = T5Format(tokenizer)
     width = options.width
-    n_layers = options.layers
-    config = T5Config(tokenizer.vocab_size, width, width // 4, 2 * width, 4, n_layers, n_layers, tied=True, scaled=True, dropout=0.0)
+    config = T5Config(
+        vocab_size=tokenizer.vocab_size,
+        d_model=width,
+        d_kv=width // 4,
+        d_ff=2 * width,
+        n_heads=4,
+        n_encoder_layers=options.layers,
+        n_decoder_layers=options.layers,
+        tied=True,
+        scaled=True,
+        dropout=0.0,
+    )
     torch.manual_seed(SEED)
     model = T5(config).initialise()
     model.tokenizer_files = tokenizer.files
@@ -156,8 +157,8 @@ def main() -> None:
     sequences = [
         Encoded(tuple(format_.prompt_ids(source)), tuple(format_.target_ids(target))) for source, target in pairs
     ]
-    schedule = Schedule(3e-3, warmup=0.05)
-    settings = SFTSettings(options.epochs, 64, schedule, micro_batch_tokens=2048, seed=SEED)
+    schedule = Schedule(2e-3, warmup=0.05)
+    settings = SFTSettings(1, 32, schedule, micro_batch_tokens=2048, seed=SEED)
     train_sft(model, sequences, settings, options.output / "pretraining.jsonl", "pre-training")
     save_model(model, options.output)
 
