@@ -1,8 +1,9 @@
 """Sampling with the calculator: ours against transformers' `generate` with a logits processor that does the same job.
 
 Same weights, same questions, greedy, calculator on; 64 slots here, batches of 64 there (questions sorted by length,
-which is kind to it). The processor is a reasonable one: it keeps an automaton a row (ours), looks at the last token only
-and touches only the rows that are being forced. The completions of both sides are compared before anything is timed.
+which is kind to it). The processor is a reasonable one: it keeps an automaton a row (ours), looks at the last token
+only and touches only the rows that are being forced. The completions of both sides are compared before anything is
+timed.
 """
 
 import argparse

@@ -47,15 +47,16 @@ T5 = Preset()
 # million weights want a higher learning rate than hundreds of millions, and fewer steps are enough.
 TINY_T5 = replace(
     T5,
-    sft_epochs=6,
-    sft_examples_per_step=32,
+    sft_epochs=12,
+    sft_examples_per_step=16,
     sft_learning_rate=2e-3,
-    dpo_steps=40,
-    dpo_pairs_per_step=48,
-    dpo_learning_rate=1e-4,
+    dpo_steps=30,
+    dpo_pairs_per_step=32,
+    dpo_learning_rate=5e-5,
     max_source=640,
     max_target=640,
     micro_batch_tokens=2048,
+    max_new_tokens=160,
     slots=128,
 )
 

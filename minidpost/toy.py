@@ -7,6 +7,7 @@ answer are known, and, as in the paper, test sets out of domain: longer chains, 
 numbers that do not matter.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -14,7 +15,7 @@ from random import Random
 from minidpost.answers import Example
 
 WORLD_SEED = 2024
-SIZES = {"train": 400, "unlabelled": 1200, "dev": 300, "test": 500, "longer": 200, "words": 200, "distractors": 200}
+SIZES = {"train": 400, "unlabelled": 800, "dev": 200, "test": 500, "longer": 150, "words": 150, "distractors": 150}
 SPLITS = tuple(SIZES)
 TEST_SPLITS = ("test", "longer", "words", "distractors")
 EVENTS_A_PROBLEM, LONGER_EVENTS = (1, 1, 2), (3, 4)
@@ -289,7 +290,7 @@ def _draw(split: str, seed: int, seen: set[str]) -> list[Example]:
     random, drawn = Random(f"{seed}/{split}"), []
     while len(drawn) < SIZES[split]:
         example = problem(random, split, LONGER_EVENTS if split == "longer" else EVENTS_A_PROBLEM)
-        if example is not None and example.question not in seen:
+        if example is not None and example.question not in seen and largest_number(example) <= MAX_AMOUNT:
             seen.add(example.question)
             rationale = None if split == "unlabelled" else example.rationale
             drawn.append(Example(example.question, example.answer, rationale))
@@ -322,3 +323,8 @@ def finished(story: Story, answer: int | None) -> Example | None:
     rationale = "\n".join([*story.steps, f"#### {answer}"])
     question = " ".join(sentence[0].upper() + sentence[1:] for sentence in story.sentences)
     return Example(question, str(answer), rationale)
+
+
+def largest_number(example: Example) -> int:
+    """The largest number of a rationale."""
+    return max(int(number) for number in re.findall(r"\d+", example.rationale))

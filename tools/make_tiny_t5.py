@@ -159,7 +159,7 @@ def main() -> None:
     ]
     schedule = Schedule(2e-3, warmup=0.05)
     settings = SFTSettings(1, 32, schedule, micro_batch_tokens=2048, seed=SEED)
-    train_sft(model, sequences, settings, options.output / "pretraining.jsonl", "pre-training")
+    train_sft(model, sequences, settings, stage="pre-training")
     save_model(model, options.output)
 
 

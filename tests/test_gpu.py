@@ -1,0 +1,56 @@
+"""What only a CUDA device can show: bf16 sampling and training steps of a real shape. Run with `pytest -m gpu`."""
+
+import pytest
+import torch
+
+from minidpost.batches import Encoded
+from minidpost.dpo import DPOSettings, Pair, train_dpo
+from minidpost.optimizer import Schedule, read_log
+from minidpost.sampler import Request, Sampling, sample
+from minidpost.sft import SFTSettings, train_sft
+from minidpost.t5 import T5, T5Config
+
+pytestmark = pytest.mark.gpu
+FLAN_T5_SMALL = T5Config(32128, 512, 64, 1024, 6, 8, 8)
+
+
+@pytest.fixture
+def model() -> T5:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    torch.manual_seed(0)
+    return T5(FLAN_T5_SMALL).initialise().to("cuda")
+
+
+def sequences(n: int) -> list[Encoded]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(5, 60, (n, 2), generator=generator).tolist()
+
+    def draw(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, 32000, (length,), generator=generator).tolist())
+
+    return [Encoded(draw(source), (*draw(target), 1)) for source, target in lengths]
+
+
+def test_sampling_in_bf16_gives_every_request_its_completion(model):
+    requests = [Request(s.prompt, str(i // 2), i % 2) for i, s in enumerate(sequences(20))]
+    settings = Sampling(temperature=0.7, max_new_tokens=24, slots=8)
+    done = dict(sample(model.to(torch.bfloat16), requests, settings, end_id=1))
+    assert sorted(done) == list(range(20))
+    assert all(1 <= len(completion.token_ids) <= 24 for completion in done.values())
+
+
+def test_sft_in_bf16_lowers_the_loss_and_keeps_fp32_weights(model, tmp_path):
+    train_sft(model, sequences(16), SFTSettings(20, 16, Schedule(1e-3)), tmp_path / "log.jsonl")
+    losses = [step["loss"] for step in read_log(tmp_path / "log.jsonl")]
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_dpo_in_bf16_begins_near_ln_2_and_learns_the_preference(model, tmp_path):
+    drawn = sequences(16)
+    pairs = [Pair(a, Encoded(a.prompt, b.target)) for a, b in zip(drawn[:8], drawn[8:], strict=True)]
+    train_dpo(model, pairs, DPOSettings(20, 8, Schedule(1e-5)), tmp_path / "log.jsonl")
+    steps = list(read_log(tmp_path / "log.jsonl"))
+    assert abs(steps[0]["loss"] - 0.6931) < 0.02
+    assert steps[-1]["loss"] < steps[0]["loss"]
