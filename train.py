@@ -40,6 +40,7 @@ def main() -> None:
     path = options.run_dir or Path("runs") / f"{base.name}-{options.method}-{data.name}-{options.seed}"
     settings = {name: getattr(options, name) for name in SETTINGS} | {"preset": dataclasses.asdict(preset)}
     settings["examples"] = data.fingerprint()
+    del settings["preset"]["iterations"]  # a finished run may be taken further
     directory = RunDirectory(path, settings)
     calculator = not options.no_calculator
     run = Run(directory, base, options.method, preset, data, options.seed, calculator, options.device)

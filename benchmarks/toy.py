@@ -38,6 +38,7 @@ SAMPLES = 10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--iterations", type=int, default=3, help="of each run, at most")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--runs", type=Path, default=Path("runs/toy-benchmark"), help="where the runs lie, continued")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "toy.md")
@@ -45,27 +46,18 @@ def main() -> None:
     seeds = [int(seed) for seed in options.seeds.split(",")]
     directories = {(m, s): options.runs / f"{m}-{s}" for m in METHODS for s in seeds}
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(train, directories, directories.values()))
+        list(pool.map(lambda name: train(*name, options.iterations, directories[name]), directories))
     torch.set_num_threads(1)
-    command = f"python benchmarks/toy.py --seeds {options.seeds}"
+    command = f"python benchmarks/toy.py --seeds {options.seeds} --iterations {options.iterations}"
     options.output.write_text(report(directories, seeds, command), encoding="utf-8")
     print(options.output.read_text(encoding="utf-8"))
 
 
-def train(name: tuple[str, int], directory: Path) -> None:
+def train(method: str, seed: int, iterations: int, directory: Path) -> None:
     """One run of train.py, its output beside it."""
-    method, seed = name
     directory.parent.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "--method",
-        method,
-        "--seed",
-        str(seed),
-        "--run-dir",
-        str(directory),
-    ]
+    command = [sys.executable, str(ROOT / "train.py"), "--run-dir", str(directory)]
+    command += ["--method", method, "--seed", str(seed), "--iterations", str(iterations)]
     with open(directory.with_suffix(".out"), "a", encoding="utf-8") as output:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, check=True, stdout=output, stderr=output, env=environment)

@@ -37,7 +37,7 @@ class RunDirectory:
     def _check_same(self, config: Path) -> None:
         try:
             begun, wanted = flat(json.loads(config.read_text(encoding="utf-8"))["settings"]), flat(self.settings)
-            differing = sorted(name for name in {*begun, *wanted} if begun.get(name) != wanted.get(name))
+            differing = [name for name in {**wanted, **begun} if begun.get(name) != wanted.get(name)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{config} is not readable; choose another --run-dir") from None
         if differing:

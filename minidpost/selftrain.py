@@ -37,7 +37,7 @@ from minidpost.sft import SFTSettings, train_sft
 from minidpost.tokenizer import load_tokenizer
 
 PASS_AT = 10  # samples a dev question, before and after each DPO
-PASS_QUESTIONS = 256  # dev questions that are sampled for it
+PASS_QUESTIONS = 100  # dev questions that are sampled for it
 
 
 @dataclass(frozen=True)
