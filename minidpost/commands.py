@@ -52,7 +52,9 @@ def model_parser(description: str) -> Parser:
     """A parser with the flags of every command that loads one model and samples from it."""
     parser = Parser(description=description)
     parser.add_argument(
-        "--checkpoint", metavar="DIR", help="a directory or a model's name (default: the newest under runs/)"
+        "--checkpoint",
+        metavar="DIR",
+        help="a directory or a model's name (default: the newest under runs/, else tiny-t5-dpo-st)",
     )
     parser.add_argument("--max-new-tokens", type=POSITIVE, default=300, metavar="N", help="default: 300")
     parser.add_argument("--slots", type=POSITIVE, default=64, metavar="N", help="rows decoded at once (default: 64)")
@@ -110,10 +112,6 @@ def open_model(checkpoint: str | None, device: str) -> tuple[Path, nn.Module, T5
 
 
 def default_checkpoint() -> Path:
-    """The model that the newest run made last; without a run, the base model, and a line that says what it lacks."""
+    """The model that the newest run made last; without a run, the embedded one that has learnt the task."""
     finished = sorted(RUNS.glob("*/iteration-*/sft/config.json"), key=lambda path: path.stat().st_mtime)
-    if finished:
-        return finished[-1].parent
-    base = find_model("tiny-t5")
-    print("no run under runs/ (python train.py makes one): tiny-t5 has not learnt the task yet", file=sys.stderr)
-    return base
+    return finished[-1].parent if finished else find_model("tiny-t5-dpo-st")

@@ -13,7 +13,7 @@ from pathlib import Path
 from minidpost.files import UserError
 
 WEIGHTS_DIR = Path(__file__).resolve().parent.parent / "weights"
-EMBEDDED = ("tiny-t5",)
+EMBEDDED = ("tiny-t5", "tiny-t5-dpo-st")  # a base model, and what the method makes of it
 PUBLISHED: dict[str, str] = {
     "flan-t5-small": "google/flan-t5-small",
     "flan-t5-base": "google/flan-t5-base",

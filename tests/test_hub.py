@@ -189,7 +189,10 @@ def test_directories_and_names(tmp_path):
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("flan-t5-larg", r"'flan-t5-larg' \(did you mean flan-t5-large\?\); known models: tiny-t5, flan-t5-small, "),
+        (
+            "flan-t5-larg",
+            r"'flan-t5-larg' \(did you mean flan-t5-large\?\); known models: tiny-t5, tiny-t5-dpo-st, flan-t5-small, ",
+        ),
         ("google/flan-t5-base", r"'google/flan-t5-base' \(did you mean flan-t5-base\?\)"),
         ("zzz", r"'zzz'; known models: "),
         ("{tmp}/empty", r"empty: this directory holds no config\.json"),
