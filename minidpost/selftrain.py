@@ -124,6 +124,7 @@ class Run:
                 examples_per_step=self.preset.sft_examples_per_step,
                 schedule=self.schedule(self.preset.sft_learning_rate),
                 micro_batch_tokens=self.preset.micro_batch_tokens,
+                activation_checkpointing=self.preset.activation_checkpointing,
                 seed=self.seed,
             )
             train_sft(model, sequences, settings, directory / "log.jsonl", f"{number}/sft")
@@ -194,6 +195,7 @@ class Run:
                     schedule=self.schedule(preset.dpo_learning_rate),
                     beta=preset.beta,
                     micro_batch_tokens=preset.micro_batch_tokens,
+                    activation_checkpointing=preset.activation_checkpointing,
                     seed=self.seed,
                 )
                 train_dpo(model, pairs, settings, directory / "log.jsonl", f"{number}/dpo")
