@@ -11,7 +11,7 @@ COMMANDS = ("train.py", "sample.py", "eval.py")
 # A module imports only from those above it.
 ORDER = """
     files calculator answers formats tokenizer toy datasets hub kvcache t5 checkpoint sampler batches objectives
-    optimizer sft dpo selection generation evaluation presets flops rundir selftrain report commands
+    optimizer resume sft dpo selection generation evaluation presets memory flops rundir selftrain report commands
 """.split()
 MAX_LINES = {"t5.py": 300, **dict.fromkeys(COMMANDS, 120)}
 FOREIGN = {"transformers", "trl", "accelerate", "lightning", "pytorch_lightning", "peft", "deepspeed", "pickle"}
