@@ -6,8 +6,8 @@ from pathlib import Path
 from random import Random
 
 from minidpost import datasets
-from minidpost.commands import Parser, device, run_command
-from minidpost.files import UserError
+from minidpost.commands import MINUTES, Parser, device, run_command
+from minidpost.files import UserError, files_hash
 from minidpost.generation import default_device
 from minidpost.hub import find_model
 from minidpost.presets import METHODS, preset_for
@@ -16,6 +16,7 @@ from minidpost.rundir import RunDirectory
 from minidpost.selftrain import Data, Run
 
 SETTINGS = ("model", "method", "data", "unlabelled", "limit", "seed", "no_calculator")  # what makes a run the same run
+MODEL_FILES = ("config.json", "*.safetensors", "**/*.model")  # of the base model: a run knows it again by them
 OVERRIDES = {  # flags that replace one setting of the preset
     "iterations": (int, "self-training rounds at most"),
     "samples": (int, "K: rationales a question for the pseudo-labels"),
@@ -27,7 +28,7 @@ OVERRIDES = {  # flags that replace one setting of the preset
     "dpo_learning_rate": (float, "its peak"),
     "max_new_tokens": (int, "longest completion"),
     "slots": (int, "rows decoded at once"),
-    "micro_batch_tokens": (int, "padded tokens a forward pass in training: memory, not results"),
+    "micro_batch_tokens": (int, "padded tokens a forward pass in training: memory"),
 }
 
 
@@ -35,15 +36,15 @@ def main() -> None:
     options = parse_options()
     base = find_model(options.model)
     overrides = {name: value for name in OVERRIDES if (value := getattr(options, name)) is not None}
-    preset = dataclasses.replace(preset_for(options.model, options.method), **overrides)
+    preset = dataclasses.replace(preset_for(options.model, "t5", options.method), **overrides)
     data = load_data(options)
     path = options.run_dir or Path("runs") / f"{base.name}-{options.method}-{data.name}-{options.seed}"
     settings = {name: getattr(options, name) for name in SETTINGS} | {"preset": dataclasses.asdict(preset)}
-    settings["examples"] = data.fingerprint()
+    settings["examples"], settings["weights"] = data.fingerprint(), files_hash(base, MODEL_FILES)
     del settings["preset"]["iterations"]  # a finished run may be taken further
-    directory = RunDirectory(path, settings)
-    calculator = not options.no_calculator
-    run = Run(directory, base, options.method, preset, data, options.seed, calculator, options.device)
+    directory = RunDirectory(path, settings, options.fresh)
+    calculator, minutes = not options.no_calculator, options.checkpoint_minutes
+    run = Run(directory, base, options.method, preset, data, options.seed, calculator, options.device, minutes)
     text = ""
     for _ in run.iterations():
         text = write_report(run, options.model)
@@ -61,6 +62,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="take only the first N examples of every set")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where datasets lie or are fetched to")
     parser.add_argument("--run-dir", type=Path, help="default: runs/MODEL-METHOD-DATA-SEED")
+    parser.add_argument("--fresh", action="store_true", help="begin anew; the run that is there becomes NAME.1")
+    parser.add_argument(
+        "--checkpoint-minutes", type=MINUTES, default=5.0, help="between two checkpoints of a training (default: 5)"
+    )
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--no-calculator", action="store_true", help="let the model do its own arithmetic")
     parser.add_argument("--device", type=device, default=default_device())
@@ -101,4 +106,4 @@ def load_data(options: argparse.Namespace) -> Data:
 
 
 if __name__ == "__main__":
-    run_command(main, "the same command continues after the last finished stage")
+    run_command(main, "the same command continues from here")

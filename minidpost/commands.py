@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,35 +11,47 @@ import torch
 from torch import nn
 
 from minidpost.checkpoint import load_model
-from minidpost.files import UserError
+from minidpost.files import UserError, no_room
 from minidpost.formats import T5Format, format_for
 from minidpost.generation import default_device, sampling_dtype
 from minidpost.hub import find_model
+from minidpost.resume import Terminated, interrupt
 from minidpost.tokenizer import load_tokenizer
 
 RUNS = Path("runs")
 
 
 def run_command(main: Callable[[], None], if_interrupted: str = "nothing was written") -> None:
-    """Run a command's main and exit with its status: 0, 2 for a mistake of the user's, 130 for Ctrl-C."""
+    """Run a command's main and exit with its status.
+
+    0; 2 for a mistake of the user's or a full disk; 130 for Ctrl-C; 143 for SIGTERM. What follows Ctrl-C and a full
+    disk is said in the words of `if_interrupted`.
+    """
     name = os.path.basename(sys.argv[0])
     try:
+        signal.signal(signal.SIGTERM, interrupt)
         main()
         sys.stdout.flush()  # here, so that a closed pipe is noticed while it can be handled
     except UserError as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as reason:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would only garble the end
         print(f"\n{name}: interrupted; {if_interrupted}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(143 if isinstance(reason, Terminated) else 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        if error.filename is None:
+    except Exception as error:
+        if (reason := no_room(error)) is not None:
+            print(f"{name}: cannot write ({reason}); {if_interrupted}", file=sys.stderr)
+        elif isinstance(error, OSError) and error.filename is not None:
+            print(f"{name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        else:
             raise
-        print(f"{name}: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,6 +94,7 @@ def checked(kind: type, allowed: Callable[[float], bool], wanted: str) -> Callab
 POSITIVE = checked(int, lambda value: value >= 1, "a whole number of at least 1")
 NOT_NEGATIVE = checked(int, lambda value: value >= 0, "a whole number of at least 0")
 TEMPERATURE = checked(float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
+MINUTES = checked(float, lambda value: 0 <= value < float("inf"), "a number of minutes")
 SHARE = checked(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 
 
