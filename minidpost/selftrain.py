@@ -26,7 +26,7 @@ from minidpost.dpo import DPOSettings, Pair, train_dpo
 from minidpost.evaluation import greedy_accuracy, sampled_scores
 from minidpost.files import UserError, read_jsonl, write_json, write_jsonl
 from minidpost.flops import forward_flops, model_size, sampling_flops, training_flops
-from minidpost.formats import T5Format, format_for
+from minidpost.formats import Format, format_for
 from minidpost.generation import check_prompts, generate, sampling_dtype
 from minidpost.optimizer import Schedule, derived_seed
 from minidpost.presets import Preset
@@ -71,7 +71,7 @@ class Run:
     ):
         self.directory, self.base, self.method, self.preset, self.data = directory, base, method, preset, data
         self.seed, self.calculator, self.device = seed, calculator, device
-        self.format: T5Format = format_for("t5", load_tokenizer(base))
+        self.format: Format = format_for("t5", load_tokenizer(base))
         for examples in (data.pool, data.dev, *data.tests.values()):
             questions = [example.question for example in examples]
             check_prompts(questions, [self.format.prompt_ids(question) for question in questions])
@@ -337,7 +337,7 @@ class Run:
         )
 
 
-def encoded(text_format: T5Format, question: str, target: Sequence[int]) -> Encoded:
+def encoded(text_format: Format, question: str, target: Sequence[int]) -> Encoded:
     """A question and the ids of its rationale, which are trained on as they are."""
     return Encoded(tuple(text_format.prompt_ids(question)), tuple(target))
 

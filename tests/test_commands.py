@@ -25,6 +25,7 @@ import sample as sample_command
 from minidpost import toy
 from minidpost.batches import Encoded
 from minidpost.checkpoint import load_model, save_model
+from minidpost.formats import format_for
 from minidpost.generation import Generated
 from minidpost.optimizer import Schedule
 from minidpost.report import table
@@ -240,6 +241,19 @@ def test_which_annotations_were_forced(tiny_format, pieces, numbers):
     ids = [(i, bool(forced)) for text, forced in pieces for i in tokenizer.encode(text)]
     done = Generated(0, 0, Completion(*map(list, zip(*ids, strict=True))), "")
     assert sample_command.forced_annotations(done, tiny_format) == numbers
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3"])
+def test_which_annotations_of_a_llama_were_forced(shared, name):
+    tokenizer = load_tokenizer(shared / "tokenizers" / name)
+    pieces = [("a <<1+1=", 0), ("2>>", 1), ("2\nb <<2*3=6>>6\n\nc (<<(8-30)=", 0), ("-22>>", 1), (").", 0)]
+    ids = [(i, bool(forced)) for text, forced in pieces for i in tokenizer.encode(text, continued=True)]
+    done = Generated(0, 0, Completion(*map(list, zip(*ids, strict=True))), "")
+    text_format = format_for("llama", tokenizer)
+    assert sample_command.forced_annotations(done, text_format) == {0, 2}
+    assert sample_command.highlighted(text_format.text(done.completion.token_ids), {2}).endswith(
+        "2\nb <<2*3=6>>6\nc (<<(8-30)=\x1b[1;36m-22\x1b[0m>>)."
+    )
 
 
 def test_signs_that_command_a_terminal_are_not_passed_on(tiny_format, capsys):
