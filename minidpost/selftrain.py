@@ -21,12 +21,12 @@ from torch import nn
 
 from minidpost.answers import Example, is_correct
 from minidpost.batches import Encoded, token_counts, within_limits
-from minidpost.checkpoint import load_model, save_model
+from minidpost.checkpoint import load_format, load_model, save_model
 from minidpost.dpo import DPOSettings, Pair, train_dpo
 from minidpost.evaluation import greedy_accuracy, sampled_scores
 from minidpost.files import UserError, read_jsonl, write_json, write_jsonl
 from minidpost.flops import forward_flops, model_size, sampling_flops, training_flops
-from minidpost.formats import Format, format_for
+from minidpost.formats import Format
 from minidpost.generation import check_prompts, generate, sampling_dtype
 from minidpost.optimizer import Schedule, derived_seed
 from minidpost.presets import Preset
@@ -34,7 +34,6 @@ from minidpost.rundir import RunDirectory
 from minidpost.sampler import Sampling
 from minidpost.selection import Candidates, preference_pairs, pseudo_labels
 from minidpost.sft import SFTSettings, train_sft
-from minidpost.tokenizer import load_tokenizer
 
 PASS_AT = 10  # samples a dev question, before and after each DPO
 PASS_QUESTIONS = 100  # dev questions that are sampled for it
@@ -71,7 +70,7 @@ class Run:
     ):
         self.directory, self.base, self.method, self.preset, self.data = directory, base, method, preset, data
         self.seed, self.calculator, self.device = seed, calculator, device
-        self.format: Format = format_for("t5", load_tokenizer(base))
+        self.format = load_format(base)
         for examples in (data.pool, data.dev, *data.tests.values()):
             questions = [example.question for example in examples]
             check_prompts(questions, [self.format.prompt_ids(question) for question in questions])
