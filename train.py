@@ -6,11 +6,12 @@ from pathlib import Path
 from random import Random
 
 from minidpost import datasets
-from minidpost.checkpoint import empty_model, model_type
+from minidpost.checkpoint import empty_model
 from minidpost.commands import Parser, device, run_command
 from minidpost.files import UserError
 from minidpost.generation import default_device, sampling_dtype
 from minidpost.hub import EMBEDDED, PUBLISHED, find_model
+from minidpost.layouts import model_type, read_config
 from minidpost.memory import check_memory
 from minidpost.presets import METHODS, preset_for
 from minidpost.report import write_report
@@ -36,9 +37,10 @@ OVERRIDES = {  # flags that replace one setting of the preset
 def main() -> None:
     options = parse_options()
     base = find_model(options.model)
-    overrides = {name: value for name in (*OVERRIDES, "activation_checkpointing") if (value := getattr(options, name)) is not None}
+    names = (*OVERRIDES, "activation_checkpointing")
+    overrides = {name: value for name in names if (value := getattr(options, name)) is not None}
     preset = dataclasses.replace(preset_for(options.model, model_type(base), options.method), **overrides)
-    memory = check_memory(empty_model(base), preset, sampling_dtype(options.device), options.device)
+    memory = check_memory(empty_model(read_config(base)), preset, sampling_dtype(options.device), options.device)
     data = load_data(options)
     path = options.run_dir or Path("runs") / f"{base.name}-{options.method}-{data.name}-{options.seed}"
     settings = {name: getattr(options, name) for name in SETTINGS} | {"preset": dataclasses.asdict(preset)}
@@ -71,7 +73,9 @@ def parse_options() -> argparse.Namespace:
     for name, (kind, text) in OVERRIDES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{text} (default: the preset's)")
     parser.add_argument(
-        "--activation-checkpointing", action=argparse.BooleanOptionalAction, help="in training, less memory for more time"
+        "--activation-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="in training, less memory for more time",
     )
     options = parser.parse_args()
     for name in ("limit", *OVERRIDES):

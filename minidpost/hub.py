@@ -90,6 +90,6 @@ def _fetch(repository: str, tokenizer_file: str, directory: Path) -> None:
         licence = "accept its licence there and set HF_TOKEN, then " if repository.startswith("meta-llama/") else ""
         raise UserError(
             f"{directory.name} could not be fetched from {constants.ENDPOINT}/{repository} ({reason:.200}); {licence}"
-            f"run the command again, or download {', '.join(files)}, *.safetensors (and {SHARDS}, if there) and put them "
-            f"in {directory}"
+            f"run the command again, or download {', '.join(files)}, *.safetensors (and {SHARDS}, if there) and put "
+            f"them in {directory}"
         ) from None

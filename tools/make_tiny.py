@@ -108,7 +108,9 @@ def llama_vocabulary(vocab_size: int) -> bytes:
     """Llama's: a number is a piece without a space, as it stands in `<<48/2=24>>24`; the prompt's words are two."""
     before, after = LLAMA_PROMPT.replace(" ", "▁").split("{question}")
     symbols = [before, after, "<<", ">>", "####", "\n", *"+-*/=$%", *(str(number) for number in range(1000))]
-    return vocabulary(sample_texts(str), symbols, vocab_size, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, remove_extra_whitespaces=False)
+    return vocabulary(
+        sample_texts(str), symbols, vocab_size, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, remove_extra_whitespaces=False
+    )
 
 
 def vocabulary(texts: list[str], symbols: list[str], vocab_size: int, **options: int) -> bytes:
