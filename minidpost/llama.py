@@ -69,9 +69,9 @@ class Attention(nn.Module):
     def attend(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask_B1TT: Tensor | None) -> Tensor:
         """Attention within rows, (B, T, H·K); without a mask each position sees itself and those before it."""
         q_BHTK, k_BGTK, v_BGTK = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
-        is_grouped, is_causal = q_BHTK.shape[1] != k_BGTK.shape[1], mask_B1TT is None
+        is_grouped = q_BHTK.shape[1] != k_BGTK.shape[1]
         y_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BGTK, v_BGTK, mask_B1TT, is_causal=is_causal, enable_gqa=is_grouped
+            q_BHTK, k_BGTK, v_BGTK, mask_B1TT, is_causal=mask_B1TT is None, enable_gqa=is_grouped
         )
         return y_BHTK.transpose(1, 2).flatten(2)
 
@@ -203,18 +203,15 @@ class Llama(nn.Module):
         cache.set_lengths(rows, lengths)
         if any(lengths):
             ids_N = torch.tensor([token_id for prompt in prompts for token_id in prompt[:-1]], device=device)
-            length_B, longest = torch.tensor(lengths, device=device), max(lengths)
-            is_token_BT = torch.arange(longest, device=device) < length_B[:, None]
-            row_N, position_N = is_token_BT.nonzero().unbind(1)
-            rotation, x_ND = self.rotation(position_N), self.embedding(ids_N)
+            shape = (len(rows), max(lengths))
+            place = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).nonzero().to(device).unbind(1)
+            rotation, x_ND = self.rotation(place[1]), self.embedding(ids_N)
             for index, layer in enumerate(self.stack.layers):
                 projected = layer.attention.project(layer.attention_norm(x_ND), *rotation)
-                padded = [x.new_zeros(len(rows), longest, *x.shape[1:]) for x in projected]
-                for rows_of, line in zip(padded, projected, strict=True):
-                    rows_of[row_N, position_N] = line
-                cache.keys_LBHSK[index, rows, :, :longest] = padded[1].transpose(1, 2)
-                cache.values_LBHSK[index, rows, :, :longest] = padded[2].transpose(1, 2)
-                x_ND = layer.finish(x_ND, layer.attention.attend(*padded, None)[row_N, position_N])
+                padded = [x.new_zeros(*shape, *x.shape[1:]).index_put_(place, x) for x in projected]
+                cache.keys_LBHSK[index, rows, :, : shape[1]] = padded[1].transpose(1, 2)
+                cache.values_LBHSK[index, rows, :, : shape[1]] = padded[2].transpose(1, 2)
+                x_ND = layer.finish(x_ND, layer.attention.attend(*padded, None)[place])
         return [prompt[-1] for prompt in prompts]
 
     @torch.inference_mode()
@@ -240,8 +237,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def frequencies(config: LlamaConfig) -> Tensor:
     """Radians a position of each of the K/2 rotations, fp32."""
-    exponent = torch.arange(0, config.d_head, 2, dtype=torch.int64).float() / config.d_head
-    frequency = 1.0 / config.rope_theta**exponent
+    frequency = 1.0 / config.rope_theta ** (torch.arange(0, config.d_head, 2).float() / config.d_head)
     scaling = config.rope_scaling
     if scaling is None:
         return frequency
