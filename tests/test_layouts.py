@@ -1,4 +1,4 @@
-"""Llama's directories there and back between transformers and us, and what of them is refused. T5's: test_checkpoint."""
+"""Llama's directories there and back between transformers and us, and what is refused. T5's: test_checkpoint."""
 
 import json
 import shutil
