@@ -6,10 +6,13 @@ from pathlib import Path
 from random import Random
 
 from minidpost import datasets
+from minidpost.checkpoint import empty_model
 from minidpost.commands import Parser, device, run_command
 from minidpost.files import UserError
-from minidpost.generation import default_device
-from minidpost.hub import find_model
+from minidpost.generation import default_device, sampling_dtype
+from minidpost.hub import EMBEDDED, PUBLISHED, find_model
+from minidpost.layouts import model_type, read_config
+from minidpost.memory import check_memory
 from minidpost.presets import METHODS, preset_for
 from minidpost.report import write_report
 from minidpost.rundir import RunDirectory
@@ -27,21 +30,24 @@ OVERRIDES = {  # flags that replace one setting of the preset
     "dpo_learning_rate": (float, "its peak"),
     "max_new_tokens": (int, "longest completion"),
     "slots": (int, "rows decoded at once"),
-    "micro_batch_tokens": (int, "padded tokens a forward pass in training: memory, not results"),
+    "micro_batch_tokens": (int, "padded tokens a forward pass in training"),
 }
 
 
 def main() -> None:
     options = parse_options()
     base = find_model(options.model)
-    overrides = {name: value for name in OVERRIDES if (value := getattr(options, name)) is not None}
-    preset = dataclasses.replace(preset_for(options.model, options.method), **overrides)
+    names = (*OVERRIDES, "activation_checkpointing")
+    overrides = {name: value for name in names if (value := getattr(options, name)) is not None}
+    preset = dataclasses.replace(preset_for(options.model, model_type(base), options.method), **overrides)
+    memory = check_memory(empty_model(read_config(base)), preset, sampling_dtype(options.device), options.device)
     data = load_data(options)
     path = options.run_dir or Path("runs") / f"{base.name}-{options.method}-{data.name}-{options.seed}"
     settings = {name: getattr(options, name) for name in SETTINGS} | {"preset": dataclasses.asdict(preset)}
     settings["examples"] = data.fingerprint()
     del settings["preset"]["iterations"]  # a finished run may be taken further
     directory = RunDirectory(path, settings)
+    directory.say(memory)
     calculator = not options.no_calculator
     run = Run(directory, base, options.method, preset, data, options.seed, calculator, options.device)
     text = ""
@@ -53,7 +59,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument(
-        "--model", default="tiny-t5", help="tiny-t5, flan-t5-{small,base,large,xl}, t5-large, or a directory"
+        "--model", default="tiny-t5", help=f"{', '.join([*EMBEDDED, *PUBLISHED])}, or a directory (default: tiny-t5)"
     )
     parser.add_argument("--method", default="dpo-st", choices=METHODS)
     parser.add_argument("--data", default="toy", help="toy, gsm8k, or a JSONL file of question, rationale, answer")
@@ -66,6 +72,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", type=device, default=default_device())
     for name, (kind, text) in OVERRIDES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{text} (default: the preset's)")
+    parser.add_argument(
+        "--activation-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="in training, less memory for more time",
+    )
     options = parser.parse_args()
     for name in ("limit", *OVERRIDES):
         value = getattr(options, name)

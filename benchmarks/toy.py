@@ -23,13 +23,11 @@ sys.path.insert(0, str(ROOT))
 
 from minidpost import toy  # noqa: E402
 from minidpost.answers import is_correct  # noqa: E402
-from minidpost.checkpoint import load_model  # noqa: E402
+from minidpost.checkpoint import load_format, load_model  # noqa: E402
 from minidpost.evaluation import completions_by_question, pass_at_k  # noqa: E402
-from minidpost.formats import T5Format  # noqa: E402
 from minidpost.presets import TINY_T5  # noqa: E402
 from minidpost.report import markdown  # noqa: E402
 from minidpost.sampler import Sampling  # noqa: E402
-from minidpost.tokenizer import load_tokenizer  # noqa: E402
 
 METHODS = ("st", "dpo-st")
 SAMPLES = 10
@@ -120,7 +118,7 @@ def best_iteration(directory: Path) -> int:
 def outcomes_of(checkpoint: Path, split: str, calculator: bool) -> list[float]:
     """1.0 for each question of a test set that the greedy completion gets right."""
     settings = Sampling(max_new_tokens=TINY_T5.max_new_tokens, slots=TINY_T5.slots)
-    model, text_format, examples = load_model(checkpoint), T5Format(load_tokenizer(checkpoint)), toy.examples(split)
+    model, text_format, examples = load_model(checkpoint), load_format(checkpoint), toy.examples(split)
     texts = completions_by_question(model, text_format, examples, settings, 1, calculator, split)
     return [float(is_correct(text, example.answer)) for (text,), example in zip(texts, examples, strict=True)]
 
@@ -129,7 +127,7 @@ def sampled(checkpoint: Path) -> list[int]:
     """How many of ten samples are right, for each test question."""
     settings = Sampling(max_new_tokens=TINY_T5.max_new_tokens, slots=TINY_T5.slots)
     settings = replace(settings, temperature=TINY_T5.temperature)
-    model, text_format, examples = load_model(checkpoint), T5Format(load_tokenizer(checkpoint)), toy.examples("test")
+    model, text_format, examples = load_model(checkpoint), load_format(checkpoint), toy.examples("test")
     texts = completions_by_question(model, text_format, examples, settings, SAMPLES, True, "pass@k")
     return [sum(is_correct(text, e.answer) for text in row) for row, e in zip(texts, examples, strict=True)]
 

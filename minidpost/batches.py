@@ -1,4 +1,4 @@
-"""Examples as padded tensors: source and target apart, rows of like length together.
+"""Examples as padded tensors, rows of like length together.
 
 A training step takes its examples in a seeded random order (so that a step is what the paper's is) and then splits them
 by length into micro-batches of bounded size; the loss is normalised over the whole step, so the split changes nothing.
@@ -33,28 +33,40 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """What `model(*inputs)` takes, and label_BT: the id that each logit should predict, IGNORED behind a row's end."""
+    """What `model(*inputs)` takes, and what its logits should predict.
+
+    `label_BT` has an id where there is a target token to predict and IGNORED elsewhere; `position_N` are the places in
+    the flattened (B·T) that have one.
+    """
 
     inputs: tuple[Tensor, ...]
     label_BT: Tensor
+    position_N: Tensor
 
 
-def collate(sequences: Sequence[Encoded], start_id: int, device: torch.device | str) -> Batch:
-    """Pad to the longest of the batch: (source_BS, source_mask_BS, target_BT) and label_BT, for an encoder-decoder.
+def collate(sequences: Sequence[Encoded], start_id: int | None, device: torch.device | str) -> Batch:
+    """Pad behind the rows, to the longest of the batch.
 
+    For an encoder-decoder, which has a start id: inputs (source_BS, source_mask_BS, target_BT). For a decoder-only
+    model, which has none: inputs (ids_BT,), prompt and target as one sequence, of which the target alone has labels.
     Rows are masked by length, never by id, so that it does not matter which id pads.
     """
-    source_BS = pad([sequence.prompt for sequence in sequences], 0, device)
-    mask_BS = pad([[1] * len(sequence.prompt) for sequence in sequences], 0, device).bool()
-    label_BT = pad([sequence.target for sequence in sequences], IGNORED, device)
-    target_BT = pad([(start_id, *sequence.target[:-1]) for sequence in sequences], 0, device)
-    return Batch((source_BS, mask_BS, target_BT), label_BT)
+    if start_id is None:
+        inputs = [pad([(*sequence.prompt, *sequence.target[:-1]) for sequence in sequences], 0)]
+        label_BT = pad([(*[IGNORED] * (len(s.prompt) - 1), *s.target) for s in sequences], IGNORED)
+    else:
+        mask_BS = pad([[1] * len(sequence.prompt) for sequence in sequences], 0).bool()
+        target_BT = pad([(start_id, *sequence.target[:-1]) for sequence in sequences], 0)
+        inputs = [pad([sequence.prompt for sequence in sequences], 0), mask_BS, target_BT]
+        label_BT = pad([sequence.target for sequence in sequences], IGNORED)
+    position_N = (label_BT != IGNORED).flatten().nonzero()[:, 0]  # here, as counting them on a GPU would wait for it
+    return Batch(tuple(tensor.to(device) for tensor in inputs), label_BT.to(device), position_N.to(device))
 
 
-def pad(rows: Sequence[Sequence[int]], value: int, device: torch.device | str) -> Tensor:
+def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Rows of different lengths as one (B, longest) tensor of ids."""
     longest = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.long).to(device)
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.long)
 
 
 def within_limits(items: Sequence, max_source: int, max_target: int) -> list:

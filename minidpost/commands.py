@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minidpost.checkpoint import load_model
+from minidpost.checkpoint import load_format, load_model
 from minidpost.files import UserError
-from minidpost.formats import T5Format, format_for
+from minidpost.formats import Format
 from minidpost.generation import default_device, sampling_dtype
 from minidpost.hub import find_model
-from minidpost.tokenizer import load_tokenizer
 
 RUNS = Path("runs")
 
@@ -104,11 +103,10 @@ def check_output(path: Path | None) -> None:
         raise UserError(f"--output {path}: {parent} is no directory that can be written to")
 
 
-def open_model(checkpoint: str | None, device: str) -> tuple[Path, nn.Module, T5Format]:
+def open_model(checkpoint: str | None, device: str) -> tuple[Path, nn.Module, Format]:
     """The model of a directory or a name, and how it writes; by default the newest fine-tuned one under runs/."""
     directory = find_model(checkpoint) if checkpoint is not None else default_checkpoint()
-    text_format = format_for("t5", load_tokenizer(directory))
-    return directory, load_model(directory, sampling_dtype(device), device), text_format
+    return directory, load_model(directory, sampling_dtype(device), device), load_format(directory)
 
 
 def default_checkpoint() -> Path:

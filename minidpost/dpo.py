@@ -15,19 +15,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidpost.batches import Encoded, by_length, collate, shuffled_steps
-from minidpost.objectives import dpo_loss, sequence_log_probabilities
-from minidpost.optimizer import Schedule, StepLog, adamw, apply_step, autocast, derived_seed
+from minidpost.objectives import dpo_loss, log_probabilities
+from minidpost.optimizer import Schedule, StepLog, adamw, apply_step, autocast, checkpoint_activations, derived_seed
 
 
 @dataclass(frozen=True)
 class DPOSettings:
-    """Optimizer steps, pairs a step, β, and padded tokens a micro-batch (memory, not results)."""
+    """Optimizer steps, pairs a step, β, and how memory is saved: padded tokens a micro-batch (which changes results by
+    rounding), activations computed twice."""
 
     steps: int
     pairs_per_step: int
     schedule: Schedule
     beta: float = 0.1
     micro_batch_tokens: int = 16384
+    activation_checkpointing: bool = False
     seed: int = 42
 
 
@@ -58,6 +60,8 @@ def train_dpo(
     device = next(model.parameters()).device
     optimizer = adamw(model, settings.schedule)
     model.eval()
+    if settings.activation_checkpointing:
+        checkpoint_activations(model)
     reference_P2 = reference_log_probabilities(model, pairs, settings.micro_batch_tokens, stage)
     seed = derived_seed(settings.seed, stage, "order")
     order = shuffled_steps(len(pairs), settings.pairs_per_step, settings.steps, seed)
@@ -87,8 +91,8 @@ def pair_log_probabilities(model: nn.Module, pairs: Sequence[Pair]) -> Tensor:
     sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     batch = collate(sequences, model.config.start_id, device)
     with autocast(device):
-        logits_BTV = model(*batch.inputs)
-    return sequence_log_probabilities(logits_BTV, batch.label_BT).view(2, -1).T
+        log_probability_BT = log_probabilities(model, batch)
+    return log_probability_BT.sum(-1).view(2, -1).T
 
 
 @torch.no_grad()

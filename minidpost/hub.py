@@ -1,7 +1,7 @@
 """From a model's name to its directory: our own weights lie in the repository, published ones are fetched on demand.
 
-A fetched model has the files that checkpoint.py and tokenizer.py read (config.json, safetensors, SentencePiece model),
-never a pickle. It grows under `NAME.unfinished` and takes its name when complete; a broken fetch keeps its whole files.
+A fetched model has the files that checkpoint.py and tokenizer.py read (config.json, safetensors, the vocabulary), never
+a pickle. It grows under `NAME.unfinished` and takes its name when complete; a broken fetch keeps its whole files.
 """
 
 import difflib
@@ -11,18 +11,22 @@ import shutil
 from pathlib import Path
 
 from minidpost.files import UserError
+from minidpost.tokenizer import FILE_NAMES
 
 WEIGHTS_DIR = Path(__file__).resolve().parent.parent / "weights"
-EMBEDDED = ("tiny-t5", "tiny-t5-dpo-st")  # a base model, and what the method makes of it
-PUBLISHED: dict[str, str] = {
-    "flan-t5-small": "google/flan-t5-small",
-    "flan-t5-base": "google/flan-t5-base",
-    "flan-t5-large": "google/flan-t5-large",
-    "flan-t5-xl": "google/flan-t5-xl",
-    "t5-large": "google-t5/t5-large",
+EMBEDDED = ("tiny-t5", "tiny-t5-dpo-st", "tiny-llama")  # base models, and what the method makes of one
+PUBLISHED: dict[str, tuple[str, str]] = {  # name: repository, and its tokenizer file of those we read
+    "flan-t5-small": ("google/flan-t5-small", "spiece.model"),
+    "flan-t5-base": ("google/flan-t5-base", "spiece.model"),
+    "flan-t5-large": ("google/flan-t5-large", "spiece.model"),
+    "flan-t5-xl": ("google/flan-t5-xl", "spiece.model"),
+    "t5-large": ("google-t5/t5-large", "spiece.model"),
+    "llama-7b": ("huggyllama/llama-7b", "tokenizer.model"),
+    "llama-2-7b": ("meta-llama/Llama-2-7b-hf", "tokenizer.model"),
+    "llama-3-8b": ("meta-llama/Meta-Llama-3-8B", "original/tokenizer.model"),
+    "llama-3.2-1b": ("meta-llama/Llama-3.2-1B", "original/tokenizer.model"),
 }
 SHARDS = "model.safetensors.index.json"
-FILES = ("config.json", "spiece.model", "*.safetensors", SHARDS)
 
 
 def find_model(name_or_directory: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
@@ -39,8 +43,8 @@ def find_model(name_or_directory: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
     if not found.exists():
         if name in EMBEDDED:
             raise UserError(f"{found} is missing, though it is part of the repository; restore it with git checkout")
-        _fetch(PUBLISHED[name], found)
-    if missing := _missing_files(found):
+        _fetch(*PUBLISHED[name], found)
+    if missing := _missing_files(found, PUBLISHED.get(name, ("", FILE_NAMES[0]))[1]):
         raise UserError(f"{found}: lacks {', '.join(missing)}; put it there, or remove the directory and start again")
     return found
 
@@ -55,33 +59,37 @@ def _explain_unknown(name: str) -> str:
     return f"no model and no directory is called {name!r}{hint}; known models: {', '.join(known)}"
 
 
-def _missing_files(directory: Path) -> list[str]:
-    """Name the files that a T5 model still lacks; shards are those that its index names."""
-    wanted = ["config.json", "spiece.model", "model.safetensors"]
+def _missing_files(directory: Path, tokenizer_file: str) -> list[str]:
+    """Name the files that a model still lacks; shards are those that its index names, any tokenizer file will do."""
+    wanted = ["config.json", "model.safetensors"]
     index = directory / SHARDS
     if index.is_file():
         try:
-            wanted[2:] = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            wanted[1:] = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError):
-            wanted[2:] = [f"a readable {SHARDS}"]
+            wanted[1:] = [f"a readable {SHARDS}"]
+    if not any((directory / name).is_file() for name in FILE_NAMES):
+        wanted.insert(1, tokenizer_file)
     return [file for file in wanted if not (directory / file).is_file()]
 
 
-def _fetch(repository: str, directory: Path) -> None:
-    """Download what `FILES` matches of a repository; `directory` appears only when nothing is missing."""
+def _fetch(repository: str, tokenizer_file: str, directory: Path) -> None:
+    """Download the files of a repository that are read; `directory` appears only when nothing is missing."""
     from huggingface_hub import constants, snapshot_download  # here: reads HF_ENDPOINT now, and is slow to import
 
-    unfinished = directory.with_name(f"{directory.name}.unfinished")
+    unfinished, files = directory.with_name(f"{directory.name}.unfinished"), ("config.json", tokenizer_file)
     try:
-        snapshot_download(repository, local_dir=unfinished, allow_patterns=list(FILES))
+        snapshot_download(repository, local_dir=unfinished, allow_patterns=[*files, "*.safetensors", SHARDS])
         # Offline, snapshot_download is content with whatever an earlier call left here.
-        if missing := _missing_files(unfinished):
+        if missing := _missing_files(unfinished, tokenizer_file):
             raise FileNotFoundError(f"{', '.join(missing)} did not arrive")
         shutil.rmtree(unfinished / ".cache", ignore_errors=True)  # its records of the download
         os.replace(unfinished, directory)
     except Exception as error:  # huggingface_hub's errors, its HTTP client's and its Rust part's share no other base
         reason = str(error).partition("\n")[0] or type(error).__name__
+        licence = "accept its licence there and set HF_TOKEN, then " if repository.startswith("meta-llama/") else ""
         raise UserError(
-            f"{directory.name} could not be fetched from {constants.ENDPOINT}/{repository} ({reason:.200}); run the "
-            f"command again, or download {', '.join(FILES[:3])} (and {SHARDS}, if there) and put them in {directory}"
+            f"{directory.name} could not be fetched from {constants.ENDPOINT}/{repository} ({reason:.200}); {licence}"
+            f"run the command again, or download {', '.join(files)}, *.safetensors (and {SHARDS}, if there) and put "
+            f"them in {directory}"
         ) from None

@@ -1,28 +1,49 @@
-"""Token log-probabilities and the two losses, as pure functions (paper, equations 2 and 5)."""
+"""Token log-probabilities and the two losses (paper, equations 2 and 5).
 
+The logits of a whole batch never exist: with Llama-3's 128,256 pieces they would outweigh the model. The output matrix
+is applied to a bounded number of positions at a time, only where there is a token to predict, and once more in the
+backward pass.
+"""
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from minidpost.batches import IGNORED
+from minidpost.batches import Batch
 
-
-def token_log_probabilities(logits_BTV: Tensor, label_BT: Tensor) -> Tensor:
-    """log f(y_t | x, y_<t) of each label in nats, computed in at least fp32, 0 where it is IGNORED. Result (B, T)."""
-    logits_BVT = logits_BTV.float().transpose(1, 2) if logits_BTV.itemsize < 4 else logits_BTV.transpose(1, 2)
-    return -F.cross_entropy(logits_BVT, label_BT, ignore_index=IGNORED, reduction="none")
+LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in fp32
 
 
-def sequence_log_probabilities(logits_BTV: Tensor, label_BT: Tensor) -> Tensor:
-    """log f(y | x) of each row, summed over its tokens, in nats. Result (B,)."""
-    return token_log_probabilities(logits_BTV, label_BT).sum(-1)
+def token_log_probabilities(logits_NV: Tensor, label_N: Tensor) -> Tensor:
+    """log f(y_t | x, y_<t) of each label in nats, (N,), computed in at least fp32."""
+    return -F.cross_entropy(logits_NV.float() if logits_NV.itemsize < 4 else logits_NV, label_N, reduction="none")
 
 
-def sft_loss(logits_BTV: Tensor, label_BT: Tensor, n_tokens: int) -> Tensor:
+def log_probabilities(model: nn.Module, batch: Batch, logits_at_once: int = LOGITS_AT_ONCE) -> Tensor:
+    """log f(y_t | x, y_<t) of every label of a batch in nats, (B, T), 0 where there is none."""
+
+    def of_positions(hidden_ND: Tensor, label_N: Tensor) -> Tensor:
+        return token_log_probabilities(model.logits(hidden_ND), label_N)
+
+    hidden_ND = model.hidden(*batch.inputs).flatten(0, 1)[batch.position_N]
+    label_N = batch.label_BT.flatten()[batch.position_N]
+    at_once = max(1, logits_at_once // model.config.vocab_size)
+    if len(label_N) <= at_once:
+        result_N = of_positions(hidden_ND, label_N)
+    else:
+        chunks = zip(hidden_ND.split(at_once), label_N.split(at_once), strict=True)
+        result_N = torch.cat([checkpoint(of_positions, *chunk, use_reentrant=False) for chunk in chunks])
+    result = result_N.new_zeros(batch.label_BT.numel()).index_copy(0, batch.position_N, result_N)
+    return result.view(batch.label_BT.shape)
+
+
+def sft_loss(log_probability_BT: Tensor, n_tokens: int) -> Tensor:
     """Equation 2, −Σ_t log f(y_t | x, y_<t), divided by `n_tokens`: the target tokens of the whole optimizer step.
 
     The micro-batches of a step add up to its mean loss a token, however they were cut.
     """
-    return -token_log_probabilities(logits_BTV, label_BT).sum() / n_tokens
+    return -log_probability_BT.sum() / n_tokens
 
 
 def dpo_loss(

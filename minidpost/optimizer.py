@@ -1,4 +1,4 @@
-"""What the two training loops share: AdamW, the cosine schedule, a step's random seed, the log of steps."""
+"""What the two training loops share: AdamW, schedule, a step's random seed, precision and memory, the log of steps."""
 
 import hashlib
 import json
@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,20 @@ def derived_seed(*names: object) -> int:
 
 
 def autocast(device: torch.device) -> AbstractContextManager:
-    """bf16 autocast where it pays (a CUDA device that has bf16), fp32 elsewhere. Master weights are fp32 throughout."""
+    """bf16 autocast where it pays (a CUDA device that has bf16), fp32 elsewhere. Master weights are fp32 throughout.
+
+    A forward pass uses each weight once, so that a cache of bf16 copies would cost memory and save nothing.
+    """
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.autocast("cuda", dtype=torch.bfloat16)
+        return torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False)
     return nullcontext()
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """From now on keep only each layer's input for the backward pass and compute the rest again."""
+    for stack in dict.fromkeys(model.stacks):
+        for layer in stack.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 class StepLog:

@@ -21,12 +21,12 @@ from torch import nn
 
 from minidpost.answers import Example, is_correct
 from minidpost.batches import Encoded, token_counts, within_limits
-from minidpost.checkpoint import load_model, save_model
+from minidpost.checkpoint import load_format, load_model, save_model
 from minidpost.dpo import DPOSettings, Pair, train_dpo
 from minidpost.evaluation import greedy_accuracy, sampled_scores
 from minidpost.files import UserError, read_jsonl, write_json, write_jsonl
 from minidpost.flops import forward_flops, model_size, sampling_flops, training_flops
-from minidpost.formats import T5Format, format_for
+from minidpost.formats import Format
 from minidpost.generation import check_prompts, generate, sampling_dtype
 from minidpost.optimizer import Schedule, derived_seed
 from minidpost.presets import Preset
@@ -34,7 +34,6 @@ from minidpost.rundir import RunDirectory
 from minidpost.sampler import Sampling
 from minidpost.selection import Candidates, preference_pairs, pseudo_labels
 from minidpost.sft import SFTSettings, train_sft
-from minidpost.tokenizer import load_tokenizer
 
 PASS_AT = 10  # samples a dev question, before and after each DPO
 PASS_QUESTIONS = 100  # dev questions that are sampled for it
@@ -71,7 +70,7 @@ class Run:
     ):
         self.directory, self.base, self.method, self.preset, self.data = directory, base, method, preset, data
         self.seed, self.calculator, self.device = seed, calculator, device
-        self.format: T5Format = format_for("t5", load_tokenizer(base))
+        self.format = load_format(base)
         for examples in (data.pool, data.dev, *data.tests.values()):
             questions = [example.question for example in examples]
             check_prompts(questions, [self.format.prompt_ids(question) for question in questions])
@@ -124,6 +123,7 @@ class Run:
                 examples_per_step=self.preset.sft_examples_per_step,
                 schedule=self.schedule(self.preset.sft_learning_rate),
                 micro_batch_tokens=self.preset.micro_batch_tokens,
+                activation_checkpointing=self.preset.activation_checkpointing,
                 seed=self.seed,
             )
             train_sft(model, sequences, settings, directory / "log.jsonl", f"{number}/sft")
@@ -194,6 +194,7 @@ class Run:
                     schedule=self.schedule(preset.dpo_learning_rate),
                     beta=preset.beta,
                     micro_batch_tokens=preset.micro_batch_tokens,
+                    activation_checkpointing=preset.activation_checkpointing,
                     seed=self.seed,
                 )
                 train_dpo(model, pairs, settings, directory / "log.jsonl", f"{number}/dpo")
@@ -335,7 +336,7 @@ class Run:
         )
 
 
-def encoded(text_format: T5Format, question: str, target: Sequence[int]) -> Encoded:
+def encoded(text_format: Format, question: str, target: Sequence[int]) -> Encoded:
     """A question and the ids of its rationale, which are trained on as they are."""
     return Encoded(tuple(text_format.prompt_ids(question)), tuple(target))
 

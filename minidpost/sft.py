@@ -10,18 +10,20 @@ from torch import nn
 from tqdm import tqdm
 
 from minidpost.batches import Encoded, by_length, collate, shuffled_steps
-from minidpost.objectives import sft_loss
-from minidpost.optimizer import Schedule, StepLog, adamw, apply_step, autocast, derived_seed
+from minidpost.objectives import log_probabilities, sft_loss
+from minidpost.optimizer import Schedule, StepLog, adamw, apply_step, autocast, checkpoint_activations, derived_seed
 
 
 @dataclass(frozen=True)
 class SFTSettings:
-    """Epochs over the data, examples an optimizer step, and padded tokens a micro-batch (memory, not results)."""
+    """Epochs over the data, examples an optimizer step, and how memory is saved: padded tokens a micro-batch (which
+    changes results by rounding and by which units dropout hits), activations computed twice."""
 
     epochs: int
     examples_per_step: int
     schedule: Schedule
     micro_batch_tokens: int = 16384
+    activation_checkpointing: bool = False
     seed: int = 42
 
 
@@ -43,6 +45,8 @@ def train_sft(
         len(sequences), settings.examples_per_step, n_steps, derived_seed(settings.seed, stage, "order")
     )
     model.train()
+    if settings.activation_checkpointing:
+        checkpoint_activations(model)
     with StepLog(log_path) as log, tqdm(total=n_steps, desc=stage, unit="step") as progress:
         for step, numbers in enumerate(order):
             started = time.perf_counter()
@@ -53,8 +57,8 @@ def train_sft(
             for group in by_length([sequence.n_tokens for sequence in batch], settings.micro_batch_tokens):
                 micro = collate([batch[i] for i in group], model.config.start_id, device)
                 with autocast(device):
-                    logits_BTV = model(*micro.inputs)
-                micro_loss = sft_loss(logits_BTV, micro.label_BT, n_targets)
+                    log_probability_BT = log_probabilities(model, micro)
+                micro_loss = sft_loss(log_probability_BT, n_targets)
                 micro_loss.backward()
                 loss += micro_loss.detach()
             update = apply_step(model, optimizer, settings.schedule, step, n_steps)

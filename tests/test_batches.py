@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 
 def test_pad_fills_to_the_longest_row():
-    padded = pad([(3, 4, 5), (), (6,)], -7, "cpu")
+    padded = pad([(3, 4, 5), (), (6,)], -7)
     assert padded.dtype == torch.long
     assert padded.tolist() == [[3, 4, 5], [-7, -7, -7], [6, -7, -7]]
 
@@ -27,7 +27,18 @@ def test_collate_shifts_the_target_and_masks_by_length_even_where_the_text_holds
     assert mask_BS.tolist() == [[True, True, True, True], [True, False, False, False]]
     assert target_BT.tolist() == [[2, 0, 8, 0, 0], [2, 9, 0, 0, 4]]
     assert batch.label_BT.tolist() == [[0, 8, 1, IGNORED, IGNORED], [9, 0, 0, 4, 1]]
+    assert batch.position_N.tolist() == [0, 1, 2, 5, 6, 7, 8, 9]
     assert IGNORED == -100
+
+
+def test_a_decoder_only_model_sees_prompt_and_target_as_one_sequence_and_the_target_has_the_labels():
+    sequences = [Encoded((5, 0, 6), (0, 8, 2)), Encoded((7,), (9, 2)), Encoded((7, 4), (2,))]
+    batch = collate(sequences, start_id=None, device="cpu")
+    (ids_BT,) = batch.inputs
+    assert ids_BT.tolist() == [[5, 0, 6, 0, 8], [7, 9, 0, 0, 0], [7, 4, 0, 0, 0]]
+    i = IGNORED
+    assert batch.label_BT.tolist() == [[i, i, 0, 8, 2], [9, 2, i, i, i], [i, 2, i, i, i]]
+    assert batch.position_N.tolist() == [2, 3, 4, 5, 6, 11]
 
 
 def test_a_padded_row_has_the_logits_it_has_alone():

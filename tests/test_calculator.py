@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks import calculator_gsm8k as gsm8k
 from minidpost.calculator import MAX_CHARACTERS, MAX_DEPTH, Automaton, evaluate
-from minidpost.formats import T5Format
+from minidpost.formats import T5Format, format_for
 from minidpost.tokenizer import load_tokenizer
 
 DETERMINISTIC = settings(derandomize=True, max_examples=300, deadline=None, database=None)
@@ -242,27 +242,33 @@ def t5_format(shared):
     return T5Format(load_tokenizer(shared / "tokenizers" / "t5"))
 
 
-def test_every_annotation_of_gsm8k_train(shared, t5_format):
+@pytest.fixture(scope="module", params=gsm8k.TOKENIZERS)
+def each_format(shared, request):
+    return format_for(gsm8k.TOKENIZERS[request.param], load_tokenizer(shared / "tokenizers" / request.param))
+
+
+def test_every_annotation_of_gsm8k_train(shared, each_format):
     rationales = gsm8k.read_rationales(shared / "data", "train")
-    verdicts, walked, disagreements = gsm8k.measure(rationales, t5_format)
+    verdicts, walked, disagreements = gsm8k.measure(rationales, each_format)
     assert verdicts == Counter({gsm8k.SAME: 23_046, gsm8k.SPELT: 662, gsm8k.DECIMALS: 6, gsm8k.NO_VALUE: 2})
-    assert walked == Counter({gsm8k.FORCED_EQUAL: 23_046 + 662, gsm8k.FORCED_OTHER: 6, gsm8k.NOT_FORCED: 2})
+    differing = gsm8k.FORCED_OTHER + gsm8k.DECIMALS
+    assert walked == Counter({gsm8k.FORCED_EQUAL: 23_046 + 662, differing: 6, gsm8k.NOT_FORCED: 2})
     assert len(disagreements) == 8
 
 
-def test_every_annotation_of_gsm8k_test(shared, t5_format):
-    verdicts, walked, disagreements = gsm8k.measure(gsm8k.read_rationales(shared / "data", "test"), t5_format)
+def test_every_annotation_of_gsm8k_test(shared, each_format):
+    verdicts, walked, disagreements = gsm8k.measure(gsm8k.read_rationales(shared / "data", "test"), each_format)
     assert verdicts == Counter({gsm8k.SAME: 4_126, gsm8k.SPELT: 155, gsm8k.NO_NUMBER: 1})
-    assert walked == Counter({gsm8k.FORCED_EQUAL: 4_126 + 155, gsm8k.FORCED_OTHER: 1})
+    assert walked == Counter({gsm8k.FORCED_EQUAL: 4_126 + 155, gsm8k.FORCED_OTHER + gsm8k.NO_NUMBER: 1})
     assert len(disagreements) == 1
 
 
-def test_where_the_human_agrees_the_forced_ids_stand_in_the_target(shared, t5_format):
+def test_where_the_human_agrees_the_forced_ids_stand_in_the_target(shared, each_format):
     """The same walk, rationale by rationale and without the benchmark's own bookkeeping."""
     for line in (shared / "data" / "gsm8k" / "test.jsonl").open():
         rationale = json.loads(line)["answer"]
         agreeing = [gsm8k.verdict(*pair) in gsm8k.AGREE for pair in gsm8k.annotations(rationale)]
-        walked = [forced == standing for forced, standing in gsm8k.walk(t5_format, rationale)]
+        walked = [forced == standing for forced, standing in gsm8k.walk(each_format, rationale)]
         assert walked == agreeing
 
 

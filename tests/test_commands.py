@@ -25,7 +25,9 @@ import sample as sample_command
 from minidpost import toy
 from minidpost.batches import Encoded
 from minidpost.checkpoint import load_model, save_model
+from minidpost.formats import format_for
 from minidpost.generation import Generated
+from minidpost.llama import Llama, LlamaConfig
 from minidpost.optimizer import Schedule
 from minidpost.report import table
 from minidpost.sampler import Completion
@@ -242,6 +244,19 @@ def test_which_annotations_were_forced(tiny_format, pieces, numbers):
     assert sample_command.forced_annotations(done, tiny_format) == numbers
 
 
+@pytest.mark.parametrize("name", ["llama2", "llama3"])
+def test_which_annotations_of_a_llama_were_forced(shared, name):
+    tokenizer = load_tokenizer(shared / "tokenizers" / name)
+    pieces = [("a <<1+1=", 0), ("2>>", 1), ("2\nb <<2*3=6>>6\n\nc (<<(8-30)=", 0), ("-22>>", 1), (").", 0)]
+    ids = [(i, bool(forced)) for text, forced in pieces for i in tokenizer.encode(text, continued=True)]
+    done = Generated(0, 0, Completion(*map(list, zip(*ids, strict=True))), "")
+    text_format = format_for("llama", tokenizer)
+    assert sample_command.forced_annotations(done, text_format) == {0, 2}
+    assert sample_command.highlighted(text_format.text(done.completion.token_ids), {2}).endswith(
+        "2\nb <<2*3=6>>6\nc (<<(8-30)=\x1b[1;36m-22\x1b[0m>>)."
+    )
+
+
 def test_signs_that_command_a_terminal_are_not_passed_on(tiny_format, capsys):
     done = Generated(0, 0, Completion([1], [False], "stop"), "½ – ü\n\x1b[2J")
     sample_command.show(["\x1bcHow?\x07"], [done], tiny_format)
@@ -315,6 +330,35 @@ FILES = {
     "rft": ["samples-sft.jsonl", "pseudo-labels.jsonl", "sft"],
     "dpo-st": ["samples-dpo.jsonl", "pairs.jsonl", "dpo", "samples-sft.jsonl", "pseudo-labels.jsonl", "sft"],
 }
+
+
+def test_a_whole_run_of_a_llama(call, my_data):
+    tokenizer = load_tokenizer(ROOT / "weights" / "tiny-llama")
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(tokenizer.vocab_size, 16, 24, 2, n_heads=4, n_kv_heads=2, d_head=4)).initialise()
+    model.tokenizer_files = tokenizer.files
+    save_model(model, "llama")
+    outcome = call("train.py", "--model", "llama", "--data", my_data, "--run-dir", "run", *QUICK, "--limit", 6)
+    assert (outcome.status, outcome.complaints) == (0, [])
+    assert {path.name for path in Path("run/iteration-1").iterdir()} == {*FILES["dpo-st"], "evaluation.json"}
+    settings = json.loads(Path("run/results.json").read_text())["settings"]["preset"]
+    assert (settings["sft_examples_per_step"], settings["activation_checkpointing"]) == (128, True)
+    for row in read_rows("run/iteration-1/pairs.jsonl"):
+        assert tokenizer.decode(row["chosen_ids"]) == row["chosen"]
+    outcome = call("sample.py", TOM, "--max-new-tokens", 4)
+    assert (outcome.status, outcome.complaints) == (0, [])
+    assert outcome.out.startswith(TOM)
+
+
+@pytest.mark.parametrize("flags", [[], ["--activation-checkpointing"]])
+def test_a_run_that_cannot_fit_is_refused_before_it_begins(call, tiny_model_dir, my_data, monkeypatch, flags):
+    from minidpost import memory
+
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 10**6)
+    outcome = call("train.py", "--model", tiny_model_dir, "--data", my_data, "--run-dir", "run", *flags)
+    assert outcome.status == 2
+    assert re.fullmatch(r"train\.py: memory: training .* GB, sampling .* GB needed .*", outcome.complaints[0])
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize("method", FILES)

@@ -191,7 +191,7 @@ def test_directories_and_names(tmp_path):
     [
         (
             "flan-t5-larg",
-            r"'flan-t5-larg' \(did you mean flan-t5-large\?\); known models: tiny-t5, tiny-t5-dpo-st, flan-t5-small, ",
+            r"'flan-t5-larg' \(did you mean flan-t5-large\?\); known models: tiny-t5, tiny-t5-dpo-st, tiny-llama, ",
         ),
         ("google/flan-t5-base", r"'google/flan-t5-base' \(did you mean flan-t5-base\?\)"),
         ("zzz", r"'zzz'; known models: "),
@@ -211,6 +211,24 @@ def test_what_is_no_model(tmp_path, name, complaint):
     with pytest.raises(UserError, match=complaint) as raised:
         hub.find_model(name.format(tmp=tmp_path), tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_any_tokenizer_file_that_can_be_read_makes_a_model_whole(tmp_path):
+    make_model(tmp_path / "llama-3-8b" / "original", "tokenizer.model")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "llama-3-8b" / name).write_text("{}")
+    assert hub.find_model("llama-3-8b", tmp_path) == tmp_path / "llama-3-8b"
+    (tmp_path / "llama-3-8b/original/tokenizer.model").rename(tmp_path / "llama-3-8b/tokenizer.json")
+    assert hub.find_model("llama-3-8b", tmp_path) == tmp_path / "llama-3-8b"
+    (tmp_path / "llama-3-8b/tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"lacks original/tokenizer\.model; put it there"):
+        hub.find_model("llama-3-8b", tmp_path)
+
+
+def test_a_repository_with_a_licence_says_so(server, tmp_path):
+    line = user_error(find_in_new_process(address(server), tmp_path, name="llama-3.2-1b"))
+    assert "accept its licence there and set HF_TOKEN, then run the command again" in line
+    assert "download config.json, original/tokenizer.model, *.safetensors" in line
 
 
 def test_weights_lie_in_the_repository():

@@ -8,7 +8,7 @@ from torch import nn
 
 from minidpost.batches import IGNORED, Encoded, collate
 from minidpost.checkpoint import load_model
-from minidpost.objectives import dpo_loss, sequence_log_probabilities, sft_loss, token_log_probabilities
+from minidpost.objectives import dpo_loss, log_probabilities, sft_loss, token_log_probabilities
 from minidpost.t5 import T5, T5Config
 
 torch.set_num_threads(1)
@@ -24,51 +24,81 @@ def random_sequences(n: int, vocab_size: int) -> list[Encoded]:
 
 def test_token_log_probabilities_are_the_log_softmax_of_the_labels():
     torch.manual_seed(0)
-    logits_BTV = torch.randn(3, 5, 11, dtype=torch.float64) * 3
-    label_BT = torch.randint(11, (3, 5))
-    label_BT[1, 3:] = label_BT[2, :] = IGNORED
-    result_BT = token_log_probabilities(logits_BTV, label_BT)
-    assert result_BT.dtype == torch.float64
-    for b in range(3):
-        for t in range(5):
-            scores = [math.exp(x) for x in logits_BTV[b, t].tolist()]
-            label = label_BT[b, t].item()
-            expected = 0.0 if label == IGNORED else math.log(scores[label] / sum(scores))
-            assert result_BT[b, t].item() == pytest.approx(expected, abs=1e-12)
-    assert torch.equal(sequence_log_probabilities(logits_BTV, label_BT), result_BT.sum(1))
+    logits_NV = torch.randn(6, 11, dtype=torch.float64) * 3
+    label_N = torch.randint(11, (6,))
+    result_N = token_log_probabilities(logits_NV, label_N)
+    assert result_N.dtype == torch.float64
+    for n, label in enumerate(label_N.tolist()):
+        scores = [math.exp(x) for x in logits_NV[n].tolist()]
+        assert result_N[n].item() == pytest.approx(math.log(scores[label] / sum(scores)), abs=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_normalised_in_fp32(dtype):
     torch.manual_seed(0)
-    logits_BTV = (torch.randn(2, 6, 2000) * 4).to(dtype)
-    label_BT = torch.randint(2000, (2, 6))
-    result_BT = token_log_probabilities(logits_BTV, label_BT)
-    exact_BT = logits_BTV.double().log_softmax(-1).gather(-1, label_BT[..., None])[..., 0]
-    assert result_BT.dtype == torch.float32
-    torch.testing.assert_close(result_BT.double(), exact_BT, rtol=1e-6, atol=1e-6)
+    logits_NV = (torch.randn(12, 2000) * 4).to(dtype)
+    label_N = torch.randint(2000, (12,))
+    result_N = token_log_probabilities(logits_NV, label_N)
+    exact_N = logits_NV.double().log_softmax(-1).gather(-1, label_N[:, None])[:, 0]
+    assert result_N.dtype == torch.float32
+    torch.testing.assert_close(result_N.double(), exact_N, rtol=1e-6, atol=1e-6)
 
 
-def test_ignored_positions_have_no_loss_and_no_gradient():
+def small_t5(vocab_size: int = 30) -> T5:
     torch.manual_seed(0)
-    logits_BTV = torch.randn(2, 4, 7, requires_grad=True)
-    label_BT = torch.tensor([[3, 0, IGNORED, IGNORED], [1, 2, 0, 6]])
-    sft_loss(logits_BTV, label_BT, 6).backward()
-    gradient_BT = logits_BTV.grad.abs().sum(-1)
-    assert torch.equal(gradient_BT == 0, label_BT == IGNORED)
+    return T5(T5Config(vocab_size, 16, 8, 24, 2, 1, 1)).initialise().double().eval()
+
+
+def test_log_probabilities_stand_where_the_labels_do_and_are_0_elsewhere():
+    model = small_t5()
+    sequences = [Encoded((4, 5, 6, 7), (8, 9, 1)), Encoded((2,), (3,))]
+    batch = collate(sequences, 0, "cpu")
+    result_BT = log_probabilities(model, batch)
+    logits_BTV = model(*batch.inputs)
+    for b, sequence in enumerate(sequences):
+        for t in range(3):
+            is_target = t < len(sequence.target)
+            expected = logits_BTV[b, t].log_softmax(-1)[sequence.target[t]].item() if is_target else 0.0
+            assert result_BT[b, t].item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 1000])
+def test_chunks_of_logits_change_neither_values_nor_gradients(at_once):
+    model = small_t5()
+    batch = collate(random_sequences(7, 30), 0, "cpu")
+
+    def values_and_gradients(logits_at_once: int) -> list[torch.Tensor]:
+        model.zero_grad()
+        result_BT = log_probabilities(model, batch, logits_at_once)
+        (result_BT * torch.arange(result_BT.numel()).view(result_BT.shape)).sum().backward()
+        return [result_BT.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+    for whole, cut in zip(values_and_gradients(10**9), values_and_gradients(30 * at_once), strict=True):
+        torch.testing.assert_close(cut, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_logits_never_exist_for_more_positions_than_asked_for(monkeypatch):
+    model = small_t5()
+    sizes = []
+    original = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden_ND: sizes.append(len(hidden_ND)) or original(hidden_ND))
+    batch = collate([Encoded((4, 5), tuple(range(2, 13))), Encoded((4,), (3, 1))], 0, "cpu")
+    log_probabilities(model, batch, logits_at_once=4 * 30 + 29).sum().backward()
+    assert sizes == [4, 4, 4, 1, 1, 4, 4, 4]  # 13 labels of 22 positions, forwards and again backwards
 
 
 def test_sft_loss_is_the_mean_over_the_tokens_of_the_step_however_it_is_cut():
-    torch.manual_seed(0)
-    logits_BTV = torch.randn(4, 5, 9, dtype=torch.float64)
-    label_BT = torch.randint(9, (4, 5))
-    label_BT[0, 1:] = label_BT[3, 4:] = IGNORED
-    n_tokens = 1 + 5 + 5 + 4
-    whole = sft_loss(logits_BTV, label_BT, n_tokens)
-    mean = nn.CrossEntropyLoss(ignore_index=IGNORED)(logits_BTV.flatten(0, 1), label_BT.flatten())
-    parts = sum(sft_loss(logits_BTV[rows], label_BT[rows], n_tokens) for rows in (slice(0, 1), slice(1, 4)))
-    assert whole.item() == pytest.approx(mean.item(), abs=1e-12)
-    assert parts.item() == pytest.approx(whole.item(), abs=1e-12)
+    model = small_t5()
+    sequences = random_sequences(5, 30)
+    n_tokens = sum(len(sequence.target) for sequence in sequences)
+
+    def loss_of(part: list[Encoded]) -> float:
+        return sft_loss(log_probabilities(model, collate(part, 0, "cpu")), n_tokens).item()
+
+    batch = collate(sequences, 0, "cpu")
+    mean = nn.CrossEntropyLoss(ignore_index=IGNORED)(model(*batch.inputs).flatten(0, 1), batch.label_BT.flatten())
+    assert loss_of(sequences) == pytest.approx(mean.item(), abs=1e-12)
+    assert loss_of(sequences[:1]) + loss_of(sequences[1:]) == pytest.approx(mean.item(), abs=1e-12)
 
 
 def test_sft_loss_equals_transformers(tmp_path):
@@ -94,21 +124,8 @@ def test_sft_loss_equals_transformers(tmp_path):
     source_BS, mask_BS, _ = batch.inputs
     n_tokens = sum(len(sequence.target) for sequence in sequences)
     expected = theirs(input_ids=source_BS, attention_mask=mask_BS.long(), labels=batch.label_BT).loss
-    loss = sft_loss(ours(*batch.inputs), batch.label_BT, n_tokens)
+    loss = sft_loss(log_probabilities(ours, batch), n_tokens)
     assert loss.item() == pytest.approx(expected.item(), abs=2e-6)
-
-
-def test_the_prompt_carries_no_loss():
-    """The labels of a batch are those of the targets, so the loss sees a prompt only through the model."""
-    torch.manual_seed(0)
-    model = T5(T5Config(30, 16, 8, 24, 2, 1, 1)).initialise().eval()
-    sequence = Encoded((4, 5, 6, 7), (8, 9, 1))
-    batch = collate([sequence], 0, "cpu")
-    logits_1TV = model(*batch.inputs)
-    assert logits_1TV.shape[1] == len(sequence.target)
-    expected = sum(logits_1TV[0, t].log_softmax(-1)[label] for t, label in enumerate(sequence.target))
-    log_probability = sequence_log_probabilities(logits_1TV, batch.label_BT)
-    assert log_probability.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_dpo_loss_is_the_equation():

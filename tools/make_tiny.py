@@ -1,16 +1,17 @@
-"""Make weights/tiny-t5: a base model that has seen simple problems, but neither rationales nor the task.
+"""Make weights/tiny-t5 and weights/tiny-llama: base models that have seen simple problems, but not the task.
 
-From the generator of minidpost/toy.py under another seed it learns to answer problems of one or two steps with bare
+From the generator of minidpost/toy.py under another seed they learn to answer problems of one or two steps with bare
 equations, and to write the outline of a longer chain: what is computed in which order, with blanks for every number
-that is not in the question. It has not seen: an annotation, a rationale's sentences, `####`, the results of a chain of
-more than two steps. The vocabulary is a SentencePiece unigram model with byte fallback, so that any text goes in; every
-number up to 999 is a piece, as the common ones are in T5's.
+that is not in the question. They have not seen: an annotation, a rationale's sentences, `####`, the results of a chain
+of more than two steps. The vocabularies are SentencePiece unigram models with byte fallback, so that any text goes in;
+every number up to 999 is a piece, as the common ones are in T5's and Llama-3's. Llama's fixed prompt is two pieces.
 """
 
 import argparse
 import io
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -24,11 +25,12 @@ from minidpost import toy  # noqa: E402
 from minidpost.answers import Example  # noqa: E402
 from minidpost.batches import Encoded  # noqa: E402
 from minidpost.checkpoint import save_model  # noqa: E402
-from minidpost.formats import T5Format  # noqa: E402
+from minidpost.formats import LLAMA_PROMPT, format_for  # noqa: E402
+from minidpost.llama import Llama, LlamaConfig  # noqa: E402
 from minidpost.optimizer import Schedule  # noqa: E402
 from minidpost.sft import SFTSettings, train_sft  # noqa: E402
 from minidpost.t5 import T5, T5Config  # noqa: E402
-from minidpost.tokenizer import SentencePieceTokenizer  # noqa: E402
+from minidpost.tokenizer import load_tokenizer  # noqa: E402
 
 SEED = 7  # of the pre-training problems and weights; toy.WORLD_SEED makes the task's
 PEOPLE, THINGS = {*toy.NAMES, *toy.UNSEEN_NAMES}, {*toy.THINGS, *toy.UNSEEN_THINGS}
@@ -82,85 +84,113 @@ def pretraining_texts(n: int) -> list[tuple[str, str]]:
     return texts
 
 
-def train_tokenizer(directory: Path, vocab_size: int) -> SentencePieceTokenizer:
-    """A unigram vocabulary over the toy world's words, frequent English ones, and numbers."""
+def sample_texts(written: Callable[[str], str]) -> list[str]:
+    """Questions and rationales of the toy world, and frequent words, to make a vocabulary from."""
     random = Random(SEED)
     splits = ("train", "words", "distractors")
     drawn = [toy.problem(random, random.choice(splits), (1, 2, 3)) for _ in range(4000)]
     problems = [problem for problem in drawn if problem is not None]
-    sentences = [text for problem in problems for text in (problem.question, bracketed(problem.rationale))]
-    sentences += [" ".join(random.sample(WORDS, 12)) for _ in range(2000)] + ["Solve: Outline: Answer"] * 500
-    # A word that is always followed by a space would not become a piece of its own: show each before several signs.
-    words = sorted({word.strip(".,?$%'") for sentence in sentences for word in sentence.split()})
-    sentences += [f"{word}. {word}, {word}? {word}' {word}" for word in words if not word.isdigit()]
-    model = io.BytesIO()
+    texts = [text for problem in problems for text in (problem.question, written(problem.rationale))]
+    return texts + [" ".join(random.sample(WORDS, 12)) for _ in range(2000)] + ["Solve: Outline: Answer"] * 500
+
+
+def t5_vocabulary(vocab_size: int) -> bytes:
+    """T5's: a number is a piece with its space, as it stands in `[ 48 / 2 = 24] 24`."""
+
+    def bracketed(rationale: str) -> str:
+        return re.sub(r"([-+*/=])", r" \1 ", rationale.replace("<<", " [ ").replace(">>", "] "))
+
     symbols = [f"▁{number}" for number in range(1000)] + [*"0123456789"] + [f"▁{sign}" for sign in "[=+-*/$"]
+    return vocabulary(sample_texts(bracketed), symbols, vocab_size, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+
+
+def llama_vocabulary(vocab_size: int) -> bytes:
+    """Llama's: a number is a piece without a space, as it stands in `<<48/2=24>>24`; the prompt's words are two."""
+    before, after = LLAMA_PROMPT.replace(" ", "▁").split("{question}")
+    symbols = [before, after, "<<", ">>", "####", "\n", *"+-*/=$%", *(str(number) for number in range(1000))]
+    return vocabulary(
+        sample_texts(str), symbols, vocab_size, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, remove_extra_whitespaces=False
+    )
+
+
+def vocabulary(texts: list[str], symbols: list[str], vocab_size: int, **options: int) -> bytes:
+    """A SentencePiece unigram model in which every symbol, and every word of the texts that is worth it, is a piece."""
+    # A word that is always followed by a space would not become a piece of its own: show each before several signs.
+    words = sorted({word.strip(".,?$%'") for text in texts for word in text.split()})
+    texts = [*texts, *(f"{word}. {word}, {word}? {word}' {word}" for word in words if not word.isdigit())]
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences),
+        sentence_iterator=iter(texts),
         model_writer=model,
         model_type="unigram",
         vocab_size=vocab_size,
         byte_fallback=True,
         character_coverage=1.0,
-        required_chars="".join(chr(i) for i in range(33, 127) if not chr(i).isdigit()),
+        required_chars="".join(chr(i) for i in range(33, 127) if chr(i) not in symbols),
         user_defined_symbols=symbols,
         normalization_rule_name="identity",
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
         hard_vocab_limit=False,
         num_threads=1,
         minloglevel=2,
+        **options,
     )
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "spiece.model"
-    path.write_bytes(model.getvalue())
-    return SentencePieceTokenizer(path)
+    return model.getvalue()
 
 
-def bracketed(rationale: str) -> str:
-    """The rationale much as T5 writes it, before there is a tokenizer to ask."""
-    rationale = rationale.replace("<<", " [ ").replace(">>", "] ")
-    return re.sub(r"([-+*/=])", r" \1 ", rationale)
+def t5_config(vocab_size: int) -> T5Config:
+    """0.8 million parameters."""
+    return T5Config(vocab_size, 96, 24, 192, 4, 3, 3, tied=True, scaled=True, dropout=0.0)
+
+
+def llama_config(vocab_size: int) -> LlamaConfig:
+    """0.7 million parameters."""
+    return LlamaConfig(
+        vocab_size,
+        d_model=96,
+        d_ff=256,
+        n_layers=5,
+        n_heads=4,
+        n_kv_heads=2,
+        d_head=24,
+        max_positions=2048,
+        tied=True,
+        bos_id=1,
+        eos_id=2,
+    )
+
+
+FAMILIES = {
+    "t5": ("spiece.model", t5_vocabulary, t5_config, T5),
+    "llama": ("tokenizer.model", llama_vocabulary, llama_config, Llama),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "weights" / "tiny-t5")
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("--output", type=Path, help="default: weights/tiny-FAMILY")
     parser.add_argument("--examples", type=int, default=120000, help="problems to pre-train on")
     parser.add_argument("--vocab-size", type=int, default=2000)
-    parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--layers", type=int, default=3)
     options = parser.parse_args()
 
-    tokenizer = train_tokenizer(options.output, options.vocab_size)
-    format_ = T5Format(tokenizer)
-    width = options.width
-    config = T5Config(
-        vocab_size=tokenizer.vocab_size,
-        d_model=width,
-        d_kv=width // 4,
-        d_ff=2 * width,
-        n_heads=4,
-        n_encoder_layers=options.layers,
-        n_decoder_layers=options.layers,
-        tied=True,
-        scaled=True,
-        dropout=0.0,
-    )
+    file_name, make_vocabulary, make_config, model_type = FAMILIES[options.family]
+    directory = options.output or ROOT / "weights" / f"tiny-{options.family}"
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / file_name).write_bytes(make_vocabulary(options.vocab_size))
+    tokenizer = load_tokenizer(directory)
+    text_format = format_for(options.family, tokenizer)
     torch.manual_seed(SEED)
-    model = T5(config).initialise()
+    model = model_type(make_config(tokenizer.vocab_size)).initialise()
     model.tokenizer_files = tokenizer.files
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    pairs = pretraining_texts(options.examples)
+    texts = pretraining_texts(options.examples)
     sequences = [
-        Encoded(tuple(format_.prompt_ids(source)), tuple(format_.target_ids(target))) for source, target in pairs
+        Encoded(tuple(text_format.prompt_ids(source)), tuple(text_format.target_ids(target)))
+        for source, target in texts
     ]
-    schedule = Schedule(2e-3, warmup=0.05)
-    settings = SFTSettings(1, 32, schedule, micro_batch_tokens=2048, seed=SEED)
+    settings = SFTSettings(1, 32, Schedule(2e-3, warmup=0.05), micro_batch_tokens=2048, seed=SEED)
     train_sft(model, sequences, settings, stage="pre-training")
-    save_model(model, options.output)
+    save_model(model, directory)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,101 @@
+"""Peak memory of one SFT step with Llama-3's vocabulary: logits in chunks against logits at once.
+
+A small Llama (the vocabulary is what matters here) with 128,256 pieces takes 4 examples of 256 prompt and 384 target
+tokens. Each way runs in a process of its own: it is built, takes a first step (so that the optimizer's moments exist),
+and then the peak of the second step is measured over what the process holds at rest.
+"""
+
+import argparse
+import gc
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from minidpost.batches import Batch, Encoded, collate  # noqa: E402
+from minidpost.llama import Llama, LlamaConfig  # noqa: E402
+from minidpost.objectives import LOGITS_AT_ONCE, log_probabilities, sft_loss, token_log_probabilities  # noqa: E402
+from minidpost.optimizer import Schedule, adamw, apply_step, checkpoint_activations  # noqa: E402
+from minidpost.report import markdown  # noqa: E402
+
+VOCABULARY, ROWS, PROMPT, TARGET = 128_256, 4, 256, 384
+WAYS = {
+    "logits of all positions at once": lambda model, batch: everywhere(model, batch),
+    "logits of target positions at once": lambda model, batch: log_probabilities(model, batch, 10**15),
+    f"in chunks of {LOGITS_AT_ONCE:,} numbers (ours)": log_probabilities,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "memory.md")
+    parser.add_argument("--way", type=int, choices=range(len(WAYS)), help="measure this one alone and print bytes")
+    options = parser.parse_args()
+    if options.way is not None:
+        print(measure(list(WAYS.values())[options.way], options.width, options.layers))
+        return
+    rows = []
+    for number, way in enumerate(WAYS):
+        command = [sys.executable, __file__, "--way", str(number), "--width", str(options.width)]
+        command += ["--layers", str(options.layers)]
+        peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        rows.append([way, f"{peak / 10**9:.2f} GB"])
+    command = "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32"
+    text = [f"# {__doc__.splitlines()[0].rstrip('.')}", "", f"`{command}` · {machine}", ""]
+    text += [*__doc__.split("\n\n", 1)[1].strip().split("\n"), ""]
+    text += [f"Width {options.width}, {options.layers} layers, activation checkpointing on.", ""]
+    text += [markdown(["way", "peak of the step over rest"], rows), ""]
+    options.output.write_text("\n".join(text), encoding="utf-8")
+    print("\n".join(text))
+
+
+def measure(way, width: int, n_layers: int) -> int:
+    """Bytes by which the second step's peak exceeds the memory held before it (Linux)."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        VOCABULARY, width, 3 * width, n_layers, n_heads=4, n_kv_heads=2, d_head=width // 4, bos_id=1, eos_id=2
+    )
+    model = Llama(config).initialise().train()
+    checkpoint_activations(model)
+    optimizer = adamw(model, Schedule(1e-4))
+    ids = torch.randint(VOCABULARY, (ROWS, PROMPT + TARGET)).tolist()
+    batch = collate([Encoded(tuple(row[:PROMPT]), tuple(row[PROMPT:])) for row in ids], None, "cpu")
+    small = collate([Encoded((1, 2), (3, 4))], None, "cpu")
+
+    def step(batch: Batch) -> None:
+        sft_loss(way(model, batch), len(batch.position_N)).backward()
+        apply_step(model, optimizer, Schedule(1e-4), 0, 10)
+
+    step(small)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+    rest = memory("VmRSS")
+    step(batch)
+    return memory("VmHWM") - rest
+
+
+def memory(field: str) -> int:
+    """A line of the process's status, in bytes."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
+    return 1024 * int(lines[field].split()[0])
+
+
+def everywhere(model: nn.Module, batch: Batch) -> Tensor:
+    """What a plain implementation does: logits of every position, then the log-probabilities of the labels."""
+    logits_NV = model(*batch.inputs).flatten(0, 1)
+    label_N = batch.label_BT.flatten()
+    return token_log_probabilities(logits_NV, label_N.clamp(min=0)) * (label_N >= 0)
+
+
+if __name__ == "__main__":
+    main()
