@@ -35,33 +35,37 @@ SAMPLES = 10
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=("tiny-t5", "tiny-llama"), default="tiny-t5")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--iterations", type=int, default=3, help="of each run, at most")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
-    parser.add_argument("--runs", type=Path, default=Path("runs/toy-benchmark"), help="where the runs lie, continued")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "toy.md")
+    parser.add_argument("--runs", type=Path, help="where the runs lie, continued (default: runs/toy-benchmark…)")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/toy.md, or toy-llama.md")
     options = parser.parse_args()
+    suffix = options.model.removeprefix("tiny").removesuffix("-t5")
+    runs = options.runs or Path(f"runs/toy-benchmark{suffix}")
+    output = options.output or ROOT / "benchmarks" / "results" / f"toy{suffix}.md"
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    directories = {(m, s): options.runs / f"{m}-{s}" for m in METHODS for s in seeds}
+    directories = {(m, s): runs / f"{m}-{s}" for m in METHODS for s in seeds}
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda name: train(*name, options.iterations, directories[name]), directories))
+        list(pool.map(lambda name: train(options.model, *name, options.iterations, directories[name]), directories))
     torch.set_num_threads(1)
-    command = f"python benchmarks/toy.py --seeds {options.seeds} --iterations {options.iterations}"
-    options.output.write_text(report(directories, seeds, command), encoding="utf-8")
-    print(options.output.read_text(encoding="utf-8"))
+    command = f"--model {options.model} --seeds {options.seeds} --iterations {options.iterations}"
+    output.write_text(report(directories, seeds, options.model, command), encoding="utf-8")
+    print(output.read_text(encoding="utf-8"))
 
 
-def train(method: str, seed: int, iterations: int, directory: Path) -> None:
+def train(model: str, method: str, seed: int, iterations: int, directory: Path) -> None:
     """One run of train.py, its output beside it."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "train.py"), "--run-dir", str(directory)]
-    command += ["--method", method, "--seed", str(seed), "--iterations", str(iterations)]
+    command += ["--model", model, "--method", method, "--seed", str(seed), "--iterations", str(iterations)]
     with open(directory.with_suffix(".out"), "a", encoding="utf-8") as output:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, check=True, stdout=output, stderr=output, env=environment)
 
 
-def report(directories: dict, seeds: list[int], command: str) -> str:
+def report(directories: dict, seeds: list[int], model: str, command: str) -> str:
     """The Markdown page."""
     chosen = {name: best_iteration(directory) for name, directory in directories.items()}
     models = {("sft", seed): directories["st", seed] / "iteration-0" / "sft" for seed in seeds}
@@ -73,9 +77,11 @@ def report(directories: dict, seeds: list[int], command: str) -> str:
                 outcomes = [outcomes_of(models[method, seed], split, calculator) for seed in seeds]
                 right[method, split, calculator] = np.array(outcomes)
     lines = ["# The embedded world: does self-training help, and does DPO help it?", ""]
-    lines += [f"`{command}` · {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch"]
+    lines += [
+        f"`python benchmarks/toy.py {command}` · {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch"
+    ]
     lines[-1] += (
-        f" {torch.__version__} · tiny-t5, {toy.SIZES['train']} labelled and {toy.SIZES['unlabelled']} unlabelled"
+        f" {torch.__version__} · {model}, {toy.SIZES['train']} labelled and {toy.SIZES['unlabelled']} unlabelled"
     )
     lines[-1] += f" questions, seeds {', '.join(map(str, seeds))}."
     lines += ["", *__doc__.split("\n\n", 1)[1].strip().split("\n"), "", "## Greedy accuracy, mean over seeds", ""]
