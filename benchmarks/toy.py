@@ -77,13 +77,10 @@ def report(directories: dict, seeds: list[int], model: str, command: str) -> str
                 outcomes = [outcomes_of(models[method, seed], split, calculator) for seed in seeds]
                 right[method, split, calculator] = np.array(outcomes)
     lines = ["# The embedded world: does self-training help, and does DPO help it?", ""]
-    lines += [
-        f"`python benchmarks/toy.py {command}` · {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch"
-    ]
-    lines[-1] += (
-        f" {torch.__version__} · {model}, {toy.SIZES['train']} labelled and {toy.SIZES['unlabelled']} unlabelled"
-    )
-    lines[-1] += f" questions, seeds {', '.join(map(str, seeds))}."
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    world = f"{toy.SIZES['train']} labelled and {toy.SIZES['unlabelled']} unlabelled questions"
+    lines += [f"`python benchmarks/toy.py {command}` · {machine}, torch {torch.__version__} · {model}, {world}, seeds"]
+    lines[-1] += f" {', '.join(map(str, seeds))}."
     lines += ["", *__doc__.split("\n\n", 1)[1].strip().split("\n"), "", "## Greedy accuracy, mean over seeds", ""]
     heads = [
         "method",
