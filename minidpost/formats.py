@@ -27,6 +27,7 @@ from minidpost.files import UserError
 class Tokenizer(Protocol):
     """What a format needs of a tokenizer (see tokenizer.py)."""
 
+    vocab_size: int
     eos_id: int | None
     token_texts: Sequence[str]
 
@@ -37,7 +38,7 @@ class Tokenizer(Protocol):
 
 _ANNOTATION = re.compile(r"<<([^<>]*)>>")
 _BRACKETS = re.compile(r"\[([^\[\]<>]*)\]\s*")
-_ANSWER_MARK = re.compile(r"\s*####[\s#]*")
+_ANSWER_MARK = re.compile(r"\s?####[\s#]*")  # one space, not all: a search that begins at each of many is slow
 _SENTENCE_MARKS = (".", "!", "?", ":", ";", ",")
 
 # A binary operator stands between these two; any other sign (`= -5`, `30-minute`) stays as it is.
