@@ -5,8 +5,8 @@ expected are refused by name. Weights are read one tensor at a time straight int
 Pickles (*.bin) are not read: they can run code.
 """
 
-import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minidpost.files import UserError, write_json
+from minidpost.files import UserError, read_json, write_json
 from minidpost.t5 import T5, T5Config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -29,7 +29,8 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
     """Read a Hugging Face directory into a model of ours, in eval mode.
 
     Tensors on disk may be fp32, bf16 or fp16 and are cast to `dtype`. UserError: a missing or broken file, a model
-    type or setting we do not have, a tensor that is missing, unexpected, or of another shape.
+    type or setting we do not have, a tensor that is missing, unexpected, or of another shape. NaN or infinity among
+    the weights is no error, but a warning that names the first such tensor.
     """
     directory = Path(directory)
     files = tensor_files(directory)
@@ -40,6 +41,7 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
         model = T5(config)
     parameters = dict(model.named_parameters())
     missing = {theirs: ours for ours, theirs in t5_names(model.config)}
+    not_finite = []
     for path, names in files.items():
         with open_tensors(path) as tensors:
             for theirs in names:
@@ -48,9 +50,13 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
                     raise UserError(f"{path}: unexpected tensor {theirs}")
                 if ours is not None:
                     tensor = read_tensor(tensors, path, theirs, parameters[ours].shape)
+                    if not is_finite(tensor):
+                        not_finite.append(f"{path}: tensor {theirs}")
                     set_parameter(model, ours, nn.Parameter(tensor.to(device, dtype)))
     if missing:
         raise UserError(f"{directory}: missing tensor {min(missing)} ({len(missing)} missing in all)")
+    if not_finite:
+        warnings.warn(f"{not_finite[0]} holds NaN or infinity ({len(not_finite)} such in all)", stacklevel=2)
     model.tokenizer_files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     return model.eval()
 
@@ -106,10 +112,10 @@ def read_config(directory: Path) -> T5Config:
     """The config.json of a directory (or that file itself) as our own settings; UserError names what is wrong in it."""
     path = directory if directory.is_file() else directory / "config.json"
     try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
+        hf = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{directory}: no config.json here; a Hugging Face model directory is expected") from None
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         raise UserError(f"{path}: not readable as JSON") from None
     if not isinstance(hf, dict) or hf.get("model_type") != "t5":
         found = hf.get("model_type") if isinstance(hf, dict) else None
@@ -205,14 +211,18 @@ def tensor_files(directory: Path) -> dict[Path, list[str]]:
         raise UserError(f"{directory}: neither {WEIGHTS} nor {INDEX} is here")
     files: dict[Path, list[str]] = {}
     try:
-        for name, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+        for name, shard in read_json(index)["weight_map"].items():
+            if not is_plain_name(shard) or not shard.endswith(".safetensors"):
+                raise UserError(f"{index}: shard {shard!r:.80} is no safetensors file of this directory")
             files.setdefault(directory / shard, []).append(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index}: not readable as an index of shards") from None
-    for path in files:
-        if path.parent != directory or path.suffix != ".safetensors":
-            raise UserError(f"{index}: shard {path.name!r} is no safetensors file of this directory")
     return files
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name that a file gives is that of another file in its directory, on every system."""
+    return name not in ("", ".", "..") and name.isprintable() and not set(name) & {"/", "\\", ":"}
 
 
 def read_tensor(tensors: safe_open, path: Path, name: str, shape: torch.Size) -> Tensor:
@@ -227,6 +237,11 @@ def read_tensor(tensors: safe_open, path: Path, name: str, shape: torch.Size) ->
     if tensor.dtype not in READABLE_DTYPES:
         raise UserError(f"{path}: tensor {name} is {tensor.dtype}, fp32, bf16 or fp16 is expected")
     return tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; both show in the least and the greatest value."""
+    return all(bound.isfinite().item() for bound in tensor.aminmax())
 
 
 def open_tensors(path: Path) -> safe_open:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from tqdm import tqdm
 
 from minidpost.answers import is_correct
 from minidpost.files import UserError
-from minidpost.formats import T5Format
+from minidpost.formats import T5Format, Tokenizer
 from minidpost.sampler import Completion, Request, Sampling, sample
 
 MAX_PROMPT_TOKENS = 1024  # a question longer than this is refused, never cut
@@ -74,6 +75,17 @@ def check_prompts(questions: Sequence[str], prompts: Sequence[tuple[int, ...]]) 
                 f"question {number} ({question.strip()[:40]!r}…) has {len(prompt):,} tokens; "
                 f"the limit is {MAX_PROMPT_TOKENS:,}"
             )
+
+
+def check_vocabulary(tokenizer: Tokenizer, n_embeddings: int, directory: Path) -> None:
+    """UserError where a tokenizer has ids that its model has no embedding for, or no id that ends a text."""
+    if tokenizer.vocab_size > n_embeddings:
+        raise UserError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size:,} pieces, the model {n_embeddings:,} embeddings; "
+            "they do not belong together"
+        )
+    if tokenizer.eos_id is None:
+        raise UserError(f"{directory}: the tokenizer has no end token, which the model is trained to stop with")
 
 
 def default_device() -> str:

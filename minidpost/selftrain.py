@@ -21,13 +21,13 @@ from torch import nn
 
 from minidpost.answers import Example, is_correct
 from minidpost.batches import Encoded, token_counts, within_limits
-from minidpost.checkpoint import load_model, save_model
+from minidpost.checkpoint import load_model, read_config, save_model
 from minidpost.dpo import DPOSettings, Pair, train_dpo
 from minidpost.evaluation import greedy_accuracy, sampled_scores
 from minidpost.files import UserError, read_jsonl, write_json, write_jsonl
 from minidpost.flops import forward_flops, model_size, sampling_flops, training_flops
 from minidpost.formats import T5Format, format_for
-from minidpost.generation import check_prompts, generate, sampling_dtype
+from minidpost.generation import check_prompts, check_vocabulary, generate, sampling_dtype
 from minidpost.optimizer import Schedule, derived_seed
 from minidpost.presets import Preset
 from minidpost.rundir import RunDirectory
@@ -71,7 +71,9 @@ class Run:
     ):
         self.directory, self.base, self.method, self.preset, self.data = directory, base, method, preset, data
         self.seed, self.calculator, self.device = seed, calculator, device
-        self.format: T5Format = format_for("t5", load_tokenizer(base))
+        tokenizer = load_tokenizer(base)
+        check_vocabulary(tokenizer, read_config(base).vocab_size, base)
+        self.format: T5Format = format_for("t5", tokenizer)
         for examples in (data.pool, data.dev, *data.tests.values()):
             questions = [example.question for example in examples]
             check_prompts(questions, [self.format.prompt_ids(question) for question in questions])
