@@ -99,7 +99,7 @@ class T5Format:
     def target(self, rationale: str) -> str:
         """The training text of a canonical rationale; `target(canonical(t)) == t` for every target t."""
         prose, *answers = _ANSWER_MARK.split(rationale)
-        sentences = [_sentence(self._fold(_bracketed(line))) for line in prose.split("\n")]
+        sentences = [_sentence(self._fold(_bracketed(line))) for line in prose.split("\n") if line.strip()]
         answers = [self._fold(_bracketed(answer)).rstrip(" .") for answer in answers]
         text = " ".join(sentences + [f"#### {answer}" for answer in answers if answer])
         for pattern, replacement in _SPACING:
