@@ -26,7 +26,9 @@ class SentencePieceTokenizer:
         model = sentencepiece.SentencePieceProcessor()
         try:
             model.LoadFromSerializedProto(path.read_bytes())
-        except (OSError, RuntimeError):
+            ids = [*range(model.get_piece_size())]  # pieces that are no UTF-8 fail here, not while sampling
+            model.id_to_piece(ids), model.decode(ids)
+        except (OSError, RuntimeError, ValueError):
             raise UserError(f"{path}: not a SentencePiece model, or a broken one") from None
         self._model = model
         self.files = [path]

@@ -155,7 +155,7 @@ hostile = st.one_of(
         lambda text, n: text * n, st.text(alphabet="019.,+-*/()%", min_size=1, max_size=5), st.integers(0, 10**5)
     ),
 )
-MAX_CALLS = 100 * MAX_CHARACTERS  # of Python's and C's functions; a millisecond or so
+MAX_CALLS = 40 * MAX_CHARACTERS  # of Python's and C's functions; a millisecond or so
 
 
 def n_calls(function, *arguments):
