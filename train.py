@@ -2,12 +2,13 @@
 
 import argparse
 import dataclasses
+import warnings
 from pathlib import Path
 from random import Random
 
 from minidpost import datasets
 from minidpost.checkpoint import empty_model
-from minidpost.commands import Parser, device, run_command
+from minidpost.commands import MAX_COUNT, Parser, device, run_command
 from minidpost.files import UserError
 from minidpost.generation import default_device, sampling_dtype
 from minidpost.hub import EMBEDDED, PUBLISHED, find_model
@@ -80,8 +81,9 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     for name in ("limit", *OVERRIDES):
         value = getattr(options, name)
-        if value is not None and not value >= (0 if name == "iterations" else 1 if isinstance(value, int) else 1e-9):
-            parser.error(f"--{name.replace('_', '-')} {value}: must be positive")
+        low, high = (0 if name == "iterations" else 1, MAX_COUNT) if isinstance(value, int) else (1e-9, 1e3)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be positive and at most {high:,.0f}")
     return options
 
 
@@ -107,8 +109,11 @@ def load_data(options: argparse.Namespace) -> Data:
         labelled, dev, tests = examples[n_dev:], examples[:n_dev], {}
     else:
         raise UserError(f"--data {options.data}: toy, gsm8k or a file that ends in .jsonl is expected")
-    pool = {example.question: example for example in [*labelled, *extra]}
-    return Data(labelled, list(pool.values()), dev, tests, Path(options.data).stem)
+    known = {example.question for example in [*labelled, *dev]}
+    further = [example for example in extra if example.question not in known]
+    if n_known := len(extra) - len(further):
+        warnings.warn(f"{n_known} questions to sample for left out: the labelled set or dev has them", stacklevel=1)
+    return Data(labelled, [*labelled, *further], dev, tests, Path(options.data).stem)
 
 
 if __name__ == "__main__":

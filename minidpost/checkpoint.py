@@ -5,8 +5,8 @@ Weights are read one tensor at a time straight into place, so a model is never h
 they can run code.
 """
 
-import json
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minidpost.files import UserError, write_json
-from minidpost.formats import Format, format_for
+from minidpost.files import UserError, read_json, write_json
+from minidpost.formats import Format, Tokenizer, format_for
 from minidpost.layouts import Config, config_json, layout_of, model_type, read_config
 from minidpost.tokenizer import FILE_NAMES, load_tokenizer
 
@@ -30,7 +30,8 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
     """Read a Hugging Face directory into a model of ours, in eval mode.
 
     Tensors on disk may be fp32, bf16 or fp16 and are cast to `dtype`. UserError: a missing or broken file, a model
-    type or setting we do not have, a tensor that is missing, unexpected, or of another shape.
+    type or setting we do not have, a tensor that is missing, unexpected, or of another shape. NaN or infinity among
+    the weights is no error, but a warning that names the first such tensor.
     """
     directory = Path(directory)
     files = tensor_files(directory)
@@ -40,6 +41,7 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
     layout, model = layout_of(config), empty_model(config)
     parameters = dict(model.named_parameters())
     missing = {theirs: ours for ours, theirs in layout.names(config)}
+    not_finite = []
     for path, names in files.items():
         with open_tensors(path) as tensors:
             for theirs in names:
@@ -48,9 +50,13 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
                     raise UserError(f"{path}: unexpected tensor {theirs}")
                 if ours is not None:
                     tensor = read_tensor(tensors, path, theirs, parameters[ours].shape)
+                    if not is_finite(tensor):
+                        not_finite.append(f"{path}: tensor {theirs}")
                     set_parameter(model, ours, nn.Parameter(tensor.to(device, dtype)))
     if missing:
         raise UserError(f"{directory}: missing tensor {min(missing)} ({len(missing)} missing in all)")
+    if not_finite:
+        warnings.warn(f"{not_finite[0]} holds NaN or infinity ({len(not_finite)} such in all)", stacklevel=2)
     model.tokenizer_files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     return model.eval()
 
@@ -63,7 +69,20 @@ def empty_model(config: Config) -> nn.Module:
 
 def load_format(directory: str | Path) -> Format:
     """How the model of a directory writes; UserError: no tokenizer there, or none of its family's kind."""
-    return format_for(model_type(directory), load_tokenizer(directory))
+    tokenizer = load_tokenizer(directory)
+    check_vocabulary(tokenizer, read_config(directory).vocab_size, Path(directory))
+    return format_for(model_type(directory), tokenizer)
+
+
+def check_vocabulary(tokenizer: Tokenizer, n_embeddings: int, directory: Path) -> None:
+    """UserError where a tokenizer has ids that its model has no embedding for, or no id that ends a text."""
+    if tokenizer.vocab_size > n_embeddings:
+        raise UserError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size:,} pieces, the model {n_embeddings:,} embeddings; "
+            "they do not belong together"
+        )
+    if tokenizer.eos_id is None:
+        raise UserError(f"{directory}: the tokenizer has no end token, which the model is trained to stop with")
 
 
 def save_model(model: nn.Module, directory: str | Path) -> None:
@@ -97,14 +116,18 @@ def tensor_files(directory: Path) -> dict[Path, list[str]]:
         raise UserError(f"{directory}: neither {WEIGHTS} nor {INDEX} is here")
     files: dict[Path, list[str]] = {}
     try:
-        for name, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+        for name, shard in read_json(index)["weight_map"].items():
+            if not is_plain_name(shard) or not shard.endswith(".safetensors"):
+                raise UserError(f"{index}: shard {shard!r:.80} is no safetensors file of this directory")
             files.setdefault(directory / shard, []).append(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index}: not readable as an index of shards") from None
-    for path in files:
-        if path.parent != directory or path.suffix != ".safetensors":
-            raise UserError(f"{index}: shard {path.name!r} is no safetensors file of this directory")
     return files
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name that a file gives is that of another file in its directory, on every system."""
+    return name not in ("", ".", "..") and name.isprintable() and not set(name) & {"/", "\\", ":"}
 
 
 def read_tensor(tensors: safe_open, path: Path, name: str, shape: torch.Size) -> Tensor:
@@ -119,6 +142,11 @@ def read_tensor(tensors: safe_open, path: Path, name: str, shape: torch.Size) ->
     if tensor.dtype not in READABLE_DTYPES:
         raise UserError(f"{path}: tensor {name} is {tensor.dtype}, fp32, bf16 or fp16 is expected")
     return tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; both show in the least and the greatest value."""
+    return all(bound.isfinite().item() for bound in tensor.aminmax())
 
 
 def open_tensors(path: Path) -> safe_open:

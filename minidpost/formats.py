@@ -31,6 +31,7 @@ from minidpost.files import UserError
 class Tokenizer(Protocol):
     """What a format needs of a tokenizer (see tokenizer.py)."""
 
+    vocab_size: int
     bos_id: int | None
     eos_id: int | None
     token_texts: Sequence[str]
@@ -65,7 +66,7 @@ class Format(Protocol):
 
 _ANNOTATION = re.compile(r"<<([^<>]*)>>")
 _BRACKETS = re.compile(r"\[([^\[\]<>]*)\]\s*")
-_ANSWER_MARK = re.compile(r"\s*####[\s#]*")
+_ANSWER_MARK = re.compile(r"\s?####[\s#]*")  # one space, not all: a search that begins at each of many is slow
 _SENTENCE_MARKS = (".", "!", "?", ":", ";", ",")
 
 # A binary operator stands between these two; any other sign (`= -5`, `30-minute`) stays as it is.
@@ -126,7 +127,7 @@ class T5Format:
     def target(self, rationale: str) -> str:
         """The training text of a canonical rationale; `target(canonical(t)) == t` for every target t."""
         prose, *answers = _ANSWER_MARK.split(rationale)
-        sentences = [_sentence(self._fold(_bracketed(line))) for line in prose.split("\n")]
+        sentences = [_sentence(self._fold(_bracketed(line))) for line in prose.split("\n") if line.strip()]
         answers = [self._fold(_bracketed(answer)).rstrip(" .") for answer in answers]
         text = " ".join(sentences + [f"#### {answer}" for answer in answers if answer])
         for pattern, replacement in _SPACING:

@@ -4,7 +4,6 @@ One explicit table of names joins our parameters to theirs. Every number in conf
 anything is made from it.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minidpost.files import UserError
+from minidpost.files import UserError, read_json
 from minidpost.llama import Llama, LlamaConfig, RopeScaling
 from minidpost.t5 import T5, T5Config
 
@@ -43,12 +42,12 @@ def layout_of(config: Config) -> Layout:
 
 def model_type(directory: str | Path) -> str:
     """The family of a directory, as config.json's model_type names it; UserError where we have no such family."""
-    return read_json(Path(directory))[1]["model_type"]
+    return config_file(Path(directory))[1]["model_type"]
 
 
 def read_config(directory: str | Path) -> Config:
     """The config.json of a directory (or that file itself) as our own settings; UserError names what is wrong in it."""
-    path, hf = read_json(Path(directory))
+    path, hf = config_file(Path(directory))
     try:
         return LAYOUTS[hf["model_type"]].read({key: value for key, value in hf.items() if value is not None})
     except KeyError as error:
@@ -57,14 +56,14 @@ def read_config(directory: str | Path) -> Config:
         raise UserError(f"{path}: {error}") from None
 
 
-def read_json(directory: Path) -> tuple[Path, dict]:
+def config_file(directory: Path) -> tuple[Path, dict]:
     """The path and the content of a config.json of a family we know."""
     path = directory if directory.is_file() else directory / "config.json"
     try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
+        hf = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{directory}: no config.json here; a Hugging Face model directory is expected") from None
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         raise UserError(f"{path}: not readable as JSON") from None
     found = hf.get("model_type") if isinstance(hf, dict) else None
     if not isinstance(found, str) or found not in LAYOUTS:

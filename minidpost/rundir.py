@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minidpost import __version__
-from minidpost.files import UserError, read_jsonl, staged_directory, staged_file, write_json, write_jsonl
+from minidpost.files import UserError, read_json, read_jsonl, staged_directory, staged_file, write_json, write_jsonl
 
 
 class RunDirectory:
@@ -36,7 +36,7 @@ class RunDirectory:
 
     def _check_same(self, config: Path) -> None:
         try:
-            begun, wanted = flat(json.loads(config.read_text(encoding="utf-8"))["settings"]), flat(self.settings)
+            begun, wanted = flat(read_json(config)["settings"]), flat(self.settings)
             differing = [name for name in {**wanted, **begun} if begun.get(name) != wanted.get(name)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{config} is not readable; choose another --run-dir") from None

@@ -17,7 +17,7 @@ from pathlib import Path
 import sentencepiece
 import tiktoken
 
-from minidpost.files import UserError
+from minidpost.files import UserError, read_json
 
 FILE_NAMES = ("spiece.model", "tokenizer.model", "original/tokenizer.model", "tokenizer.json")
 
@@ -43,7 +43,9 @@ class SentencePieceTokenizer:
             model.LoadFromSerializedProto(content)
             if _last_field(content) < 3:  # the normalizer, without which the default one would be taken
                 raise RuntimeError
-        except (OSError, RuntimeError):
+            ids = [*range(model.get_piece_size())]  # pieces that are no UTF-8 fail here, not while sampling
+            model.id_to_piece(ids), model.decode(ids)
+        except (OSError, RuntimeError, ValueError):
             raise UserError(f"{path}: not a SentencePiece model, or a broken one") from None
         self._model = model
         self._n_before = len(model.encode("\n"))
@@ -133,7 +135,7 @@ def _from_tiktoken_file(path: Path) -> TiktokenTokenizer:
 def _from_tokenizer_json(path: Path) -> TiktokenTokenizer:
     """Llama-3's tokenizer.json: the pieces are spelt in GPT-2's alphabet of bytes, the special ids have names."""
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
         model, (split, spelling) = content["model"], content["pre_tokenizer"]["pretokenizers"]
         merged = [model["vocab"]["".join(merge).replace(" ", "")] for merge in model["merges"]]
         specials = {token["content"]: token["id"] for token in content["added_tokens"]}
@@ -151,7 +153,7 @@ def _from_tokenizer_json(path: Path) -> TiktokenTokenizer:
         pieces = {bytes(byte[sign] for sign in piece): token_id for piece, token_id in model["vocab"].items()}
         bos_id, eos_id = specials["<|begin_of_text|>"], specials["<|end_of_text|>"]
         return TiktokenTokenizer(path, pieces, len(specials), bos_id, eos_id)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise UserError(
             f"{path}: not Llama-3's byte-level BPE, or broken; spiece.model or tokenizer.model is needed"
         ) from None

@@ -7,6 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minidpost.answers import extract_answer
+from minidpost.calculator import evaluate
+from minidpost.datasets import MAX_TEXT
 from minidpost.files import UserError
 from minidpost.formats import LlamaFormat, T5Format, format_for
 from minidpost.tokenizer import load_tokenizer
@@ -299,6 +302,51 @@ def test_a_llamas_target_is_a_fixed_point_and_survives(llama, rationale):
 def test_t5s_vocabulary_is_none_of_a_llamas(shared):
     with pytest.raises(UserError, match=r"spiece\.model: Llama's format needs begin and end ids"):
         LlamaFormat(load_tokenizer(shared / "tokenizers" / "t5"))
+
+
+numbers = st.integers(0, 99_999).map(str) | st.integers(0, 99_999).map(
+    lambda n: f"{n / 100:.2f}".rstrip("0").rstrip(".")
+)
+annotations = st.builds("{}{}{}".format, numbers, st.sampled_from("+-*/"), numbers.filter(lambda n: n != "0"))
+words = st.sampled_from(["Tom has", "so there are", "apples", "in all", "dollars, or", "(at most)", "that is"])
+
+
+@st.composite
+def rationales(draw):
+    """Canonical ones, as T5Format gives them back: one line of prose with annotations, and the answer."""
+    parts = [draw(words)]
+    for expression in draw(st.lists(annotations, max_size=4)):
+        result = evaluate(expression)
+        parts += [f"<<{expression}={result}>>{result}", draw(words)]
+    return f"{' '.join(parts)}.\n#### {draw(numbers)}"
+
+
+@settings(derandomize=True, max_examples=400, deadline=None, database=None)
+@given(rationale=rationales())
+def test_what_is_written_is_read_back(t5, rationale):
+    """Through the text, through the ids, and the answer stays."""
+    assert t5.canonical(t5.target(rationale)) == rationale
+    assert t5.survives(t5.target(rationale))
+    assert t5.text(t5.target_ids(rationale)) == rationale
+    assert extract_answer(t5.text(t5.target_ids(rationale))) == extract_answer(rationale)
+
+
+@settings(derandomize=True, max_examples=400, deadline=None, database=None)
+@given(text=st.text(max_size=60))
+def test_any_text_can_be_a_question_or_a_rationale(tiny_format, text):
+    for ids in (tiny_format.prompt_ids(text), tiny_format.target_ids(text)):
+        assert ids[-1] == tiny_format.end_id
+        assert "\n" not in tiny_format.text(ids).partition("\n#### ")[0]
+
+
+@pytest.mark.parametrize(
+    "piece", [" ", "\n", "#", "[", "]", "<<", "<<1=", "¢[", "¢,", "1+", "( ", "½", "####", "= ", "a\u0301\u0323"]
+)
+@pytest.mark.timeout(20)
+def test_a_text_of_the_greatest_length_is_written_at_once(tiny_format, piece):
+    text = piece * (MAX_TEXT // len(piece))
+    tiny_format.prompt(text)
+    tiny_format.canonical(tiny_format.target(text))
 
 
 def test_families_are_picked_by_model_type(t5):

@@ -587,3 +587,12 @@ def computed_positions(token_texts: list[str]) -> list[bool]:
         start, end = end, end + len(text)
         positions.append(any(first <= start < end <= last for first, last in spans))
     return positions
+
+
+@pytest.mark.parametrize("settings", [Sampling(1.0), Sampling(1.0, top_k=3), Sampling(1.0, top_p=0.5), Sampling()])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_no_numbers_still_give_an_id_of_the_vocabulary(settings, value):
+    logits_BV = torch.zeros(3, 7)
+    logits_BV[0], logits_BV[1, 2] = value, value
+    uniform_B = torch.tensor([0.999, 0.999, 0.999], dtype=torch.float64) if settings.temperature else None
+    assert all(0 <= token_id < 7 for token_id in choose(logits_BV, uniform_B, settings).tolist())

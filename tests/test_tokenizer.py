@@ -13,6 +13,8 @@ from minidpost.files import UserError
 from minidpost.formats import T5Format
 from minidpost.tokenizer import load_tokenizer
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 @pytest.fixture(scope="module")
 def t5(shared):
@@ -273,6 +275,15 @@ def test_a_tokenizer_json_of_another_kind_is_refused(tmp_path, transformers_llam
         assert "\n" not in str(error.value)
     path.write_text(whole)
     assert load_tokenizer(tmp_path).vocab_size == 128_256
+
+
+@pytest.mark.parametrize("text", ["▁", "<pad>", "<unk>"])
+def test_a_piece_that_is_no_utf8_is_noticed_at_once(tmp_path, text):
+    content = (ROOT / "weights" / "tiny-t5" / "spiece.model").read_bytes()
+    assert text.encode() in content
+    (tmp_path / "spiece.model").write_bytes(content.replace(text.encode(), b"\xff" * len(text.encode()), 1))
+    with pytest.raises(UserError, match=r"spiece\.model: not a SentencePiece model"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_directory_without_tokenizer_is_named(tmp_path):
