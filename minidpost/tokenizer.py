@@ -9,7 +9,6 @@ Both kinds have `vocab_size`; `pad_id`, `eos_id`, `bos_id` and `unk_id`, None wh
 """
 
 import base64
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
