@@ -11,7 +11,7 @@ from minidpost import commands, datasets
 from minidpost.answers import Example
 from minidpost.evaluation import greedy_accuracy, sampled_scores
 from minidpost.files import write_json
-from minidpost.formats import T5Format
+from minidpost.formats import Format
 from minidpost.report import markdown
 from minidpost.sampler import Sampling
 
@@ -78,7 +78,7 @@ def load_sets(options: argparse.Namespace) -> dict[str, list[Example]]:
 
 def measure(
     model: nn.Module,
-    text_format: T5Format,
+    text_format: Format,
     name: str,
     examples: Sequence[Example],
     calculator: bool,

@@ -10,7 +10,7 @@ from pathlib import Path
 from minidpost import commands, datasets
 from minidpost.answers import extract_answer
 from minidpost.files import write_jsonl
-from minidpost.formats import T5Format
+from minidpost.formats import Format
 from minidpost.generation import Generated, generate
 from minidpost.sampler import Sampling
 
@@ -73,7 +73,7 @@ def row(question: str, done: Generated) -> dict:
     }
 
 
-def show(questions: Sequence[str], completions: Sequence[Generated], text_format: T5Format) -> None:
+def show(questions: Sequence[str], completions: Sequence[Generated], text_format: Format) -> None:
     """Print every question and, indented, its completions; on a terminal calculator results stand out."""
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for done in completions:
@@ -87,7 +87,7 @@ def show(questions: Sequence[str], completions: Sequence[Generated], text_format
             print(f"    (cut after {len(done.completion.token_ids)} tokens)")
 
 
-def forced_annotations(done: Generated, text_format: T5Format) -> set[int]:
+def forced_annotations(done: Generated, text_format: Format) -> set[int]:
     """Which annotations of a completion, counted from 0, the calculator filled in."""
     ids, forced = done.completion.token_ids, [*done.completion.forced, False]
     ends = [i + 1 for i in range(len(ids)) if forced[i] and not forced[i + 1]]

@@ -2,21 +2,24 @@
 
 import argparse
 import dataclasses
+import warnings
 from pathlib import Path
 from random import Random
 
 from minidpost import datasets
-from minidpost.commands import MINUTES, Parser, device, run_command
-from minidpost.files import UserError, files_hash
-from minidpost.generation import default_device
-from minidpost.hub import find_model
+from minidpost.checkpoint import empty_model
+from minidpost.commands import MAX_COUNT, MINUTES, Parser, device, run_command
+from minidpost.files import UserError
+from minidpost.generation import default_device, sampling_dtype
+from minidpost.hub import EMBEDDED, PUBLISHED, find_model
+from minidpost.layouts import model_type, read_config
+from minidpost.memory import check_memory
 from minidpost.presets import METHODS, preset_for
 from minidpost.report import write_report
-from minidpost.rundir import RunDirectory
+from minidpost.rundir import RunDirectory, model_hash
 from minidpost.selftrain import Data, Run
 
 SETTINGS = ("model", "method", "data", "unlabelled", "limit", "seed", "no_calculator")  # what makes a run the same run
-MODEL_FILES = ("config.json", "*.safetensors", "**/*.model")  # of the base model: a run knows it again by them
 OVERRIDES = {  # flags that replace one setting of the preset
     "iterations": (int, "self-training rounds at most"),
     "samples": (int, "K: rationales a question for the pseudo-labels"),
@@ -28,21 +31,24 @@ OVERRIDES = {  # flags that replace one setting of the preset
     "dpo_learning_rate": (float, "its peak"),
     "max_new_tokens": (int, "longest completion"),
     "slots": (int, "rows decoded at once"),
-    "micro_batch_tokens": (int, "padded tokens a forward pass in training: memory"),
+    "micro_batch_tokens": (int, "padded tokens a forward pass in training"),
 }
 
 
 def main() -> None:
     options = parse_options()
     base = find_model(options.model)
-    overrides = {name: value for name in OVERRIDES if (value := getattr(options, name)) is not None}
-    preset = dataclasses.replace(preset_for(options.model, "t5", options.method), **overrides)
+    names = (*OVERRIDES, "activation_checkpointing")
+    overrides = {name: value for name in names if (value := getattr(options, name)) is not None}
+    preset = dataclasses.replace(preset_for(options.model, model_type(base), options.method), **overrides)
+    memory = check_memory(empty_model(read_config(base)), preset, sampling_dtype(options.device), options.device)
     data = load_data(options)
     path = options.run_dir or Path("runs") / f"{base.name}-{options.method}-{data.name}-{options.seed}"
     settings = {name: getattr(options, name) for name in SETTINGS} | {"preset": dataclasses.asdict(preset)}
-    settings["examples"], settings["weights"] = data.fingerprint(), files_hash(base, MODEL_FILES)
+    settings["examples"], settings["weights"] = data.fingerprint(), model_hash(base)
     del settings["preset"]["iterations"]  # a finished run may be taken further
     directory = RunDirectory(path, settings, options.fresh)
+    directory.say(memory)
     calculator, minutes = not options.no_calculator, options.checkpoint_minutes
     run = Run(directory, base, options.method, preset, data, options.seed, calculator, options.device, minutes)
     text = ""
@@ -54,7 +60,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument(
-        "--model", default="tiny-t5", help="tiny-t5, flan-t5-{small,base,large,xl}, t5-large, or a directory"
+        "--model", default="tiny-t5", help=f"{', '.join([*EMBEDDED, *PUBLISHED])}, or a directory (default: tiny-t5)"
     )
     parser.add_argument("--method", default="dpo-st", choices=METHODS)
     parser.add_argument("--data", default="toy", help="toy, gsm8k, or a JSONL file of question, rationale, answer")
@@ -63,19 +69,19 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where datasets lie or are fetched to")
     parser.add_argument("--run-dir", type=Path, help="default: runs/MODEL-METHOD-DATA-SEED")
     parser.add_argument("--fresh", action="store_true", help="begin anew; the run that is there becomes NAME.1")
-    parser.add_argument(
-        "--checkpoint-minutes", type=MINUTES, default=5.0, help="between two checkpoints of a training (default: 5)"
-    )
+    parser.add_argument("--checkpoint-minutes", type=MINUTES, default=5.0, help="how often to save (default: 5)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--no-calculator", action="store_true", help="let the model do its own arithmetic")
     parser.add_argument("--device", type=device, default=default_device())
     for name, (kind, text) in OVERRIDES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{text} (default: the preset's)")
+    parser.add_argument("--activation-checkpointing", action=argparse.BooleanOptionalAction, help="less memory, slower")
     options = parser.parse_args()
     for name in ("limit", *OVERRIDES):
         value = getattr(options, name)
-        if value is not None and not value >= (0 if name == "iterations" else 1 if isinstance(value, int) else 1e-9):
-            parser.error(f"--{name.replace('_', '-')} {value}: must be positive")
+        low, high = (0 if name == "iterations" else 1, MAX_COUNT) if isinstance(value, int) else (1e-9, 1e3)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be positive and at most {high:,.0f}")
     return options
 
 
@@ -101,8 +107,11 @@ def load_data(options: argparse.Namespace) -> Data:
         labelled, dev, tests = examples[n_dev:], examples[:n_dev], {}
     else:
         raise UserError(f"--data {options.data}: toy, gsm8k or a file that ends in .jsonl is expected")
-    pool = {example.question: example for example in [*labelled, *extra]}
-    return Data(labelled, list(pool.values()), dev, tests, Path(options.data).stem)
+    known = {example.question for example in [*labelled, *dev]}
+    further = [example for example in extra if example.question not in known]
+    if n_known := len(extra) - len(further):
+        warnings.warn(f"{n_known} questions to sample for left out: the labelled set or dev has them", stacklevel=1)
+    return Data(labelled, [*labelled, *further], dev, tests, Path(options.data).stem)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The calculator against every annotation of GSM8K, and its automaton along every T5 target.
+"""The calculator against every annotation of GSM8K, and its automaton along every target of T5 and of Llama-2 and -3.
 
-    python -m benchmarks.calculator_gsm8k --data-dir ../shared/data --tokenizer ../shared/tokenizers/t5
+    python -m benchmarks.calculator_gsm8k --data-dir ../shared/data --tokenizers ../shared/tokenizers
 
 Writes benchmarks/results/calculator.md. The first table compares `evaluate` with the result a human wrote into each
-annotation. The second walks the automaton over the tokens of each rationale's training text and compares what it would
-force with what stands there.
+annotation. The others, one a tokenizer, walk the automaton over the ids of each rationale's training text and compare
+what it would force with what stands there.
 """
 
 import argparse
@@ -13,15 +13,17 @@ import re
 import sys
 from collections import Counter
 from decimal import Decimal
+from importlib.metadata import version
 from pathlib import Path
 
 from minidpost.answers import parse_number
 from minidpost.calculator import evaluate
 from minidpost.files import UserError, staged_file
-from minidpost.formats import T5Format
+from minidpost.formats import Format, Tokenizer, format_for
 from minidpost.tokenizer import load_tokenizer
 
 SPLITS = ("train", "test")
+TOKENIZERS = {"t5": "t5", "llama2": "llama", "llama3": "llama"}  # directory: model type
 RESULTS = Path(__file__).parent / "results" / "calculator.md"
 
 SAME = "same characters"
@@ -34,8 +36,9 @@ VERDICTS = (SAME, SPELT, DECIMALS, NO_NUMBER, OTHER, NO_VALUE)
 AGREE = (SAME, SPELT)
 
 FORCED_EQUAL = "forced ids are the ids that stand there"
-FORCED_OTHER = "forced ids differ"
-NOT_FORCED = "nothing forced"
+FORCED_OTHER = "forced ids differ: "  # + a verdict
+NOT_FORCED = f"nothing forced: {NO_VALUE}"
+OUTCOMES = (FORCED_EQUAL, *(FORCED_OTHER + reason for reason in VERDICTS if reason != NO_VALUE), NOT_FORCED)
 
 
 def annotations(rationale: str) -> list[tuple[str, str]]:
@@ -57,19 +60,19 @@ def verdict(expression: str, human: str) -> str:
     return DECIMALS if number.as_tuple().exponent < -2 else OTHER
 
 
-def walk(t5_format: T5Format, rationale: str) -> list[tuple[list[int], list[int]]]:
+def walk(text_format: Format, rationale: str) -> list[tuple[list[int], list[int]]]:
     """The automaton along a rationale's target: at each trigger, the forced ids and as many that stand there."""
-    ids = t5_format.target_ids(rationale)
-    automaton = t5_format.calculator()
+    ids = text_format.target_ids(rationale)
+    automaton = text_format.calculator()
     forced_at = [(position, automaton.push(token_id)) for position, token_id in enumerate(ids, start=1)]
     return [(forced, ids[position : position + len(forced)]) for position, forced in forced_at if forced]
 
 
-def measure(rationales: list[str], t5_format: T5Format) -> tuple[Counter, Counter, list[str]]:
+def measure(rationales: list[str], text_format: Format) -> tuple[Counter, Counter, list[str]]:
     """Counts of verdicts, counts of what the automaton did at each annotation, and a line for every disagreement."""
     verdicts, walked, disagreements = Counter(), Counter(), []
     for rationale in rationales:
-        triggers = iter(walk(t5_format, rationale))
+        triggers = iter(walk(text_format, rationale))
         for expression, human in annotations(rationale):
             found = verdict(expression, human)
             verdicts[found] += 1
@@ -79,7 +82,7 @@ def measure(rationales: list[str], t5_format: T5Format) -> tuple[Counter, Counte
                 walked[NOT_FORCED] += 1
             else:
                 forced, standing = next(triggers)
-                walked[FORCED_EQUAL if forced == standing else FORCED_OTHER] += 1
+                walked[FORCED_EQUAL if forced == standing else FORCED_OTHER + found] += 1
         if next(triggers, None) is not None:
             raise AssertionError(f"the automaton forced more results than there are annotations in {rationale!r}")
     return verdicts, walked, disagreements
@@ -93,6 +96,14 @@ def read_rationales(data_dir: Path, split: str) -> list[str]:
     return [json.loads(line)["answer"] for line in path.open(encoding="utf-8")]
 
 
+def n_seams(rationales: list[str], text_format: Format, tokenizer: Tokenizer) -> int:
+    """How many rationales have other ids than their target tokenised at once, behind a line break."""
+    return sum(
+        text_format.target_ids(rationale)[:-1] != tokenizer.encode(text_format.target(rationale), continued=True)
+        for rationale in rationales
+    )
+
+
 def table(title: str, rows: tuple[str, ...], counts: list[Counter]) -> str:
     """A Markdown table: one column a split and their sum."""
     lines = [f"| {title} | " + " | ".join(SPLITS) + " | both |", "|---|" + "---:|" * (len(SPLITS) + 1)]
@@ -104,22 +115,44 @@ def table(title: str, rows: tuple[str, ...], counts: list[Counter]) -> str:
     return "\n".join(lines)
 
 
+def section(name: str, tokenizer: Tokenizer, rationales: dict[str, list[str]]) -> str:
+    """What the automaton does along the targets of one tokenizer."""
+    text_format = format_for(TOKENIZERS[name], tokenizer)
+    walked = [measure(rationales[split], text_format)[1] for split in SPLITS]
+    counts = sum(walked, Counter())
+    n_triggered, n_equal = counts.total() - counts[NOT_FORCED], counts[FORCED_EQUAL]
+    lines = [
+        f"## {name}\n",
+        f"Triggered by {n_triggered:,} of {counts.total():,} annotations; equal {n_equal:,} times.",
+    ]
+    if TOKENIZERS[name] == "llama":
+        everything = [rationale for split in SPLITS for rationale in rationales[split]]
+        differing = n_seams(everything, text_format, tokenizer)
+        n_all = f"{len(everything):,} rationales"
+        lines.append(f"Seams between forced and other ids: {differing:,} of {n_all} have other ids than without seams.")
+    outcomes = tuple(outcome for outcome in OUTCOMES if counts[outcome])
+    return "\n".join([*lines, "", table("annotations", outcomes, walked)])
+
+
 def main() -> None:
     """Measure and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="holds gsm8k/*.jsonl (default: data)")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="directory of T5's spiece.model")
+    parser.add_argument("--tokenizers", type=Path, required=True, help=f"holds {', '.join(TOKENIZERS)}")
     arguments = parser.parse_args()
     try:
-        t5_format = T5Format(load_tokenizer(arguments.tokenizer))
-        measured = [measure(read_rationales(arguments.data_dir, split), t5_format) for split in SPLITS]
+        rationales = {split: read_rationales(arguments.data_dir, split) for split in SPLITS}
+        tokenizers = {name: load_tokenizer(arguments.tokenizers / name) for name in TOKENIZERS}
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    verdicts, walked, disagreements = zip(*measured, strict=True)
+    t5_format = format_for("t5", tokenizers["t5"])
+    verdicts, _, disagreements = zip(*(measure(rationales[split], t5_format) for split in SPLITS), strict=True)
+    sections = [section(name, tokenizer, rationales) for name, tokenizer in tokenizers.items()]
     report = f"""# The calculator on GSM8K
 
-`python -m benchmarks.calculator_gsm8k --data-dir {arguments.data_dir} --tokenizer {arguments.tokenizer}`
+`python -m benchmarks.calculator_gsm8k --data-dir {arguments.data_dir} --tokenizers {arguments.tokenizers}`
+(sentencepiece {version("sentencepiece")}, tiktoken {version("tiktoken")})
 
 What `evaluate` makes of each annotation's left side, against the result the human wrote:
 
@@ -129,10 +162,11 @@ Every disagreement, as `annotation`: the calculator's result (reason):
 
 {chr(10).join("- " + line for lines in disagreements for line in lines)}
 
-The automaton along the T5 tokens of each rationale's training text. Training text writes a result as the calculator
-does where the two are the same number, so that only the disagreements above may differ or force nothing:
+The automaton along the ids of each rationale's training text, a table for each tokenizer. Training text writes a result
+as the calculator does where the two are the same number, so that only the disagreements above may differ or force
+nothing.
 
-{table("annotations", (FORCED_EQUAL, FORCED_OTHER, NOT_FORCED), list(walked))}
+{(chr(10) * 2).join(sections)}
 """
     with staged_file(RESULTS) as temporary:
         temporary.write_text(report, encoding="utf-8")

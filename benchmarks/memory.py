@@ -1,8 +1,8 @@
 """Peak memory of one SFT step with Llama-3's vocabulary: logits in chunks against logits at once.
 
 A small Llama (the vocabulary is what matters here) with 128,256 pieces takes 4 examples of 256 prompt and 384 target
-tokens. Each way runs in a process of its own: it is built, takes a first step (so that gradients and moments exist), and
-then the peak of the second step is measured over what the process holds at rest.
+tokens. Each way runs in a process of its own: it is built, takes a first step (so that the optimizer's moments exist),
+and then the peak of the second step is measured over what the process holds at rest.
 """
 
 import argparse

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from minidpost import datasets  # noqa: E402
 from minidpost.commands import open_model  # noqa: E402
-from minidpost.formats import T5Format  # noqa: E402
+from minidpost.formats import Format  # noqa: E402
 from minidpost.report import markdown  # noqa: E402
 from minidpost.sampler import Request, Sampling, sample  # noqa: E402
 
@@ -33,7 +33,7 @@ transformers.logging.set_verbosity_error()
 class CalculatorProcessor(transformers.LogitsProcessor):
     """Forces the calculator's results in a batch: state kept a row, one transfer of the last tokens a step."""
 
-    def __init__(self, text_format: T5Format, n_rows: int):
+    def __init__(self, text_format: Format, n_rows: int):
         self.automata = [text_format.calculator() for _ in range(n_rows)]
         self.pending: list[deque[int]] = [deque() for _ in range(n_rows)]
         self.started = False

@@ -23,13 +23,11 @@ sys.path.insert(0, str(ROOT))
 
 from minidpost import toy  # noqa: E402
 from minidpost.answers import is_correct  # noqa: E402
-from minidpost.checkpoint import load_model  # noqa: E402
+from minidpost.checkpoint import load_format, load_model  # noqa: E402
 from minidpost.evaluation import completions_by_question, pass_at_k  # noqa: E402
-from minidpost.formats import T5Format  # noqa: E402
 from minidpost.presets import TINY_T5  # noqa: E402
 from minidpost.report import markdown  # noqa: E402
 from minidpost.sampler import Sampling  # noqa: E402
-from minidpost.tokenizer import load_tokenizer  # noqa: E402
 
 METHODS = ("st", "dpo-st")
 SAMPLES = 10
@@ -37,33 +35,37 @@ SAMPLES = 10
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=("tiny-t5", "tiny-llama"), default="tiny-t5")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--iterations", type=int, default=3, help="of each run, at most")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
-    parser.add_argument("--runs", type=Path, default=Path("runs/toy-benchmark"), help="where the runs lie, continued")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "toy.md")
+    parser.add_argument("--runs", type=Path, help="where the runs lie, continued (default: runs/toy-benchmark…)")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/toy.md, or toy-llama.md")
     options = parser.parse_args()
+    suffix = options.model.removeprefix("tiny").removesuffix("-t5")
+    runs = options.runs or Path(f"runs/toy-benchmark{suffix}")
+    output = options.output or ROOT / "benchmarks" / "results" / f"toy{suffix}.md"
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    directories = {(m, s): options.runs / f"{m}-{s}" for m in METHODS for s in seeds}
+    directories = {(m, s): runs / f"{m}-{s}" for m in METHODS for s in seeds}
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda name: train(*name, options.iterations, directories[name]), directories))
+        list(pool.map(lambda name: train(options.model, *name, options.iterations, directories[name]), directories))
     torch.set_num_threads(1)
-    command = f"python benchmarks/toy.py --seeds {options.seeds} --iterations {options.iterations}"
-    options.output.write_text(report(directories, seeds, command), encoding="utf-8")
-    print(options.output.read_text(encoding="utf-8"))
+    command = f"--model {options.model} --seeds {options.seeds} --iterations {options.iterations}"
+    output.write_text(report(directories, seeds, options.model, command), encoding="utf-8")
+    print(output.read_text(encoding="utf-8"))
 
 
-def train(method: str, seed: int, iterations: int, directory: Path) -> None:
+def train(model: str, method: str, seed: int, iterations: int, directory: Path) -> None:
     """One run of train.py, its output beside it."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "train.py"), "--run-dir", str(directory)]
-    command += ["--method", method, "--seed", str(seed), "--iterations", str(iterations)]
+    command += ["--model", model, "--method", method, "--seed", str(seed), "--iterations", str(iterations)]
     with open(directory.with_suffix(".out"), "a", encoding="utf-8") as output:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, check=True, stdout=output, stderr=output, env=environment)
 
 
-def report(directories: dict, seeds: list[int], command: str) -> str:
+def report(directories: dict, seeds: list[int], model: str, command: str) -> str:
     """The Markdown page."""
     chosen = {name: best_iteration(directory) for name, directory in directories.items()}
     models = {("sft", seed): directories["st", seed] / "iteration-0" / "sft" for seed in seeds}
@@ -75,11 +77,10 @@ def report(directories: dict, seeds: list[int], command: str) -> str:
                 outcomes = [outcomes_of(models[method, seed], split, calculator) for seed in seeds]
                 right[method, split, calculator] = np.array(outcomes)
     lines = ["# The embedded world: does self-training help, and does DPO help it?", ""]
-    lines += [f"`{command}` · {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch"]
-    lines[-1] += (
-        f" {torch.__version__} · tiny-t5, {toy.SIZES['train']} labelled and {toy.SIZES['unlabelled']} unlabelled"
-    )
-    lines[-1] += f" questions, seeds {', '.join(map(str, seeds))}."
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    world = f"{toy.SIZES['train']} labelled and {toy.SIZES['unlabelled']} unlabelled questions"
+    lines += [f"`python benchmarks/toy.py {command}` · {machine}, torch {torch.__version__} · {model}, {world}, seeds"]
+    lines[-1] += f" {', '.join(map(str, seeds))}."
     lines += ["", *__doc__.split("\n\n", 1)[1].strip().split("\n"), "", "## Greedy accuracy, mean over seeds", ""]
     heads = [
         "method",
@@ -120,7 +121,7 @@ def best_iteration(directory: Path) -> int:
 def outcomes_of(checkpoint: Path, split: str, calculator: bool) -> list[float]:
     """1.0 for each question of a test set that the greedy completion gets right."""
     settings = Sampling(max_new_tokens=TINY_T5.max_new_tokens, slots=TINY_T5.slots)
-    model, text_format, examples = load_model(checkpoint), T5Format(load_tokenizer(checkpoint)), toy.examples(split)
+    model, text_format, examples = load_model(checkpoint), load_format(checkpoint), toy.examples(split)
     texts = completions_by_question(model, text_format, examples, settings, 1, calculator, split)
     return [float(is_correct(text, example.answer)) for (text,), example in zip(texts, examples, strict=True)]
 
@@ -129,7 +130,7 @@ def sampled(checkpoint: Path) -> list[int]:
     """How many of ten samples are right, for each test question."""
     settings = Sampling(max_new_tokens=TINY_T5.max_new_tokens, slots=TINY_T5.slots)
     settings = replace(settings, temperature=TINY_T5.temperature)
-    model, text_format, examples = load_model(checkpoint), T5Format(load_tokenizer(checkpoint)), toy.examples("test")
+    model, text_format, examples = load_model(checkpoint), load_format(checkpoint), toy.examples("test")
     texts = completions_by_question(model, text_format, examples, settings, SAMPLES, True, "pass@k")
     return [sum(is_correct(text, e.answer) for text in row) for row, e in zip(texts, examples, strict=True)]
 

@@ -30,8 +30,10 @@ def evaluate(expression: str) -> str | None:
     """The value of an arithmetic expression, as GSM8K prints it; None if it has none or exceeds the bounds.
 
     Knows + - * / and parentheses, signs, decimals (`.5`, `5.`), thousands commas, percent (`20%` is 0.2), and × ÷ − x
-    as operators. No power, no implied multiplication, no currency: GSM8K's annotations have none. The result is an
-    integer where the value is one, else has at most two decimals, half rounded away from zero. Never raises.
+    as operators. No power, no implied multiplication, no currency, no exponent (`1e9`), no digits but ASCII's and no
+    other look-alikes (– ⁄ · ∗ and full-width signs): GSM8K's annotations have none. The result is an integer where the
+    value is one, else has at most two decimals, half rounded away from zero. Never raises; at most MAX_CHARACTERS
+    symbols and as many operations on numbers of MAX_BITS, whatever the text.
     """
     if len(expression) > MAX_CHARACTERS:
         return None

@@ -4,21 +4,23 @@ import argparse
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from minidpost.checkpoint import load_model
+from minidpost.checkpoint import load_format, load_model
 from minidpost.files import UserError, no_room
-from minidpost.formats import T5Format, format_for
+from minidpost.formats import Format
 from minidpost.generation import default_device, sampling_dtype
 from minidpost.hub import find_model
 from minidpost.resume import Terminated, interrupt
-from minidpost.tokenizer import load_tokenizer
 
 RUNS = Path("runs")
+MAX_MESSAGE = 1000
+MAX_COUNT = 10**6  # of rows, tokens, samples …: what lies above is a slip of the finger
 
 
 def run_command(main: Callable[[], None], if_interrupted: str = "nothing was written") -> None:
@@ -28,12 +30,19 @@ def run_command(main: Callable[[], None], if_interrupted: str = "nothing was wri
     disk is said in the words of `if_interrupted`.
     """
     name = os.path.basename(sys.argv[0])
+    warnings.formatwarning = lambda message, *_: f"{name}: warning: {one_line(message)}\n"
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack signs that a model has
     try:
         signal.signal(signal.SIGTERM, interrupt)
         main()
         sys.stdout.flush()  # here, so that a closed pipe is noticed while it can be handled
     except UserError as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        print(f"{name}: not enough memory; fewer --slots or --max-new-tokens need less", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as reason:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would only garble the end
@@ -46,7 +55,7 @@ def run_command(main: Callable[[], None], if_interrupted: str = "nothing was wri
         if (reason := no_room(error)) is not None:
             print(f"{name}: cannot write ({reason}); {if_interrupted}", file=sys.stderr)
         elif isinstance(error, OSError) and error.filename is not None:
-            print(f"{name}: {error.filename}: {error.strerror}", file=sys.stderr)
+            print(f"{name}: {one_line(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
         else:
             raise
         sys.exit(2)
@@ -54,11 +63,25 @@ def run_command(main: Callable[[], None], if_interrupted: str = "nothing was wri
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def one_line(message: object) -> str:
+    """A message as it can be shown: on one line, of at most MAX_MESSAGE signs, none of which commands a terminal."""
+    text = " ".join(str(message).split())
+    text = text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
+    return "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line, without the usage."""
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} (--help lists the flags)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """argparse's, of arguments that are text: others could not be written into any file."""
+        for argument in sys.argv[1:] if args is None else args:
+            if not argument.isascii() and any("\ud800" <= sign <= "\udfff" for sign in argument):
+                self.error(f"argument {argument!r:.80} is not UTF-8")
+        return super().parse_known_args(args, namespace)
 
 
 def model_parser(description: str) -> Parser:
@@ -91,9 +114,10 @@ def checked(kind: type, allowed: Callable[[float], bool], wanted: str) -> Callab
     return parse
 
 
-POSITIVE = checked(int, lambda value: value >= 1, "a whole number of at least 1")
-NOT_NEGATIVE = checked(int, lambda value: value >= 0, "a whole number of at least 0")
-TEMPERATURE = checked(float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
+POSITIVE = checked(int, lambda value: 1 <= value <= MAX_COUNT, f"a whole number from 1 to {MAX_COUNT:,}")
+NOT_NEGATIVE = checked(int, lambda value: 0 <= value <= MAX_COUNT, f"a whole number from 0 to {MAX_COUNT:,}")
+# Between the bounds logits divided by it stay what they are; nearer to 0 they overflow.
+TEMPERATURE = checked(float, lambda value: value == 0 or 1e-3 <= value <= 1e3, "0 or a number from 0.001 to 1000")
 MINUTES = checked(float, lambda value: 0 <= value < float("inf"), "a number of minutes")
 SHARE = checked(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 
@@ -118,10 +142,10 @@ def check_output(path: Path | None) -> None:
         raise UserError(f"--output {path}: {parent} is no directory that can be written to")
 
 
-def open_model(checkpoint: str | None, device: str) -> tuple[Path, nn.Module, T5Format]:
+def open_model(checkpoint: str | None, device: str) -> tuple[Path, nn.Module, Format]:
     """The model of a directory or a name, and how it writes; by default the newest fine-tuned one under runs/."""
     directory = find_model(checkpoint) if checkpoint is not None else default_checkpoint()
-    text_format = format_for("t5", load_tokenizer(directory))
+    text_format = load_format(directory)  # before the weights, which take longer to read
     return directory, load_model(directory, sampling_dtype(device), device), text_format
 
 

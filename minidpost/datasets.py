@@ -9,10 +9,10 @@ paper prints no rules for ASDiv and SVAMP: ours stand at `_asdiv`, whose count i
 import hashlib
 import json
 import re
-import shutil
 import sys
 import warnings
 import xml.etree.ElementTree as ElementTree
+from contextlib import nullcontext
 from decimal import Decimal
 from http.client import HTTPException
 from pathlib import Path
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from minidpost import toy
 from minidpost.answers import Example, extract_answer, is_correct, parse_number
-from minidpost.files import UserError, parse_jsonl, read_jsonl, staged_file
+from minidpost.files import UserError, bounded_lines, parse_jsonl, read_jsonl, staged_file
 
 SPLITS: dict[str, tuple[str, ...]] = {
     "gsm8k": ("train", "dev", "test"),
@@ -32,6 +32,11 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "svamp": ("test",),
     "toy": tuple(toy.SPLITS),
 }
+
+
+MAX_TEXT = 20_000  # signs of a question or a rationale: ten times GSM8K's longest
+MAX_DOWNLOAD = 2**26  # bytes after which no more is taken from a server; the largest file has 4 million
+CHUNK = 2**16
 
 
 class Source(NamedTuple):
@@ -124,23 +129,27 @@ def load_jsonl(path: str | Path, labelled: bool) -> list[Example]:
 def load_questions(source: str) -> list[str]:
     """Questions without answers: JSONL with `question`, text with one a line, or either from standard input (`-`).
 
-    UserError names the file, and the line that is broken or holds no question.
+    A question that stands there twice is answered twice. UserError names the file, and the line that is broken or holds
+    no question.
     """
     name, suffix = ("standard input", "") if source == "-" else (source, Path(source).suffix)
     if source != "-" and suffix not in (".jsonl", ".txt"):
         raise UserError(f"{source}: a file that ends in .jsonl or .txt is expected, or - for standard input")
     try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        with nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb") as stream:
+            lines = list(bounded_lines(stream, name))
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror})") from None
-    if suffix == ".jsonl" or (source == "-" and data.lstrip().startswith(b"{")):
-        rows = parse_jsonl(data.split(b"\n"), name)
-        questions = [_text(row.get("question"), "question", f"{name}, line {line}") for line, row in rows]
+    first = next((line.strip() for line in lines if line.strip()), b"")
+    if suffix == ".jsonl" or (source == "-" and first.startswith(b"{")):
+        rows = ((line, row.get("question")) for line, row in parse_jsonl(lines, name))
     else:
         try:
-            questions = [line.strip() for line in data.decode("utf-8").split("\n") if line.strip()]
+            texts = [line.decode("utf-8") for line in lines]
         except UnicodeDecodeError:
             raise UserError(f"{name}: not a text in UTF-8") from None
+        rows = ((line, text) for line, text in enumerate(texts, start=1) if text.strip())
+    questions = [_text(question, "question", f"{name}, line {line}") for line, question in rows]
     if not questions:
         raise UserError(f"{name}: holds no questions")
     return questions
@@ -150,6 +159,9 @@ def _text(value: object, key: str, where: str) -> str:
     """A row's text, without the spaces around it."""
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: `{key}` must be a text that is not empty")
+    if "\0" in value or len(value) > MAX_TEXT:
+        found = "one with NUL in it" if "\0" in value else f"one of {len(value):,}"
+        raise UserError(f"{where}: `{key}` must be a text of at most {MAX_TEXT:,} signs, found {found}")
     return value.strip()
 
 
@@ -159,19 +171,19 @@ def _example(row: dict, where: str) -> Example:
         if key not in row:
             raise UserError(f"{where}: `{key}` is missing")
     question, given, rationale = _text(row["question"], "question", where), row["answer"], row.get("rationale")
-    if rationale is not None and (not isinstance(rationale, str) or not rationale.strip()):
-        raise UserError(f"{where}: `rationale`, where there is one, must be a text that is not empty")
+    if rationale is not None:
+        rationale = _text(rationale, "rationale", where)
 
     if rationale is None and isinstance(given, str) and "####" in given:
-        number, rationale = extract_answer(given), given
+        number, rationale = extract_answer(given), _text(given, "answer", where)
     else:
         number = _number(given)
     if number is None:
-        raise UserError(f"{where}: `answer` must be a number or the text of one, found {given!r:.80}")
+        found = f"a {type(given).__name__}" if isinstance(given, (list, dict)) else f"{given!r:.80}"
+        raise UserError(f"{where}: `answer` must be a number or the text of one, found {found}")
     answer = _plain(number)
 
     if rationale is not None:
-        rationale = rationale.strip()
         if "####" not in rationale:
             rationale += f"\n#### {answer}"
         elif not is_correct(rationale, answer):
@@ -180,7 +192,10 @@ def _example(row: dict, where: str) -> Example:
 
 
 def _number(value: object) -> Decimal | None:
-    """Read a JSON value as a number; None: it is none (true, NaN, a list, a text that holds something else)."""
+    """Read a JSON value as a number; None: it is none (true, NaN, a list, a text that holds something else).
+
+    JSON's own 1e9 is the number that it is, where the text "1e9" is none (see answers.py).
+    """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = format(Decimal(str(value)), "f")  # 1e-05 -> 0.00001
     return parse_number(value) if isinstance(value, str) else None
@@ -253,8 +268,14 @@ def _fetch(source: Source, path: Path) -> None:
         with staged_file(path) as temporary:
             with urlopen(source.url, timeout=30) as response, open(temporary, "wb") as file:
                 with tqdm.wrapattr(file, "write", total=response.length, desc=f"fetching {path.name}") as sink:
-                    shutil.copyfileobj(response, sink)
+                    while file.tell() <= MAX_DOWNLOAD and (chunk := response.read(CHUNK)):
+                        sink.write(chunk)
             data = temporary.read_bytes()
+            if data[:CHUNK].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+                raise UserError(
+                    f"{source.url}: a web page came instead of the file (a login of the network, or a proxy's?); try "
+                    f"again, or put the right file at {path}"
+                )
             if hashlib.sha256(data).hexdigest() != source.sha256:
                 raise UserError(
                     f"{source.url}: cut short or altered, the sha256 of the {len(data)} bytes received is not "

@@ -8,7 +8,7 @@ from math import comb, sqrt
 from torch import nn
 
 from minidpost.answers import Example, extract_answer, is_correct
-from minidpost.formats import T5Format
+from minidpost.formats import Format
 from minidpost.generation import generate
 from minidpost.sampler import Sampling
 
@@ -25,7 +25,7 @@ class Score:
 
 def greedy_accuracy(
     model: nn.Module,
-    text_format: T5Format,
+    text_format: Format,
     examples: Sequence[Example],
     settings: Sampling,
     calculator: bool = True,
@@ -41,7 +41,7 @@ def greedy_accuracy(
 
 def sampled_scores(
     model: nn.Module,
-    text_format: T5Format,
+    text_format: Format,
     examples: Sequence[Example],
     settings: Sampling,
     pass_at: Sequence[int] = (),
@@ -67,7 +67,7 @@ def sampled_scores(
 
 def completions_by_question(
     model: nn.Module,
-    text_format: T5Format,
+    text_format: Format,
     examples: Sequence[Example],
     settings: Sampling,
     n_samples: int,

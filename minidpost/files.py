@@ -1,14 +1,22 @@
-"""Files that are whole or absent: JSONL in and out, and stages that take their final name only when finished."""
+"""Files that are whole or absent: JSONL in and out, and stages that take their final name only when finished.
 
+What is read may be anything: a line and a JSON file have a greatest length, beyond which nothing more is read.
+"""
+
+import codecs
 import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+MAX_LINE_BYTES = 2**22  # of a line of JSONL or of a text of questions; GSM8K's longest has two thousand
+MAX_JSON_BYTES = 2**26  # of a file that is one JSON value; the longest we know, a vocabulary, has nine million
 
 
 class UserError(Exception):
@@ -22,11 +30,25 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     with stream:
-        yield from parse_jsonl(stream, str(path))
+        yield from parse_jsonl(bounded_lines(stream, str(path)), str(path))
+
+
+def bounded_lines(stream: BinaryIO, name: str) -> Iterator[bytes]:
+    """The lines of a stream, without a byte order mark; UserError at one above MAX_LINE_BYTES, never held whole."""
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise UserError(f"{name}, line {number}: longer than the {MAX_LINE_BYTES:,} bytes that a line may have")
+        yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
 def parse_jsonl(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, dict]]:
-    """`read_jsonl` of lines that are open already; `name` begins every complaint."""
+    """`read_jsonl` of lines that are open already; `name` begins every complaint.
+
+    Refused: broken UTF-8, half a surrogate pair, brackets nested beyond Python's recursion limit, integers of more than
+    4,300 digits. Of two values of one key the last counts; NaN and Infinity are numbers, as Python writes them.
+    """
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -34,11 +56,24 @@ def parse_jsonl(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, dict]]
             row = json.loads(line.decode("utf-8"))
             if b"\\ud" in line.lower():  # half a surrogate pair is valid JSON, but no text that could be written again
                 json.dumps(row, ensure_ascii=False).encode("utf-8")
-        except (ValueError, RecursionError):
-            raise UserError(f"{name}, line {number}: not a JSON object in UTF-8") from None
+        except (ValueError, RecursionError) as error:
+            reason = str(error).partition(";")[0]
+            raise UserError(f"{name}, line {number}: not a JSON object in UTF-8 ({reason:.100})") from None
         if not isinstance(row, dict):
             raise UserError(f"{name}, line {number}: a JSON object is expected, found {type(row).__name__}")
         yield number, row
+
+
+def read_json(path: Path) -> object:
+    """The value in a JSON file; OSError if it cannot be read, ValueError if it is broken or above MAX_JSON_BYTES."""
+    with open(path, "rb") as stream:
+        content = stream.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"longer than {MAX_JSON_BYTES:,} bytes")
+    try:
+        return json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
@@ -111,13 +146,6 @@ def sha256_of(path: Path) -> str:
         while size := stream.readinto(buffer):
             digest.update(buffer[:size])
     return digest.hexdigest()
-
-
-def files_hash(directory: Path, patterns: Sequence[str]) -> str:
-    """A short hash of the names and contents of those files of a directory that match one of the patterns."""
-    files = sorted({path for pattern in patterns for path in directory.glob(pattern)})
-    names_and_hashes = [(str(path.relative_to(directory)), sha256_of(path)) for path in files]
-    return hashlib.sha256(repr(names_and_hashes).encode()).hexdigest()[:16]
 
 
 def no_room(error: Exception) -> str | None:

@@ -9,28 +9,27 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from minidpost.t5 import T5
-
 
 @dataclass(frozen=True)
 class Size:
-    """What the formulas need of a model: parameters that see source and target tokens, layers, width."""
+    """What the formulas need of a model: parameters that a source and a target token pass, layers they pass, width."""
 
-    n_encoder: int
-    n_decoder: int
-    n_encoder_layers: int
-    n_decoder_layers: int
+    n_source: int
+    n_target: int
+    n_source_layers: int
+    n_target_layers: int
     width: int
 
 
-def model_size(model: T5) -> Size:
-    """Parameters without the input embedding; the output layer counts with the decoder, tied or not."""
+def model_size(model: nn.Module) -> Size:
+    """Parameters without the input embedding; the output layer counts with the target tokens, tied or not."""
+    source, target = model.stacks
     head = model.head.weight if model.head is not None else model.embedding.weight
     return Size(
-        n_encoder=count(model.encoder),
-        n_decoder=count(model.decoder) + head.numel(),
-        n_encoder_layers=model.config.n_encoder_layers,
-        n_decoder_layers=model.config.n_decoder_layers,
+        n_source=count(source),
+        n_target=count(target) + head.numel(),
+        n_source_layers=len(source.layers),
+        n_target_layers=len(target.layers),
         width=model.config.d_model,
     )
 
@@ -42,7 +41,7 @@ def count(module: nn.Module) -> int:
 
 def forward_flops(size: Size, n_source: int, n_target: int) -> float:
     """One forward pass over so many tokens."""
-    return 2.0 * (size.n_encoder * n_source + size.n_decoder * n_target)
+    return 2.0 * (size.n_source * n_source + size.n_target * n_target)
 
 
 def training_flops(size: Size, n_source: int, n_target: int) -> float:
@@ -52,6 +51,6 @@ def training_flops(size: Size, n_source: int, n_target: int) -> float:
 
 def sampling_flops(size: Size, prompt_lengths: list[int], completion_lengths: list[int]) -> float:
     """Prefill of the prompts, each once, and cached decoding of the completions."""
-    prefill = sum(n * (2 * size.n_encoder + 2 * size.n_encoder_layers * n * size.width) for n in prompt_lengths)
-    context = 2 * size.n_decoder_layers * size.width
-    return float(prefill + sum(n * (1.66 * size.n_decoder + context * n / 2) for n in completion_lengths))
+    prefill = sum(n * (2 * size.n_source + 2 * size.n_source_layers * n * size.width) for n in prompt_lengths)
+    context = 2 * size.n_target_layers * size.width
+    return float(prefill + sum(n * (1.66 * size.n_target + context * n / 2) for n in completion_lengths))

@@ -6,10 +6,12 @@ line, as in the published code:
 
     Natalia sold 48 / 2 = [ 48 / 2 = 24] 24 clips in May. Natalia sold 48 + 24 = [ 48 + 24 = 72] 72 clips. #### 72
 
+Llama's vocabularies have all of it, so that its targets are GSM8K's own form, behind an Alpaca-style prompt.
+
 Departures from the published code: operators are spaced evenly (there `a+b+c` became `a + b+c`); what has been
 formatted once stays as it is (there `#### 9` became `#### 9.` from the second round on); an annotation's result is
 written as the calculator writes it, so that forced ids are the training text's; signs outside the vocabulary are
-folded, not lost.
+folded, not lost. Llama's begin id stands in front of every prompt, in training as elsewhere.
 """
 
 import re
@@ -17,6 +19,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from functools import cache
+from itertools import pairwise
+from pathlib import Path
 from typing import Protocol
 
 from minidpost.answers import parse_number
@@ -27,17 +31,42 @@ from minidpost.files import UserError
 class Tokenizer(Protocol):
     """What a format needs of a tokenizer (see tokenizer.py)."""
 
+    vocab_size: int
+    bos_id: int | None
     eos_id: int | None
     token_texts: Sequence[str]
+    files: Sequence[Path]
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, continued: bool = False) -> list[int]: ...
 
     def decode(self, ids: Iterable[int]) -> str: ...
 
 
+class Format(Protocol):
+    """What a format is to the rest of the code: canonical texts on one side, a model's texts and ids on the other."""
+
+    end_id: int
+
+    def prompt(self, question: str) -> str: ...
+
+    def target(self, rationale: str) -> str: ...
+
+    def canonical(self, text: str) -> str: ...
+
+    def prompt_ids(self, question: str) -> list[int]: ...
+
+    def target_ids(self, rationale: str) -> list[int]: ...
+
+    def text(self, ids: Iterable[int]) -> str: ...
+
+    def calculator(self) -> Automaton: ...
+
+    def survives(self, text: str) -> bool: ...
+
+
 _ANNOTATION = re.compile(r"<<([^<>]*)>>")
 _BRACKETS = re.compile(r"\[([^\[\]<>]*)\]\s*")
-_ANSWER_MARK = re.compile(r"\s*####[\s#]*")
+_ANSWER_MARK = re.compile(r"\s?####[\s#]*")  # one space, not all: a search that begins at each of many is slow
 _SENTENCE_MARKS = (".", "!", "?", ":", ";", ",")
 
 # A binary operator stands between these two; any other sign (`= -5`, `30-minute`) stays as it is.
@@ -98,7 +127,7 @@ class T5Format:
     def target(self, rationale: str) -> str:
         """The training text of a canonical rationale; `target(canonical(t)) == t` for every target t."""
         prose, *answers = _ANSWER_MARK.split(rationale)
-        sentences = [_sentence(self._fold(_bracketed(line))) for line in prose.split("\n")]
+        sentences = [_sentence(self._fold(_bracketed(line))) for line in prose.split("\n") if line.strip()]
         answers = [self._fold(_bracketed(answer)).rstrip(" .") for answer in answers]
         text = " ".join(sentences + [f"#### {answer}" for answer in answers if answer])
         for pattern, replacement in _SPACING:
@@ -145,15 +174,91 @@ class T5Format:
         return text
 
 
-def format_for(model_type: str, tokenizer: Tokenizer) -> T5Format:
+LLAMA_PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{question}\n\n### Response:\n"
+)
+# Behind both groups there may be a seam between forced and other ids.
+_CALCULATED = re.compile(r"(<<[^<>=]*=)([^<>]*>>)")
+
+
+class LlamaFormat:
+    """Llama's way: an Alpaca-style prompt, and the canonical rationale as it is.
+
+    The prompt ends in a line break. It belongs to the prompt, and the completion is tokenised as what continues it, so
+    that the completion's first piece is the same in training, in sampling and in the whole text tokenised at once: none
+    of their tokenizers makes pieces that go on behind a line break.
+
+    The calculator forces `24>>` behind `<<48/2=`, whatever follows. Other pieces may reach across these places (`=-`,
+    `>>.`), so training text is tokenised in segments that end there, and forced ids are always those of training.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        """Bind the format to a vocabulary; UserError if it is none of Llama's kind."""
+        self._tokenizer = tokenizer
+        if None in (tokenizer.bos_id, tokenizer.eos_id) or not self.survives("<<\n>>"):
+            raise UserError(f"{tokenizer.files[0]}: Llama's format needs begin and end ids, <<, >> and line breaks")
+        self.end_id = tokenizer.eos_id
+        self._automaton = Automaton(tokenizer.token_texts, self._result_ids, "<<", ">>")
+
+    def prompt(self, question: str) -> str:
+        """The question in its Alpaca-style frame."""
+        return LLAMA_PROMPT.format(question=_tidy(question))
+
+    def target(self, rationale: str) -> str:
+        """The training text of a canonical rationale; `target(canonical(t)) == t` for every target t."""
+        return _ANNOTATION.sub(lambda match: f"<<{_with_printed_result(match[1])}>>", _tidy(rationale))
+
+    def canonical(self, text: str) -> str:
+        """The way back: Llama's text, tidied."""
+        return _tidy(text)
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """The ids in front of a completion, the begin id first."""
+        return [self._tokenizer.bos_id, *self._tokenizer.encode(self.prompt(question))]
+
+    def target_ids(self, rationale: str) -> list[int]:
+        """The completion's ids for a canonical rationale, the end id included."""
+        return [*self._segmented_ids(self.target(rationale)), self.end_id]
+
+    def text(self, ids: Iterable[int]) -> str:
+        """The canonical rationale that a completion's ids stand for."""
+        return self.canonical(self._tokenizer.decode(ids))
+
+    def calculator(self) -> Automaton:
+        """A new row's calculator; all rows share one set of tables."""
+        return self._automaton.fresh()
+
+    def survives(self, text: str) -> bool:
+        """Whether the vocabulary can write `text`: encoded and decoded, it is the same."""
+        return self._tokenizer.decode(self._segmented_ids(text)) == text
+
+    def _segmented_ids(self, text: str) -> list[int]:
+        seams = [end for match in _CALCULATED.finditer(text) for end in (match.end(1), match.end(2))]
+        segments = [text[start:end] for start, end in pairwise([0, *seams, len(text)])]
+        return [token_id for segment in segments for token_id in self._tokenizer.encode(segment, continued=True)]
+
+    def _result_ids(self, result: str) -> list[int]:
+        return self._tokenizer.encode(f"{result}>>", continued=True)
+
+
+_FORMATS = {"t5": T5Format, "llama": LlamaFormat}
+
+
+def format_for(model_type: str, tokenizer: Tokenizer) -> Format:
     """The format of a model family, named as in Hugging Face's config.json; UserError if the family is unknown."""
-    if model_type != "t5":
-        raise UserError(f"model_type {model_type!r}: only 't5' is supported")
-    return T5Format(tokenizer)
+    if model_type not in _FORMATS:
+        raise UserError(f"model_type {model_type!r}: only {' and '.join(map(repr, _FORMATS))} are supported")
+    return _FORMATS[model_type](tokenizer)
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _tidy(text: str) -> str:
+    """Lines with single spaces inside and none around; blank lines and unusual kinds of breaks and spaces go."""
+    return "\n".join(line for line in map(_one_line, text.splitlines()) if line)
 
 
 def _sentence(line: str) -> str:

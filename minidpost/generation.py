@@ -11,7 +11,7 @@ from tqdm import tqdm
 from minidpost import sampler
 from minidpost.answers import is_correct
 from minidpost.files import UserError
-from minidpost.formats import T5Format
+from minidpost.formats import Format
 from minidpost.sampler import Completion, Request, Sampling, sample
 
 MAX_PROMPT_TOKENS = 1024  # a question longer than this is refused, never cut
@@ -29,7 +29,7 @@ class Generated:
 
 def generate(
     model: nn.Module,
-    text_format: T5Format,
+    text_format: Format,
     questions: Sequence[str],
     settings: Sampling,
     n_samples: int = 1,

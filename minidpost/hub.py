@@ -5,12 +5,13 @@ a pickle. It grows under `NAME.unfinished` and takes its name when complete; a b
 """
 
 import difflib
-import json
+import hashlib
 import os
+import re
 import shutil
 from pathlib import Path
 
-from minidpost.files import UserError
+from minidpost.files import UserError, read_json
 from minidpost.tokenizer import FILE_NAMES
 
 WEIGHTS_DIR = Path(__file__).resolve().parent.parent / "weights"
@@ -65,8 +66,8 @@ def _missing_files(directory: Path, tokenizer_file: str) -> list[str]:
     index = directory / SHARDS
     if index.is_file():
         try:
-            wanted[1:] = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
+            wanted[1:] = sorted(map(os.fspath, set(read_json(index)["weight_map"].values())))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
             wanted[1:] = [f"a readable {SHARDS}"]
     if not any((directory / name).is_file() for name in FILE_NAMES):
         wanted.insert(1, tokenizer_file)
@@ -83,6 +84,7 @@ def _fetch(repository: str, tokenizer_file: str, directory: Path) -> None:
         # Offline, snapshot_download is content with whatever an earlier call left here.
         if missing := _missing_files(unfinished, tokenizer_file):
             raise FileNotFoundError(f"{', '.join(missing)} did not arrive")
+        _check_arrived(unfinished)
         shutil.rmtree(unfinished / ".cache", ignore_errors=True)  # its records of the download
         os.replace(unfinished, directory)
     except Exception as error:  # huggingface_hub's errors, its HTTP client's and its Rust part's share no other base
@@ -90,6 +92,28 @@ def _fetch(repository: str, tokenizer_file: str, directory: Path) -> None:
         licence = "accept its licence there and set HF_TOKEN, then " if repository.startswith("meta-llama/") else ""
         raise UserError(
             f"{directory.name} could not be fetched from {constants.ENDPOINT}/{repository} ({reason:.200}); {licence}"
-            f"run the command again, or download {', '.join(files)}, *.safetensors (and {SHARDS}, if there) and put them "
-            f"in {directory}"
+            f"run the command again, or download {', '.join(files)}, *.safetensors (and {SHARDS}, if there) and put "
+            f"them in {directory}"
         ) from None
+
+
+def _check_arrived(unfinished: Path) -> None:
+    """Compare every downloaded file with the hash that the hub gave for it; ValueError after removing one that differs.
+
+    huggingface_hub checks lengths alone, and a proxy's web page has the length that its own header says. It notes the
+    hub's ETag on the second line of a record beside the file: a sha256, or for small files git's sha1.
+    """
+    records = unfinished / ".cache" / "huggingface" / "download"
+    for record in sorted(records.rglob("*.metadata")):
+        file = unfinished / record.relative_to(records).with_suffix("")
+        etag = record.read_text(encoding="utf-8").splitlines()[1]
+        if not file.is_file() or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag):
+            continue
+        digest = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(b"blob %d\0" % file.stat().st_size)
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**20):
+                digest.update(chunk)
+        if digest.hexdigest() != etag:
+            file.unlink()
+            record.unlink()
+            raise ValueError(f"{file.name} arrived altered, its hash is not {etag}")

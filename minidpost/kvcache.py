@@ -49,6 +49,7 @@ class KVCache:
         self.lengths[list(rows)] = lengths
         self.length_B[list(rows)] = torch.tensor(lengths, device=self.length_B.device)
 
+    @torch.inference_mode()
     def copy_rows(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Overwrite each target row with its source row: keys, values and length."""
         sources, targets = list(sources), list(targets)

@@ -44,7 +44,8 @@ def training_bytes(model: nn.Module, preset: Preset) -> int:
     n_tokens = max(preset.micro_batch_tokens, preset.max_source + preset.max_target)
     a_layer = 4 * n_tokens * (10 * config.d_model + 4 * config.d_ff)
     n_layers = max(len(stack.layers) for stack in stacks)
-    layers = n_layers * 4 * n_tokens * config.d_model + a_layer if preset.activation_checkpointing else n_layers * a_layer
+    inputs = n_layers * 4 * n_tokens * config.d_model
+    layers = inputs + a_layer if preset.activation_checkpointing else n_layers * a_layer
     logits = 12 * min(LOGITS_AT_ONCE, n_tokens * config.vocab_size)  # logits, log-softmax, gradient
     return 16 * sum(p.numel() for p in model.parameters()) + layers + logits
 

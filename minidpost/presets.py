@@ -115,7 +115,7 @@ TINY_T5 = replace(
     max_new_tokens=160,
     slots=256,
 )
-TINY_LLAMA = TINY_T5
+TINY_LLAMA = replace(TINY_T5, sft_epochs=16)  # it has the longer way to go: dev 26.0 % after 16 epochs, 20.5 after 10
 
 PRESETS = {  # of models by name; any other has its family's
     "tiny-t5": TINY_T5,

@@ -5,6 +5,7 @@ noted with its hashes in stages.jsonl. What a stage in progress may be continued
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from minidpost import __version__
 from minidpost.files import (
     UserError,
+    read_json,
     read_jsonl,
     remove_unfinished,
     sha256_of,
@@ -79,10 +81,10 @@ class RunDirectory:
 
     def _check_same(self, config: Path) -> None:
         try:
-            begun = json.loads(config.read_text(encoding="utf-8"))
+            begun = read_json(config)
             begun_format, begun, wanted = begun.get("format", 1), flat(begun["settings"]), flat(self.settings)
             differing = [name for name in {**wanted, **begun} if begun.get(name) != wanted.get(name)]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{config} is not readable; choose another --run-dir, or --fresh") from None
         if begun_format != FORMAT:
             raise UserError(
@@ -162,6 +164,15 @@ def lock_directory(path: Path) -> None:
         raise UserError(f"{path}: cannot be locked ({error.strerror}); choose a --run-dir on another disk") from None
     if not (path / LOCK).exists() or not os.path.samestat(os.fstat(handle), os.stat(path / LOCK)):
         raise UserError(f"{path} was set aside by another process at this moment; run the command again")
+
+
+def model_hash(directory: Path) -> str:
+    """A short hash of a model's configuration, weights and vocabulary, by which a run knows its base again."""
+    files = sorted(
+        path for pattern in ("config.json", "*.safetensors", "**/*.model") for path in directory.glob(pattern)
+    )
+    names_and_hashes = [(str(path.relative_to(directory)), sha256_of(path)) for path in files]
+    return hashlib.sha256(repr(names_and_hashes).encode()).hexdigest()[:16]
 
 
 def flat(settings: dict) -> dict:

@@ -199,4 +199,5 @@ def choose(logits_BV: Tensor, uniform_B: Tensor | None, settings: Sampling) -> T
     below_B1 = torch.nextafter(reach_B1, torch.zeros_like(reach_B1))
     target_B1 = torch.minimum(uniform_B[:, None].to(reach_B1.dtype) * reach_B1, below_B1)
     chosen_B1 = torch.searchsorted(cumulated_BV, target_B1, right=True)
+    chosen_B1 = chosen_B1.clamp(max=scores_BV.shape[-1] - 1)  # where logits are NaN, the search ends behind the last
     return (chosen_B1 if order_BV is None else order_BV.gather(-1, chosen_B1))[:, 0]

@@ -24,12 +24,12 @@ from torch import nn
 from minidpost import sampler
 from minidpost.answers import Example, is_correct
 from minidpost.batches import Encoded, token_counts, within_limits
-from minidpost.checkpoint import load_model, save_model
+from minidpost.checkpoint import load_format, load_model, save_model
 from minidpost.dpo import Pair, train_dpo
 from minidpost.evaluation import greedy_accuracy, sampled_scores
 from minidpost.files import UserError, read_jsonl, write_json, write_jsonl
 from minidpost.flops import forward_flops, model_size, sampling_flops, training_flops
-from minidpost.formats import T5Format, format_for
+from minidpost.formats import Format
 from minidpost.generation import Generated, check_prompts, generate, sampling_dtype
 from minidpost.optimizer import derived_seed
 from minidpost.presets import Preset
@@ -38,7 +38,6 @@ from minidpost.rundir import RunDirectory
 from minidpost.sampler import Sampling
 from minidpost.selection import Candidates, preference_pairs, pseudo_labels
 from minidpost.sft import train_sft
-from minidpost.tokenizer import load_tokenizer
 
 PASS_AT = 10  # samples a dev question, before and after each DPO
 PASS_QUESTIONS = 100  # dev questions that are sampled for it
@@ -76,7 +75,7 @@ class Run:
     ):
         self.directory, self.base, self.method, self.preset, self.data = directory, base, method, preset, data
         self.seed, self.calculator, self.device, self.checkpoint_minutes = seed, calculator, device, checkpoint_minutes
-        self.format: T5Format = format_for("t5", load_tokenizer(base))
+        self.format = load_format(base)
         for examples in (data.pool, data.dev, *data.tests.values()):
             questions = [example.question for example in examples]
             check_prompts(questions, [self.format.prompt_ids(question) for question in questions])
@@ -330,7 +329,7 @@ class Run:
         return Checkpoint(self.directory.progress(stage) / "checkpoint.safetensors", self.checkpoint_minutes)
 
 
-def encoded(text_format: T5Format, question: str, target: Sequence[int]) -> Encoded:
+def encoded(text_format: Format, question: str, target: Sequence[int]) -> Encoded:
     """A question and the ids of its rationale, which are trained on as they are."""
     return Encoded(tuple(text_format.prompt_ids(question)), tuple(target))
 

@@ -64,12 +64,7 @@ class Attention(nn.Module):
         """Attend from x to the given keys and values; the bias (broadcastable) is −inf where a query must not look."""
         q_BHTK = self.split(self.query(x_BTD))
         y_BHTK = F.scaled_dot_product_attention(
-            q_BHTK,
-            k_BHSK,
-            v_BHSK,
-            attn_mask=bias_BHTS.to(q_BHTK.dtype),
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=1.0,
+            q_BHTK, k_BHSK, v_BHSK, bias_BHTS.to(q_BHTK.dtype), self.dropout if self.training else 0.0, scale=1.0
         )
         return self.output(y_BHTK.transpose(1, 2).flatten(2))
 
@@ -86,10 +81,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         up_BTF = self.up(x_BTD)
-        if self.gate is None:
-            hidden_BTF = F.relu(up_BTF)
-        else:
-            hidden_BTF = F.gelu(self.gate(x_BTD), approximate="tanh") * up_BTF
+        hidden_BTF = F.relu(up_BTF) if self.gate is None else F.gelu(self.gate(x_BTD), approximate="tanh") * up_BTF
         return self.down(self.dropout(hidden_BTF))
 
 
@@ -184,13 +176,32 @@ class T5(nn.Module):
                 weight.normal_(std=(n_inputs * (self.config.d_kv if "query" in name else 1)) ** -0.5)
         return self
 
+    @property
+    def stacks(self) -> tuple[Stack, Stack]:
+        """What source tokens pass, and what target tokens do."""
+        return self.encoder, self.decoder
+
     def forward(self, source_BS: Tensor, source_mask_BS: Tensor, target_BT: Tensor) -> Tensor:
         """Logits for the token after each decoder input.
 
         Shapes: source_BS ids; source_mask_BS bool, True = a token; target_BT the decoder's input ids, beginning with
         the start id (padding behind a row's end cannot reach back to it and needs no mask). Result (B, T, V).
         """
-        return self.decode_all(self.encode(source_BS, source_mask_BS), source_mask_BS, target_BT)
+        return self.logits(self.hidden(source_BS, source_mask_BS, target_BT))
+
+    def hidden(self, source_BS: Tensor, source_mask_BS: Tensor, target_BT: Tensor) -> Tensor:
+        """What the output matrix turns into logits, (B, T, D), at every target position at once."""
+        encoded_BSD = self.encode(source_BS, source_mask_BS)
+        position_T = torch.arange(target_BT.shape[1], device=target_BT.device)
+        distance_TT = position_T[:, None] - position_T[None, :]
+        bias_1HTT = self.position_bias(distance_TT.clamp(min=0)).permute(2, 0, 1)[None]
+        bias_1HTT = bias_1HTT.masked_fill(distance_TT < 0, -math.inf)
+        cross_bias_B11S = mask_bias(source_mask_BS, encoded_BSD.dtype)
+        x_BTD = self.dropout(self.embedding(target_BT))
+        for layer in self.decoder.layers:
+            k_BHSK, v_BHSK = layer.cross_attention.keys_values(encoded_BSD)
+            x_BTD = layer(x_BTD, bias_1HTT, k_BHSK, v_BHSK, cross_bias_B11S)
+        return self.finished(x_BTD)
 
     def encode(self, source_BS: Tensor, source_mask_BS: Tensor) -> Tensor:
         """The encoder's output, (B, S, D)."""
@@ -204,26 +215,14 @@ class T5(nn.Module):
             x_BSD = layer(x_BSD, bias_BHSS)
         return self.dropout(self.encoder.norm(x_BSD))
 
-    def decode_all(self, encoded_BSD: Tensor, source_mask_BS: Tensor, target_BT: Tensor) -> Tensor:
-        """Logits at every target position at once, (B, T, V), as training needs them."""
-        n_targets = target_BT.shape[1]
-        position_T = torch.arange(n_targets, device=target_BT.device)
-        distance_TT = position_T[:, None] - position_T[None, :]
-        bias_1HTT = self.position_bias(distance_TT.clamp(min=0)).permute(2, 0, 1)[None]
-        bias_1HTT = bias_1HTT.masked_fill(distance_TT < 0, -math.inf)
-        cross_bias_B11S = mask_bias(source_mask_BS, encoded_BSD.dtype)
-        x_BTD = self.dropout(self.embedding(target_BT))
-        for layer in self.decoder.layers:
-            k_BHSK, v_BHSK = layer.cross_attention.keys_values(encoded_BSD)
-            x_BTD = layer(x_BTD, bias_1HTT, k_BHSK, v_BHSK, cross_bias_B11S)
-        return self.logits(x_BTD)
-
-    def logits(self, x_BTD: Tensor) -> Tensor:
-        """From the last decoder layer to the vocabulary."""
+    def finished(self, x_BTD: Tensor) -> Tensor:
+        """From the last decoder layer to what the output matrix takes."""
         x_BTD = self.dropout(self.decoder.norm(x_BTD))
-        if self.config.scaled:
-            x_BTD = x_BTD * self.config.d_model**-0.5
-        return F.linear(x_BTD, self.embedding.weight if self.head is None else self.head.weight)
+        return x_BTD * self.config.d_model**-0.5 if self.config.scaled else x_BTD
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """The output matrix, which v1.0 shares with the embedding: (…, D) to (…, V)."""
+        return F.linear(hidden_BTD, self.embedding.weight if self.head is None else self.head.weight)
 
     def position_bias(self, distance: Tensor) -> Tensor:
         """The decoder's bias for looking `distance` ≥ 0 tokens back: (…) to (…, H)."""
@@ -275,7 +274,7 @@ class T5(nn.Module):
             v_BHSK = cache.prompt.values_LBHSK[index, :n_rows, :, :prompt_used]
             x_B1D = layer(x_B1D, bias_BH1S, k_BHSK, v_BHSK, cross_bias_B11S, cache.own, index)
         cache.own.advance(n_rows)
-        return self.logits(x_B1D)[:, 0]
+        return self.logits(self.finished(x_B1D))[:, 0]
 
 
 def relative_bucket(offset: Tensor, bidirectional: bool, n_buckets: int, max_distance: int) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 import transformers
 from torch import nn
 
-from minidpost.checkpoint import t5_names
+from minidpost.layouts import t5_names
 from minidpost.t5 import T5, T5Config
 
 SHAPES = {

@@ -37,6 +37,7 @@ def test_whole_numbers_are_read(text, value):
     "text",
     [
         *("", " ", "abc", "NaN", "Infinity", "-inf", "1e999", "1e3", "0x10", "1_000", "1/2", "1,00", "1,0000", "1.2.3"),
+        *("inf", "1E9", "1e-5", "½", "3 1/2", "１,000", "۱۸", "Ⅻ", "𝟏𝟖", "1\u066b5", "\ud800", "1\x00"),
         *("$", "-", ".", "%", "--3", "3 4", "18 clips", "٣", "१८", "１８", "²", "1" * 41, "0." + "1" * 40),
     ],
 )
@@ -75,6 +76,7 @@ def test_the_last_marked_number_is_the_answer(text, value):
     "text",
     [
         *("", "18", "### 18", "####", "#### eighteen", "#### 1/2", "#### 1 / 2", "#### 2*3", "#### 1e999"),
+        *("#### NaN", "#### Infinity", "#### -inf", "#### 1e9", "#### １８", "#### ½", "#### 10^400", "#### 1/0"),
         *("#### 1,0000", "#### 3:30", "#### 1.2.3", "#### 1_000", "#### ١٨", "#### " + "1" * 41, "#### 5 #### 1/2"),
     ],
 )
@@ -104,12 +106,65 @@ def test_equality_is_exact_up_to_the_tolerance(completion, answer, correct):
     assert is_correct(completion, answer) is correct
 
 
-@settings(derandomize=True, max_examples=300, deadline=None, database=None)
+@settings(derandomize=True, max_examples=1000, deadline=None, database=None)
 @given(st.text(alphabet="#0123456789.,-−$%eE/ \n١aN", max_size=60) | st.text(max_size=40))
 def test_no_text_raises(text):
     for value in (parse_number(text), extract_answer(text)):
         assert value is None or value.is_finite()
     assert is_correct(text, text) in (True, False)
+
+
+numbers = st.builds(
+    lambda sign, whole, cents: f"{sign}{whole}{cents}",
+    st.sampled_from(["", "-"]),
+    st.integers(0, 10**24),
+    st.one_of(st.just(""), st.integers(0, 9999).map(lambda n: f".{n:04d}")),
+)
+prose = st.text(alphabet="Tom has 18 #.,$%/e\n١", max_size=40)
+
+
+@settings(derandomize=True, max_examples=1000, deadline=None, database=None)
+@given(numbers, prose, st.sampled_from(["", ".", " clips", "\n", "%"]))
+def test_a_number_written_is_read_back_however_it_is_spelt(number, before, after):
+    value = Decimal(number)
+    sign, digits = ("-", number[1:]) if number[0] == "-" else ("", number)
+    whole, point, cents = digits.partition(".")
+    spellings = [number, f"{sign}${digits}", f"{sign}{int(whole):,}{point}{cents}", f"{sign.replace('-', '−')}{digits}"]
+    for spelling in spellings:
+        assert parse_number(spelling) == parse_number(f" {spelling}%\n") == value
+        assert extract_answer(f"{before} #### {spelling}{after}") == value
+        assert is_correct(f"{before}\n####{spelling}{after}", number)
+    assert not is_correct(f"#### {number}", format(value + 1, "f"))
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "#",
+        "#### ",
+        "####1 ",
+        "#### 1",
+        "9",
+        "1,",
+        ",111",
+        " ",
+        "1 ",
+        "1.",
+        "####1 /",
+        "$",
+        "-",
+        "####$",
+        "#### \n",
+        "é",
+    ],
+)
+@pytest.mark.timeout(20)
+def test_long_texts_are_read_in_linear_time(piece):
+    """A search that is quadratic in any of these would take hours, not the second that all of them take."""
+    for text in (piece * (10**6 // len(piece)), "#### 1" + piece * (10**6 // len(piece)) + "x"):
+        parse_number(text)
+        extract_answer(text)
+        is_correct(text, text[:50])
 
 
 def test_every_answer_of_gsm8k_is_read(shared):

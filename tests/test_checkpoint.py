@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from t5_oracle import SHAPES, assert_same_model, hf_logits, hf_twin, random_batch, random_t5
 
 from minidpost import checkpoint
-from minidpost.checkpoint import INDEX, WEIGHTS, load_model, read_config, save_model, write_tensors
+from minidpost.checkpoint import INDEX, WEIGHTS, load_model, save_model, write_tensors
+from minidpost.layouts import read_config, t5_names
 from minidpost.t5 import T5, T5Config
 
 torch.set_num_threads(1)
@@ -96,7 +97,7 @@ def test_tensors_on_disk_are_cast(stored, wanted, tmp_path):
     twin = hf_twin(random_t5(SHAPES[SHAPE])).to(stored)
     twin.save_pretrained(tmp_path)
     model = load_model(tmp_path, dtype=wanted)
-    names = dict(checkpoint.t5_names(model.config))
+    names = dict(t5_names(model.config))
     twin_weights = twin.state_dict()
     for name, weight in model.named_parameters():
         assert weight.dtype == wanted and torch.equal(weight, twin_weights[names[name]].to(wanted)), name
@@ -207,7 +208,7 @@ def test_training_a_loaded_model_leaves_its_file_alone(saved):
 
 def test_new_shards_hide_no_older_whole_file(saved):
     model = random_t5(SHAPES[SHAPE], seed=5)
-    names = dict(checkpoint.t5_names(model.config))
+    names = dict(t5_names(model.config))
     tensors = {names[name]: weight.detach() for name, weight in model.named_parameters()}
     write_tensors(tensors, saved, max_shard_bytes=20_000)
     assert_same_model(load_model(saved), model)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import tracemalloc
+import warnings
 from pathlib import Path
 
 import pytest
@@ -232,3 +234,98 @@ def test_index_that_leaves_out_a_tensor(sharded):
     del index["weight_map"]["encoder.block.1.layer.0.SelfAttention.v.weight"]
     (sharded / INDEX).write_text(json.dumps(index))
     assert_refused(sharded, "missing tensor encoder.block.1.layer.0.SelfAttention.v.weight")
+
+
+def hostile_file(path: Path, header: dict | bytes, n_bytes: int = 8) -> None:
+    """A file with this header and as many bytes of data, in the format's layout."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(n_bytes))
+
+
+def entry(shape: list, begin: int, end: int, dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"shared.weight": entry([10**12, 24], 0, 96 * 10**12)},
+        {"shared.weight": entry([10**12, 24], 0, 8)},
+        {"shared.weight": entry([10**12, 0], 0, 0)},
+        {"shared.weight": entry([2**62, 2**62], 0, 8)},
+        {"shared.weight": entry([10**30], 0, 8)},
+        {"shared.weight": entry([-2], 0, 8)},
+        {"shared.weight": entry([2], 8, 0)},
+        {"shared.weight": entry([2], 0, 8, "F31")},
+        {"shared.weight": entry([2], 0, 8), "extra": entry([2], 4, 12)},
+        {"shared.weight": entry([2], 0, 8), "extra": entry([2], 0, 8)},
+        {"shared.weight": entry([1], 0, 4), "extra": entry([1], 8, 12)},
+        {"shared.weight": {"dtype": "F32", "shape": [2]}},
+        {"shared.weight": None},
+        b"[" * 100_000,
+        b"\xff" * 100,
+        b"{}" + b" " * 1000 + b"x",
+    ],
+    ids=lambda header: str(header)[:60],
+)
+@pytest.mark.timeout(20)
+def test_headers_that_lie(saved, header):
+    """Refused before anything of the size they claim is allocated."""
+    hostile_file(saved / WEIGHTS, header)
+    tracemalloc.start()
+    assert_refused(saved, str(saved / WEIGHTS))
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("length", [10**6, 2**40, 2**63, 2**64 - 1])
+def test_a_header_longer_than_the_file(saved, length):
+    path = saved / WEIGHTS
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    assert_refused(saved, str(path), "safetensors")
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        *(r"..\x.safetensors", r"deeper\x.safetensors", "C:x.safetensors", "/x.safetensors", "./x.safetensors"),
+        *("a\0.safetensors", "a\n.safetensors", "..safetensors/../x.safetensors", ".", "x.bin", "x.safetensors.bin"),
+    ],
+)
+def test_shard_names_of_any_system_stay_in_the_directory(sharded, shard):
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["shared.weight"] = shard
+    (sharded / INDEX).write_text(json.dumps(index))
+    assert_refused(sharded, INDEX, "is no safetensors file of this directory")
+
+
+def test_a_shard_may_be_a_link(sharded, tmp_path):
+    """As they are in Hugging Face's own cache; what a name may not do, the user's own links may."""
+    shard = sorted(sharded.glob("*.safetensors"))[0]
+    shard.rename(tmp_path / "blob")
+    shard.symlink_to(tmp_path / "blob")
+    load_model(sharded)
+
+
+def test_a_finite_model_is_loaded_without_a_warning(saved):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_no_numbers_are_named_and_loaded(saved, value, dtype):
+    names = ["encoder.block.1.layer.0.SelfAttention.k.weight", "decoder.final_layer_norm.weight"]
+
+    def spoil(tensors):
+        for name in names:
+            tensors[name] = tensors[name].to(dtype)
+            tensors[name].view(-1)[-1] = value
+
+    rewrite(saved, spoil)
+    with pytest.warns(UserWarning) as caught:
+        load_model(saved)
+    (warning,) = caught
+    first = min(names)  # the file has them in this order
+    assert str(warning.message) == f"{saved / WEIGHTS}: tensor {first} holds NaN or infinity (2 such in all)"

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,10 @@ import sample as sample_command
 from minidpost import toy
 from minidpost.batches import Encoded
 from minidpost.checkpoint import load_model, save_model
+from minidpost.commands import MAX_MESSAGE, one_line
+from minidpost.formats import format_for
 from minidpost.generation import Generated
+from minidpost.llama import Llama, LlamaConfig
 from minidpost.optimizer import Schedule
 from minidpost.report import table
 from minidpost.sampler import Completion
@@ -63,6 +67,7 @@ class Outcome:
 def call(monkeypatch, capsys, tmp_path):
     """Runs a command's file in this process, in an empty directory."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which a command replaces
 
     def run(command: str, *arguments: object, terminal: bool = False) -> Outcome:
         monkeypatch.setattr(sys, "argv", [f"{ROOT}/{command}", *map(str, arguments)])
@@ -115,7 +120,8 @@ def knowing_model_dir(tmp_path_factory, tiny_format) -> Path:
     return directory
 
 
-def write_lines(path: Path, *rows: dict | str) -> Path:
+def write_lines(path: str | Path, *rows: dict | str) -> Path:
+    path = Path(path)
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
 
@@ -243,6 +249,19 @@ def test_which_annotations_were_forced(tiny_format, pieces, numbers):
     assert sample_command.forced_annotations(done, tiny_format) == numbers
 
 
+@pytest.mark.parametrize("name", ["llama2", "llama3"])
+def test_which_annotations_of_a_llama_were_forced(shared, name):
+    tokenizer = load_tokenizer(shared / "tokenizers" / name)
+    pieces = [("a <<1+1=", 0), ("2>>", 1), ("2\nb <<2*3=6>>6\n\nc (<<(8-30)=", 0), ("-22>>", 1), (").", 0)]
+    ids = [(i, bool(forced)) for text, forced in pieces for i in tokenizer.encode(text, continued=True)]
+    done = Generated(0, 0, Completion(*map(list, zip(*ids, strict=True))), "")
+    text_format = format_for("llama", tokenizer)
+    assert sample_command.forced_annotations(done, text_format) == {0, 2}
+    assert sample_command.highlighted(text_format.text(done.completion.token_ids), {2}).endswith(
+        "2\nb <<2*3=6>>6\nc (<<(8-30)=\x1b[1;36m-22\x1b[0m>>)."
+    )
+
+
 def test_signs_that_command_a_terminal_are_not_passed_on(tiny_format, capsys):
     done = Generated(0, 0, Completion([1], [False], "stop"), "½ – ü\n\x1b[2J")
     sample_command.show(["\x1bcHow?\x07"], [done], tiny_format)
@@ -316,6 +335,35 @@ FILES = {
     "rft": ["samples-sft.jsonl", "pseudo-labels.jsonl", "sft"],
     "dpo-st": ["samples-dpo.jsonl", "pairs.jsonl", "dpo", "samples-sft.jsonl", "pseudo-labels.jsonl", "sft"],
 }
+
+
+def test_a_whole_run_of_a_llama(call, my_data):
+    tokenizer = load_tokenizer(ROOT / "weights" / "tiny-llama")
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(tokenizer.vocab_size, 16, 24, 2, n_heads=4, n_kv_heads=2, d_head=4)).initialise()
+    model.tokenizer_files = tokenizer.files
+    save_model(model, "llama")
+    outcome = call("train.py", "--model", "llama", "--data", my_data, "--run-dir", "run", *QUICK, "--limit", 6)
+    assert (outcome.status, outcome.complaints) == (0, [])
+    assert {path.name for path in Path("run/iteration-1").iterdir()} == {*FILES["dpo-st"], "evaluation.json"}
+    settings = json.loads(Path("run/results.json").read_text())["settings"]["preset"]
+    assert (settings["sft_examples_per_step"], settings["activation_checkpointing"]) == (128, True)
+    for row in read_rows("run/iteration-1/pairs.jsonl"):
+        assert tokenizer.decode(row["chosen_ids"]) == row["chosen"]
+    outcome = call("sample.py", TOM, "--max-new-tokens", 4)
+    assert (outcome.status, outcome.complaints) == (0, [])
+    assert outcome.out.startswith(TOM)
+
+
+@pytest.mark.parametrize("flags", [[], ["--activation-checkpointing"]])
+def test_a_run_that_cannot_fit_is_refused_before_it_begins(call, tiny_model_dir, my_data, monkeypatch, flags):
+    from minidpost import memory
+
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 10**6)
+    outcome = call("train.py", "--model", tiny_model_dir, "--data", my_data, "--run-dir", "run", *flags)
+    assert outcome.status == 2
+    assert re.fullmatch(r"train\.py: memory: training .* GB, sampling .* GB needed .*", outcome.complaints[0])
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize("method", FILES)
@@ -566,6 +614,8 @@ MISTAKES = [
     ("train.py --samples=-1", "--samples -1: must be positive"),
     ("train.py --temperature nan", "--temperature nan: must be positive"),
     ("train.py --dpo-steps many", "argument --dpo-steps: invalid int value: 'many'"),
+    ("train.py --samples 1000000000000", "--samples 1000000000000: must be positive and at most 1,000,000"),
+    ("train.py --sft-learning-rate inf", "--sft-learning-rate inf: must be positive and at most 1,000"),
     ("train.py --run-dir old.jsonl", "old.jsonl exists and is no run directory"),
     ("train.py --run-dir folder", "folder exists and is no run directory"),
     ("train.py --run-dir old.jsonl/run", "Not a directory"),
@@ -586,26 +636,31 @@ MISTAKES = [
     ("sample.py --input long.jsonl", "question 2 ('How How"),
     ("sample.py How? --input one.jsonl", "from the command line or from --input"),
     ("sample.py How? --samples 3", "--samples 3 needs a --temperature above 0"),
-    ("sample.py How? --samples 0", "argument --samples: a whole number of at least 1 is expected, found '0'"),
-    ("sample.py How? --slots 0", "argument --slots: a whole number of at least 1"),
-    ("sample.py How? --slots 2.5", "argument --slots: a whole number of at least 1 is expected, found '2.5'"),
-    ("sample.py How? --max-new-tokens 0", "argument --max-new-tokens: a whole number of at least 1"),
-    ("sample.py How? --temperature=-1", "argument --temperature: a number of at least 0 is expected, found '-1'"),
-    ("sample.py How? --temperature nan", "argument --temperature: a number of at least 0"),
-    ("sample.py How? --temperature inf", "argument --temperature: a number of at least 0"),
-    ("sample.py How? --top-k=-3", "argument --top-k: a whole number of at least 0"),
+    ("sample.py How? --samples 0", "argument --samples: a whole number from 1 to 1,000,000 is expected, found '0'"),
+    ("sample.py How? --slots 0", "argument --slots: a whole number from 1 to"),
+    ("sample.py How? --slots 2.5", "argument --slots: a whole number from 1 to 1,000,000 is expected, found '2.5'"),
+    ("sample.py How? --max-new-tokens 0", "argument --max-new-tokens: a whole number from 1 to"),
+    ("sample.py How? --temperature=-1", "--temperature: 0 or a number from 0.001 to 1000 is expected, found '-1'"),
+    ("sample.py How? --temperature nan", "argument --temperature: 0 or a number from 0.001"),
+    ("sample.py How? --temperature inf", "argument --temperature: 0 or a number from 0.001"),
+    ("sample.py How? --top-k=-3", "argument --top-k: a whole number from 0 to 1,000,000"),
     ("sample.py How? --top-p 0", "argument --top-p: a number above 0 and at most 1 is expected, found '0'"),
     ("sample.py How? --top-p 1.5", "argument --top-p: a number above 0 and at most 1"),
+    ("sample.py How? --slots 1000001", "argument --slots: a whole number from 1 to 1,000,000 is expected"),
+    ("sample.py How? --temperature 1e-9", "--temperature: 0 or a number from 0.001 to 1000 is expected, found '1e-9'"),
+    ("sample.py How\udcff?", r"argument 'How\udcff?' is not UTF-8"),
+    ("eval.py --checkpoint \udcff", r"argument '\udcff' is not UTF-8"),
+    ("eval.py --checkpoint \x1b[31mred", "no model and no directory is called '\\x1b[31mred'"),
     ("eval.py --checkpoint flan-t5-lareg", "did you mean flan-t5-large?"),
     ("eval.py --tasks gsm9k", "there is no dataset 'gsm9k'; choose one of gsm8k, multiarith, asdiv, svamp, toy"),
     ("eval.py --tasks gsm8k,svamp --split dev", "svamp has no split 'dev'; choose one of test"),
     ("eval.py --tasks toy,", "there is no dataset ''"),
-    ("eval.py --pass-at 1,ten", "argument --pass-at: a whole number of at least 1 is expected, found 'ten'"),
-    ("eval.py --pass-at 0", "argument --pass-at: a whole number of at least 1 is expected, found '0'"),
-    ("eval.py --maj-at 8,", "argument --maj-at: a whole number of at least 1 is expected, found ''"),
+    ("eval.py --pass-at 1,ten", "argument --pass-at: a whole number from 1 to 1,000,000 is expected, found 'ten'"),
+    ("eval.py --pass-at 0", "argument --pass-at: a whole number from 1 to 1,000,000 is expected, found '0'"),
+    ("eval.py --maj-at 8,", "argument --maj-at: a whole number from 1 to 1,000,000 is expected, found ''"),
     ("eval.py --pass-at 10 --temperature 0", "need a --temperature above 0"),
     ("eval.py --calculator maybe", "'both'"),
-    ("eval.py --limit 0", "argument --limit: a whole number of at least 1"),
+    ("eval.py --limit 0", "argument --limit: a whole number from 1 to"),
     ("eval.py --output old.jsonl", "--output old.jsonl: exists already"),
     ("eval.py --checkpoint HALF", "model.safetensors"),
 ]
@@ -660,6 +715,50 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path, tiny_model_dir, line):
     assert (outcome.status, outcome.out) == (2, "")
     assert len(outcome.err.splitlines()) == 1
     assert outcome.err.startswith(f"{command}: ")
+
+
+def test_a_complaint_is_one_line_that_a_terminal_can_be_shown():
+    assert one_line("a\n b\u2028c\x1b[31m\x9b\u202e") == "a b c\ufffd[31m\ufffd\ufffd"
+    assert one_line("x" * MAX_MESSAGE) == "x" * MAX_MESSAGE
+    assert one_line("x" * 10**6) == "x" * (MAX_MESSAGE - 1) + "…"
+
+
+def test_a_lack_of_memory_is_answered_in_one_line(call, tiny_model_dir, monkeypatch):
+    def sampled(*arguments):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried …")
+
+    monkeypatch.setattr("minidpost.generation.generate", sampled)
+    outcome = call("sample.py", TOM, "--checkpoint", tiny_model_dir)
+    assert outcome.status == 2
+    assert outcome.complaints == ["sample.py: not enough memory; fewer --slots or --max-new-tokens need less"]
+
+
+def test_weights_that_are_no_numbers_are_a_warning_on_one_line(tiny_model_dir, tmp_path):
+    model = load_model(tiny_model_dir)
+    with torch.no_grad():
+        model.embedding.weight[3, 0] = float("nan")
+    save_model(model, tmp_path / "spoilt")
+    process = start("sample.py", TOM, "--checkpoint", "spoilt", "--max-new-tokens=3", "--temperature=1", cwd=tmp_path)
+    outcome = finished(process)
+    assert outcome.status == 0
+    warning = "sample.py: warning: spoilt/model.safetensors: tensor shared.weight holds NaN or infinity (1 such in all)"
+    assert outcome.complaints == [warning]
+
+
+def test_further_questions_that_are_known_are_left_out(call, tiny_model_dir):
+    """Those of dev above all: their pseudo-labels would be trained on."""
+    write_lines(
+        "mine.jsonl", *({"question": f"Tom has {n}?", "answer": n, "rationale": f"#### {n}"} for n in range(1, 10))
+    )
+    write_lines("more.jsonl", *({"question": f"Tom has {n}?", "answer": 77} for n in range(1, 12)))
+    files = ["--data", "mine.jsonl", "--unlabelled", "more.jsonl"]
+    with pytest.warns(UserWarning, match="9 questions to sample for left out: the labelled set or dev has them"):
+        outcome = call("train.py", "--model", tiny_model_dir, *files, "--method", "dpo-st", *QUICK[2:])
+    assert outcome.status in (0, 2)  # a random model may have not one right sample
+    (samples,) = Path("runs").glob("*/iteration-1/samples-dpo.jsonl")
+    answers = {row["question"]: row["answer"] for row in read_rows(samples)}
+    assert len(answers) == 10
+    assert {question for question, answer in answers.items() if answer == "77"} == {"Tom has 10?", "Tom has 11?"}
 
 
 def test_a_reader_that_leaves_early_is_no_error(knowing_model_dir, tmp_path):

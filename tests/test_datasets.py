@@ -1,5 +1,6 @@
 """The paper's sets with the paper's counts, fetching from a server on this machine, complaints about users' files."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -90,16 +91,25 @@ def test_unknown_names(tmp_path, name, split, complaint):
 
 UPSTREAM = b'[{"sQuestion": " 1 and 2? ", "lSolutions": [3.0]}, {"sQuestion": "Half?", "lSolutions": [0.5]}]'
 
+PAGE = b"\n<!DOCTYPE html><html><body>Please log in.</body></html>"
+
 
 class Upstream(BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.requests += 1
         if self.path == "/missing":
             return self.send_error(404)
+        bodies = {"/whole": UPSTREAM, "/altered": UPSTREAM[::-1], "/cut": UPSTREAM[:-5], "/page": PAGE}
         self.send_response(200)
-        self.send_header("Content-Length", str(len(UPSTREAM)))
+        if self.path != "/endless":
+            self.send_header("Content-Length", str(len(PAGE if self.path == "/page" else UPSTREAM)))
         self.end_headers()
-        self.wfile.write({"/whole": UPSTREAM, "/altered": UPSTREAM[::-1], "/cut": UPSTREAM[:-5]}[self.path])
+        if self.path != "/endless":
+            self.wfile.write(bodies[self.path])
+        else:
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    self.wfile.write(bytes(2**16))
 
     def log_message(self, *args):
         pass
@@ -141,6 +151,8 @@ def test_missing_file_is_fetched_once(upstream, tmp_path, capsys):
     [
         ("/altered", rf"{{url}}: cut short or altered, the sha256 of the {len(UPSTREAM)} bytes received is not"),
         ("/cut", rf"{{url}}: cut short or altered, the sha256 of the {len(UPSTREAM) - 5} bytes received is not"),
+        ("/page", r"{url}: a web page came instead of the file"),
+        ("/endless", r"{url}: cut short or altered, the sha256 of the 67\d{{6}} bytes received is not"),
         ("/missing", r"could not be fetched \(HTTP Error 404: Not Found\); download {url} and put it there"),
     ],
 )
@@ -151,6 +163,8 @@ def test_failed_fetch_leaves_nothing(upstream, tmp_path, path, complaint):
     assert str(tmp_path / "multiarith/MultiArith.json") in str(raised.value)
     assert "\n" not in str(raised.value)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    upstream.serve("/whole")
+    assert len(datasets.load("multiarith", "test", tmp_path)) == 2
 
 
 def test_offline_says_what_to_put_where(upstream, tmp_path):
@@ -187,6 +201,7 @@ def test_own_jsonl(tmp_path):
         {"question": "GSM8K's own shape?", "answer": "<<6*7=42>>42\n#### 42"},
         {"question": "A float?", "answer": 39.0, "rationale": "39\n#### 39.00"},
         {"question": "Small?", "answer": 1e-05, "rationale": "x"},
+        '{"question": "Large?", "answer": 1e9, "rationale": "x"}',
     )
     assert datasets.load_jsonl(path, labelled=True) == [
         Example("How many?", "3", "1+2=<<1+2=3>>3\n#### 3"),
@@ -194,6 +209,7 @@ def test_own_jsonl(tmp_path):
         Example("GSM8K's own shape?", "42", "<<6*7=42>>42\n#### 42"),
         Example("A float?", "39", "39\n#### 39.00"),
         Example("Small?", "0.00001", "x\n#### 0.00001"),
+        Example("Large?", "1000000000", "x\n#### 1000000000"),
     ]
 
 
@@ -218,13 +234,31 @@ GOOD = {"question": "How many?", "answer": 3, "rationale": "#### 3"}
         ({"question": "?"}, "`answer` is missing"),
         (GOOD | {"question": " "}, "`question` must be a text"),
         (GOOD | {"question": ["?"]}, "`question` must be a text"),
-        (GOOD | {"rationale": ""}, "`rationale`, where there is one, must be a text"),
-        (GOOD | {"rationale": 3}, "`rationale`, where there is one, must be a text"),
+        (GOOD | {"rationale": ""}, "`rationale` must be a text"),
+        (GOOD | {"rationale": 3}, "`rationale` must be a text"),
         (GOOD | {"rationale": None}, "every row of a labelled set needs a `rationale`"),
         (GOOD | {"answer": "three"}, "`answer` must be a number or the text of one, found 'three'"),
         (GOOD | {"answer": True}, "`answer` must be a number"),
         (GOOD | {"answer": None}, "`answer` must be a number"),
-        (GOOD | {"answer": [3]}, "`answer` must be a number"),
+        (GOOD | {"answer": [3]}, "`answer` must be a number or the text of one, found a list"),
+        (GOOD | {"answer": {"value": 3}}, "`answer` must be a number or the text of one, found a dict"),
+        (GOOD | {"question": {"text": "?"}}, "`question` must be a text"),
+        (GOOD | {"rationale": [["3"]]}, "`rationale` must be a text"),
+        (GOOD | {"question": "How\0many?"}, "`question` must be a text of at most 20,000 signs, found one with NUL"),
+        (GOOD | {"rationale": "#### 3\0"}, "`rationale` must be a text of at most 20,000 signs, found one with NUL"),
+        (GOOD | {"question": "?" * 20_001}, "`question` must be a text of at most 20,000 signs, found one of 20,001"),
+        (GOOD | {"rationale": "so " * 9_000}, "`rationale` must be a text of at most 20,000 signs"),
+        ({"question": "?", "answer": "so " * 9_000 + "#### 3"}, "`answer` must be a text of at most 20,000 signs"),
+        (GOOD | {"answer": 10**4000}, "`answer` must be a number"),
+        (GOOD | {"answer": -(10**40)}, "`answer` must be a number"),
+        ('{"question": "?", "answer": 1e999}', "`answer` must be a number"),
+        ('{"question": "?", "answer": "1e999"}', "`answer` must be a number"),
+        ('{"question": "?", "answer": "1e9"}', "`answer` must be a number or the text of one, found '1e9'"),
+        ('{"question": "?", "answer": "1/2"}', "`answer` must be a number or the text of one, found '1/2'"),
+        ('{"question": "?", "answer": "١٨"}', "`answer` must be a number"),
+        ('{"question": "?", "answer": "１８"}', "`answer` must be a number"),
+        ('{"question": "?", "answer": ' + "9" * 5000 + "}", "not a JSON object in UTF-8 (Exceeds the limit"),
+        ('{"question": "?", "answer": ' + "[" * 500 + "]" * 500 + "}", "`answer` must be a number or the text of"),
         (GOOD | {"answer": float("nan")}, "`answer` must be a number"),
         (GOOD | {"answer": float("inf")}, "`answer` must be a number"),
         (GOOD | {"answer": 1e300}, "`answer` must be a number"),
@@ -271,6 +305,9 @@ def test_repeated_questions_are_counted(tmp_path):
         ("a.jsonl", '\n{"question": " How? ", "answer": null}\n{"question": "Why?"}', ["How?", "Why?"]),
         ("-", '\n {"question": "How?"}\n', ["How?"]),
         ("-", "How?\nWhy?", ["How?", "Why?"]),
+        ("a.txt", "\ufeffHow?\nWhy?\nHow?", ["How?", "Why?", "How?"]),
+        ("a.jsonl", '\ufeff{"question": "How?"}\r\n', ["How?"]),
+        ("-", '\ufeff\n{"question": "How?"}\r\n', ["How?"]),
     ],
 )
 def test_questions_alone(tmp_path, monkeypatch, name, content, questions):
@@ -292,6 +329,23 @@ def test_questions_alone(tmp_path, monkeypatch, name, content, questions):
         ("a", b"How?", "a: a file that ends in .jsonl or .txt is expected"),
         ("-", b'{"question": ""}', "standard input, line 1: `question` must be a text that is not empty"),
         ("-", b"", "standard input: holds no questions"),
+        (
+            "-",
+            b"How?\nWhy\0?",
+            "standard input, line 2: `question` must be a text of at most 20,000 signs, found one with",
+        ),
+        ("a.txt", "How?".encode("utf-16"), "a.txt: not a text in UTF-8"),
+        (
+            "a.txt",
+            "How?".encode("utf-16-le"),
+            "a.txt, line 1: `question` must be a text of at most 20,000 signs, found one",
+        ),
+        ("a.txt", b"How? " * 2**20, "a.txt, line 1: longer than the 4,194,304 bytes that a line may have"),
+        (
+            "a.txt",
+            b"How? " * 2**13,
+            "a.txt, line 1: `question` must be a text of at most 20,000 signs, found one of 40,960",
+        ),
         ("none.txt", None, "none.txt: cannot be read (No such file or directory)"),
     ],
 )

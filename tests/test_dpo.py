@@ -11,6 +11,7 @@ import torch
 from minidpost import dpo
 from minidpost.batches import Encoded
 from minidpost.dpo import DPOSettings, Pair, pair_log_probabilities, reference_log_probabilities, train_dpo
+from minidpost.llama import Llama, LlamaConfig
 from minidpost.optimizer import Schedule, apply_step, read_log
 from minidpost.t5 import T5, T5Config
 
@@ -40,8 +41,17 @@ def weights(model: T5) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
 
-def log_probability(model: T5, sequence: Encoded) -> torch.Tensor:
-    """log π(y | x), from one row without padding: the decoder reads the start id and the completion, not the prompt."""
+def tiny_llama() -> Llama:
+    torch.manual_seed(0)
+    return Llama(LlamaConfig(30, 16, 24, 2, n_heads=4, n_kv_heads=2, d_head=4)).initialise().double()
+
+
+def log_probability(model: T5 | Llama, sequence: Encoded) -> torch.Tensor:
+    """log π(y | x), from one row without padding: T5's decoder reads the start id and the completion alone."""
+    if isinstance(model, Llama):
+        n_prompt, ids_1T = len(sequence.prompt), torch.tensor([[*sequence.prompt, *sequence.target]])
+        log_TV = model(ids_1T)[0, n_prompt - 1 :].log_softmax(-1)
+        return sum(log_TV[t, label] for t, label in enumerate(sequence.target))
     source_1S = torch.tensor([sequence.prompt])
     input_1T = torch.tensor([[0, *sequence.target[:-1]]])
     log_TV = model(source_1S, torch.ones_like(source_1S, dtype=torch.bool), input_1T)[0].log_softmax(-1)
@@ -71,7 +81,8 @@ def trained_numbers(monkeypatch):
     return drawn
 
 
-def test_before_the_first_update_the_loss_is_ln_2_and_every_margin_0(tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_before_the_first_update_the_loss_is_ln_2_and_every_margin_0(family, tmp_path, monkeypatch):
     margins = []
     original = dpo.dpo_loss
 
@@ -82,7 +93,8 @@ def test_before_the_first_update_the_loss_is_ln_2_and_every_margin_0(tmp_path, m
 
     monkeypatch.setattr(dpo, "dpo_loss", recorded)
     settings = replace(SETTINGS, schedule=Schedule(0.0))  # a rate of zero: every step is the first
-    train_dpo(tiny(dropout=0.5).train(), pairs(20), settings, tmp_path / "log.jsonl")
+    model = tiny(dropout=0.5).train() if family == "t5" else tiny_llama()
+    train_dpo(model, pairs(20), settings, tmp_path / "log.jsonl")
     rows = list(read_log(tmp_path / "log.jsonl"))
     assert [row["loss"] for row in rows] == pytest.approx([LN2] * 5, abs=1e-6)
     assert [row["margin"] for row in rows] == pytest.approx([0] * 5, abs=1e-6)
@@ -90,9 +102,11 @@ def test_before_the_first_update_the_loss_is_ln_2_and_every_margin_0(tmp_path, m
     assert max(map(abs, margins)) <= 2e-6  # rounding: steps are padded otherwise than the reference's batches
 
 
-def test_every_gradient_is_that_of_equation_5(monkeypatch, trained_numbers, tmp_path):
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_every_gradient_is_that_of_equation_5(family, monkeypatch, trained_numbers, tmp_path):
     """Against separate forward passes without padding, the reference being the weights from before the first step."""
-    model, data, logged = tiny(dtype=torch.float64), pairs(10), []
+    model = tiny(dtype=torch.float64) if family == "t5" else tiny_llama()
+    data, logged = pairs(10), []
     reference = deepcopy(model).eval()
 
     def checking(model, optimizer, schedule, step, n_steps):

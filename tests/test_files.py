@@ -1,11 +1,22 @@
 """JSONL in and out, and files that are whole or absent."""
 
 import json
+import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from minidpost.files import UserError, read_jsonl, staged_directory, staged_file, write_json, write_jsonl
+from minidpost.files import (
+    MAX_LINE_BYTES,
+    UserError,
+    read_json,
+    read_jsonl,
+    staged_directory,
+    staged_file,
+    write_json,
+    write_jsonl,
+)
 
 
 def test_jsonl_round_trip_with_line_numbers(tmp_path):
@@ -28,6 +39,13 @@ def test_blank_lines_are_skipped_but_counted(tmp_path):
         (b'{"a": "\xff"}', "not a JSON object in UTF-8"),
         (b'{"a": "\\ud83c"}', "not a JSON object in UTF-8"),
         (b'{"a": "\\uDF4e"}', "not a JSON object in UTF-8"),
+        (b'{"a": "\0"}', "not a JSON object in UTF-8 (Invalid control character"),
+        (bytes(100), "not a JSON object in UTF-8"),
+        ('{"a": 1}'.encode("utf-16"), "not a JSON object in UTF-8"),
+        (b'\xef\xbb\xbf{"a": 1}', "not a JSON object in UTF-8 (Unexpected UTF-8 BOM"),  # only a file begins with one
+        (b'{"a": ' + b"9" * 5000 + b"}", "not a JSON object in UTF-8 (Exceeds the limit (4300 digits)"),
+        (b'{"a": ' + b"[" * 100_000, "not a JSON object"),
+        (b'{"a":' * 100_000, "not a JSON object"),
         (b"[" * 100_000, "not a JSON object"),
         (b"[1]", "a JSON object is expected, found list"),
         (b"null", "a JSON object is expected, found NoneType"),
@@ -38,12 +56,57 @@ def test_a_broken_line_is_named_by_number(tmp_path, line, complaint):
     with pytest.raises(UserError) as error:
         list(read_jsonl(tmp_path / "a.jsonl"))
     assert str(error.value).startswith(f"{tmp_path / 'a.jsonl'}, line 3: {complaint}")
-    assert len(str(error.value)) < 200 + len(str(tmp_path))
+    assert len(str(error.value)) < 250 + len(str(tmp_path))
 
 
 def test_a_whole_surrogate_pair_is_a_sign_like_any_other(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"a": "\\ud83c\\udf4e"}')
     assert list(read_jsonl(tmp_path / "a.jsonl")) == [(1, {"a": "🍎"})]
+
+
+@pytest.mark.parametrize("n_before", [0, 2])
+def test_a_line_is_refused_before_it_is_held_whole(tmp_path, n_before):
+    path = tmp_path / "a.jsonl"
+    with open(path, "wb") as stream:
+        stream.write(b'{"a": 1}\n' * n_before + b'{"a": "')
+        stream.truncate(10**8)  # sparse, and without a line's end
+    tracemalloc.start()
+    with pytest.raises(UserError, match=f"line {n_before + 1}: longer than the 4,194,304 bytes that a line may have"):
+        list(read_jsonl(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * MAX_LINE_BYTES
+
+
+def test_the_longest_line(tmp_path):
+    text = "x" * (MAX_LINE_BYTES - len('{"a": ""}\n'))
+    write_jsonl(tmp_path / "a.jsonl", [{"a": text}, {"a": text + "x"}])
+    rows = read_jsonl(tmp_path / "a.jsonl")
+    assert next(rows) == (1, {"a": text})
+    with pytest.raises(UserError, match="line 2: longer than"):
+        next(rows)
+
+
+def test_a_byte_order_mark_and_other_systems_line_ends_are_no_part_of_the_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": 2, "a": 3}\r\n')
+    assert list(read_jsonl(tmp_path / "a.jsonl")) == [(1, {"a": 1}), (3, {"a": 3})]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"9" * 5000])
+def test_json_that_is_broken_is_one_kind_of_error(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError):
+        read_json(tmp_path / "a.json")
+
+
+def test_json_files_are_bounded(tmp_path):
+    write_json(tmp_path / "a.json", {"a": ["½"]})
+    assert read_json(tmp_path / "a.json") == {"a": ["½"]}
+    os.truncate(tmp_path / "a.json", 10**11)
+    with pytest.raises(ValueError, match="longer than 67,108,864 bytes"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(OSError):
+        read_json(tmp_path / "none.json")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from minidpost.flops import Size, forward_flops, model_size, sampling_flops, training_flops
+from minidpost.llama import Llama, LlamaConfig
 from minidpost.t5 import T5, T5Config
 
 CONFIG = T5Config(10, 4, 3, 8, 2, 1, 2)  # 10 pieces, width 4, 2 heads of 3, feed-forward 8, 1 + 2 layers
@@ -18,6 +19,12 @@ DECODER = 2 * (2 * ATTENTION + FEED_FORWARD + 3 * NORM) + BIAS + NORM
 def test_size_counts_the_output_layer_once_and_the_input_embedding_never(tied):
     assert (ENCODER, DECODER + HEAD) == (268, 708)
     assert model_size(T5(replace(CONFIG, tied=tied))) == Size(268, 708, 1, 2, 4)
+
+
+def test_source_tokens_of_a_decoder_only_model_pass_the_layers_and_target_tokens_the_output_layer_too():
+    layer = 4 * (6 + 3 + 3) + 6 * 4 + 3 * 4 * 8 + 2 * 4  # query, key, value, output, feed-forward, two norms
+    model = Llama(LlamaConfig(10, 4, 8, 2, n_heads=2, n_kv_heads=1, d_head=3))
+    assert model_size(model) == Size(2 * layer + 4, 2 * layer + 4 + HEAD, 2, 2, 4)
 
 
 def test_a_forward_pass_costs_two_a_parameter_and_token_and_training_three_of_them():

@@ -1,12 +1,21 @@
 """Questions to completions: what the sampler is asked, and what comes back of it."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from minidpost import generation
-from minidpost.checkpoint import load_model
+from minidpost.checkpoint import check_vocabulary, load_model
 from minidpost.files import UserError
-from minidpost.generation import MAX_PROMPT_TOKENS, check_prompts, default_device, generate, sampling_dtype
+from minidpost.generation import (
+    MAX_PROMPT_TOKENS,
+    check_prompts,
+    default_device,
+    generate,
+    sampling_dtype,
+)
 from minidpost.sampler import Completion, Request, Sampling
 
 torch.set_num_threads(1)
@@ -114,3 +123,13 @@ def test_precision_follows_the_device():
     assert sampling_dtype("cpu") == torch.float32
     assert sampling_dtype("cuda:1") == torch.bfloat16
     assert default_device() == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "eos_id", "complaint"),
+    [(101, 1, "the tokenizer has 101 pieces, the model 100 embeddings"), (99, None, "the tokenizer has no end token")],
+)
+def test_a_tokenizer_that_does_not_fit_is_refused(vocab_size, eos_id, complaint):
+    check_vocabulary(SimpleNamespace(vocab_size=100, eos_id=1), 100, Path("model"))
+    with pytest.raises(UserError, match=f"model: {complaint}"):
+        check_vocabulary(SimpleNamespace(vocab_size=vocab_size, eos_id=eos_id), 100, Path("model"))

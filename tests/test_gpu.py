@@ -5,6 +5,7 @@ import torch
 
 from minidpost.batches import Encoded
 from minidpost.dpo import DPOSettings, Pair, train_dpo
+from minidpost.llama import Llama, LlamaConfig
 from minidpost.optimizer import Schedule, read_log
 from minidpost.sampler import Request, Sampling, sample
 from minidpost.sft import SFTSettings, train_sft
@@ -12,14 +13,16 @@ from minidpost.t5 import T5, T5Config
 
 pytestmark = pytest.mark.gpu
 FLAN_T5_SMALL = T5Config(32128, 512, 64, 1024, 6, 8, 8)
+SMALL_LLAMA = LlamaConfig(32000, 512, 1024, 8, n_heads=8, n_kv_heads=2, d_head=64)
 
 
-@pytest.fixture
-def model() -> T5:
+@pytest.fixture(params=["t5", "llama"])
+def model(request) -> T5 | Llama:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
     torch.manual_seed(0)
-    return T5(FLAN_T5_SMALL).initialise().to("cuda")
+    model = T5(FLAN_T5_SMALL) if request.param == "t5" else Llama(SMALL_LLAMA)
+    return model.initialise().to("cuda")
 
 
 def sequences(n: int) -> list[Encoded]:

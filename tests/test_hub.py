@@ -1,5 +1,6 @@
 """Finding models: directories, names, and fetching a published one from a server on this machine that plays the hub."""
 
+import hashlib
 import json
 import os
 import re
@@ -28,6 +29,11 @@ WANTED = {
 PUBLISHED = WANTED | {"pytorch_model.bin": b"a pickle", "README.md": b"card", "tokenizer.json": b"{}"}
 
 
+def sha1(content: bytes) -> str:
+    """git's name for a file, which the hub gives as the ETag of small ones."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 class Hub(BaseHTTPRequestHandler):
     """The four requests of a snapshot: the commit of main, its files, and each file's headers and body."""
 
@@ -54,13 +60,15 @@ class Hub(BaseHTTPRequestHandler):
         if with_body and name == self.server.broken:
             if self.server.served.count(name) > 1:  # the client tries to go on at once: the line stays dead
                 return self.send_error(500)
-            return self._answer(body, cut=len(body) // 2)
-        self._answer(body if with_body else b"", length=len(body))
+            return self._answer(body, cut=len(body) // 2, etag=hashlib.sha256(body).hexdigest())
+        etag = sha1(body) if name.endswith(".json") else hashlib.sha256(body).hexdigest()
+        sent = self.server.instead.get(name, body)
+        self._answer(sent if with_body else b"", length=len(sent), etag=etag)
 
-    def _answer(self, body: bytes, length: int | None = None, cut: int | None = None):
+    def _answer(self, body: bytes, length: int | None = None, cut: int | None = None, etag: str = "unknown"):
         self.send_response(200)
         self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{hash(self.path)}"')
+        self.send_header("ETag", f'"{etag}"')
         self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
         self.wfile.write(body[:cut])
@@ -72,7 +80,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files, server.served, server.broken = dict(PUBLISHED), [], None
+    server.files, server.served, server.broken, server.instead = dict(PUBLISHED), [], None, {}
     Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
     server.shutdown()
@@ -149,6 +157,33 @@ def test_cut_connection_leaves_no_model_and_the_next_call_completes_it(server, t
     assert contents(tmp_path / "weights") == {f"flan-t5-xl/{name}": body for name, body in WANTED.items()}
 
 
+PAGE = b"<!DOCTYPE html><html><body>Please log in.</body></html>"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", PAGE),
+        ("spiece.model", PAGE),
+        (SHARDS["encoder"], PAGE),
+        (SHARDS["encoder"], WANTED[SHARDS["encoder"]][::-1]),
+        (SHARDS["decoder"], WANTED[SHARDS["decoder"]] + b"more"),
+    ],
+)
+def test_what_arrives_altered_is_thrown_away_and_fetched_anew(server, tmp_path, name, content):
+    server.instead[name] = content
+    line = user_error(find_in_new_process(address(server), tmp_path))
+    assert f"{name} arrived altered, its hash is not " in line and "run the command again" in line
+    assert not (tmp_path / "weights/flan-t5-xl").exists()
+
+    server.instead.clear()
+    server.served.clear()
+    result = find_in_new_process(address(server), tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert server.served == [name]
+    assert contents(tmp_path / "weights") == {f"flan-t5-xl/{name}": body for name, body in WANTED.items()}
+
+
 def test_no_server(tmp_path):
     line = user_error(find_in_new_process("http://127.0.0.1:9", tmp_path))
     assert f"http://127.0.0.1:9/{REPOSITORY}" in line
@@ -191,7 +226,7 @@ def test_directories_and_names(tmp_path):
     [
         (
             "flan-t5-larg",
-            r"'flan-t5-larg' \(did you mean flan-t5-large\?\); known models: tiny-t5, tiny-t5-dpo-st, tiny-llama, flan-t5-small, ",
+            r"'flan-t5-larg' \(did you mean flan-t5-large\?\); known models: tiny-t5, tiny-t5-dpo-st, tiny-llama, ",
         ),
         ("google/flan-t5-base", r"'google/flan-t5-base' \(did you mean flan-t5-base\?\)"),
         ("zzz", r"'zzz'; known models: "),
@@ -199,6 +234,8 @@ def test_directories_and_names(tmp_path):
         ("tiny-t5", r"tiny-t5 is missing, though it is part of the repository"),
         ("t5-large", r"t5-large: lacks spiece\.model, model\.safetensors; put it there"),
         ("flan-t5-base", r"flan-t5-base: lacks model-00002-of-00002\.safetensors;"),
+        ("flan-t5-xl", r"flan-t5-xl: lacks a readable model\.safetensors\.index\.json;"),
+        ("flan-t5-large", r"flan-t5-large: lacks a readable model\.safetensors\.index\.json;"),
         ("flan-t5-small", r"flan-t5-small: lacks a readable model\.safetensors\.index\.json;"),
     ],
 )
@@ -208,6 +245,8 @@ def test_what_is_no_model(tmp_path, name, complaint):
     half = make_model(tmp_path / "flan-t5-base", "config.json", "spiece.model", SHARDS["encoder"])
     (half / hub.SHARDS).write_text(json.dumps({"weight_map": SHARDS}))
     make_model(tmp_path / "flan-t5-small", "config.json", "spiece.model", hub.SHARDS)
+    for other, text in (("flan-t5-xl", "[" * 10**5), ("flan-t5-large", '{"weight_map": {"a": 3}}')):
+        (make_model(tmp_path / other, "config.json", "spiece.model") / hub.SHARDS).write_text(text)
     with pytest.raises(UserError, match=complaint) as raised:
         hub.find_model(name.format(tmp=tmp_path), tmp_path)
     assert "\n" not in str(raised.value)

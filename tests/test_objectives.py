@@ -84,7 +84,7 @@ def test_logits_never_exist_for_more_positions_than_asked_for(monkeypatch):
     monkeypatch.setattr(model, "logits", lambda hidden_ND: sizes.append(len(hidden_ND)) or original(hidden_ND))
     batch = collate([Encoded((4, 5), tuple(range(2, 13))), Encoded((4,), (3, 1))], 0, "cpu")
     log_probabilities(model, batch, logits_at_once=4 * 30 + 29).sum().backward()
-    assert sizes == [4, 4, 4, 1] + [1, 4, 4, 4]  # 13 labels of 22 positions, forwards and again backwards
+    assert sizes == [4, 4, 4, 1, 1, 4, 4, 4]  # 13 labels of 22 positions, forwards and again backwards
 
 
 def test_sft_loss_is_the_mean_over_the_tokens_of_the_step_however_it_is_cut():

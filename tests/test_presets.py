@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minidpost import presets
-from minidpost.presets import METHOD_SETTINGS, LLAMA, METHODS, T5, TINY_LLAMA, TINY_T5, Preset, preset_for
+from minidpost.presets import LLAMA, METHOD_SETTINGS, METHODS, T5, TINY_LLAMA, TINY_T5, Preset, preset_for
 
 PAPER = {  # table 5 and section 4 of arXiv 2407.18248; the floor is the published code's
     "sft_examples_per_step": 96,

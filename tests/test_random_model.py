@@ -11,7 +11,8 @@ import pytest
 import torch
 from t5_oracle import SHAPES, assert_same_model
 
-from minidpost.checkpoint import load_model, t5_config_to_hf
+from minidpost.checkpoint import load_model
+from minidpost.layouts import config_json
 
 torch.set_num_threads(1)
 TOOL = Path(__file__).resolve().parents[1] / "tools/random_model.py"
@@ -30,7 +31,7 @@ def tool():
 def config_file(tmp_path) -> Path:
     """The real vocabulary and little else, under another name than config.json."""
     path = tmp_path / "small.json"
-    path.write_text(json.dumps(t5_config_to_hf(CONFIG, torch.float32)))
+    path.write_text(json.dumps(config_json(CONFIG, torch.float32)))
     return path
 
 
@@ -59,7 +60,7 @@ def test_refusals_are_one_line_and_leave_nothing(shared, config_file, tmp_path, 
         (tmp_path / name).mkdir()
     (tmp_path / "broken/spiece.model").write_bytes(b"no pieces")
     tiny_vocabulary = tmp_path / "tiny-vocabulary.json"
-    tiny_vocabulary.write_text(json.dumps(t5_config_to_hf(SHAPES["gated-untied"], torch.float32)))
+    tiny_vocabulary.write_text(json.dumps(config_json(SHAPES["gated-untied"], torch.float32)))
     wrong = {
         "exists already": (config_file, tokenizer, tmp_path / "existing", 1),
         "no config.json": (tmp_path / "nowhere", tokenizer, output, 1),

@@ -75,7 +75,7 @@ def test_what_is_no_run_directory_is_left_alone(tmp_path):
     assert files_of(tmp_path) == {"notes.txt": b"mine"}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"settings": []}', '{"settings": 1}', "\udcff"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"settings": []}', '{"settings": 1}', "\udcff", "[" * 10**5])
 def test_an_unreadable_config_is_one_line(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=r"config\.json is not readable"):

@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from llama_oracle import hf_llama, left_padded, random_llama
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,6 +19,7 @@ from minidpost import sampler
 from minidpost.calculator import Automaton, evaluate
 from minidpost.checkpoint import load_model
 from minidpost.formats import T5Format
+from minidpost.llama import Llama, LlamaConfig
 from minidpost.sampler import Completion, Request, Sampling, choose, row_uniforms, sample
 from minidpost.t5 import T5, T5Config
 from minidpost.tokenizer import load_tokenizer
@@ -92,6 +94,13 @@ def tiny_t5(dtype: torch.dtype = torch.float64) -> T5:
     return model.to(dtype).eval()
 
 
+def tiny_llama() -> Llama:
+    model = random_llama(LlamaConfig(40, 16, 24, 2, n_heads=4, n_kv_heads=2, d_head=4, eos_id=END))
+    with torch.no_grad():
+        model.head.weight[END] *= 2
+    return model.double()
+
+
 def ragged_requests(n_questions: int, n_samples: int) -> list[Request]:
     numbers = random.Random(0)
     prompts = [tuple(numbers.randrange(40) for _ in range(numbers.randint(1, 25))) for _ in range(n_questions)]
@@ -153,6 +162,27 @@ def test_greedy_completions_equal_transformers_generate_on_200_ragged_prompts(tm
     assert [completion.finish_reason == "stop" for completion in ours] == [row[-1] == END for row in expected]
 
 
+def test_greedy_completions_of_llama_equal_transformers_generate_on_200_ragged_prompts():
+    config = LlamaConfig(97, 32, 48, 2, n_heads=4, n_kv_heads=2, d_head=8, bos_id=0, eos_id=END)
+    model = random_llama(config)
+    with torch.no_grad():
+        model.head.weight *= 3
+        model.head.weight[END] *= 2  # so that rows end at many lengths
+    numbers = random.Random(0)
+    prompts = [tuple(numbers.randrange(2, 97) for _ in range(numbers.randint(1, 50))) for _ in range(200)]
+    ids_BT, mask_BT = left_padded(prompts)
+    generated = hf_llama(model).generate(
+        ids_BT, attention_mask=mask_BT.long(), max_new_tokens=40, do_sample=False, num_beams=1, pad_token_id=0
+    )
+    rows = generated[:, ids_BT.shape[1] :].tolist()
+    expected = [row[: row.index(END) + 1] if END in row else row for row in rows]
+    assert len(Counter(map(len, expected))) > 15, "the random model should end its rows at many lengths"
+    assert 20 < sum(row[-1] != END for row in expected) < 150, "and leave some to the limit"
+    requests = [Request(prompt, str(i)) for i, prompt in enumerate(prompts)]
+    ours = completions(model, requests, Sampling(max_new_tokens=40, slots=24))
+    assert [completion.token_ids for completion in ours] == expected
+
+
 # A row's completion is its own
 
 
@@ -165,8 +195,9 @@ SETTINGS_SAMPLED = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS_SAMPLED, ids=["plain", "top-k", "top-p", "both"])
-def test_completions_depend_neither_on_slots_nor_on_order_nor_on_neighbours(settings, monkeypatch):
-    model, requests = tiny_t5(), ragged_requests(10, 3)
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_completions_depend_neither_on_slots_nor_on_order_nor_on_neighbours(family, settings, monkeypatch):
+    model, requests = tiny_t5() if family == "t5" else tiny_llama(), ragged_requests(10, 3)
     reference = completions(model, requests, replace(settings, slots=64))
     assert len({len(completion.token_ids) for completion in reference}) > 5
     assert len({tuple(completion.token_ids) for completion in reference}) > 20
@@ -556,3 +587,12 @@ def computed_positions(token_texts: list[str]) -> list[bool]:
         start, end = end, end + len(text)
         positions.append(any(first <= start < end <= last for first, last in spans))
     return positions
+
+
+@pytest.mark.parametrize("settings", [Sampling(1.0), Sampling(1.0, top_k=3), Sampling(1.0, top_p=0.5), Sampling()])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_no_numbers_still_give_an_id_of_the_vocabulary(settings, value):
+    logits_BV = torch.zeros(3, 7)
+    logits_BV[0], logits_BV[1, 2] = value, value
+    uniform_B = torch.tensor([0.999, 0.999, 0.999], dtype=torch.float64) if settings.temperature else None
+    assert all(0 <= token_id < 7 for token_id in choose(logits_BV, uniform_B, settings).tolist())

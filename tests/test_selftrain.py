@@ -18,6 +18,7 @@ from minidpost.checkpoint import load_model
 from minidpost.evaluation import wilson
 from minidpost.files import UserError, read_jsonl
 from minidpost.flops import forward_flops, model_size, training_flops
+from minidpost.formats import T5Format
 from minidpost.generation import Generated
 from minidpost.optimizer import read_log
 from minidpost.presets import METHOD_SETTINGS, Preset
@@ -474,12 +475,12 @@ def test_examples_beyond_the_limits_are_left_out_and_counted(new_run, capsys):
 
 
 def test_rationales_that_the_tokenizer_cannot_write_are_left_out_and_counted(new_run, monkeypatch, capsys):
-    survives = selftrain.T5Format.survives
-    monkeypatch.setattr(selftrain.T5Format, "survives", lambda self, text: "Mia" not in text and survives(self, text))
+    survives = T5Format.survives
+    monkeypatch.setattr(T5Format, "survives", lambda self, text: "Mia" not in text and survives(self, text))
     run = new_run()
     assert run.gold.keys() == {TOM.question}
     assert "1 of 2 rationales left out" in capsys.readouterr().out
-    monkeypatch.setattr(selftrain.T5Format, "survives", lambda self, text: len(text) == 1)
+    monkeypatch.setattr(T5Format, "survives", lambda self, text: len(text) == 1)
     with pytest.raises(UserError, match="toy: no labelled rationale can be written with the tokenizer"):
         new_run(name="none")
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from t5_oracle import SHAPES, hf_logits, hf_twin, random_batch, random_t5
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from minidpost.checkpoint import read_config, t5_names
+from minidpost.layouts import read_config, t5_names
 from minidpost.t5 import T5, T5Config, relative_bucket
 
 torch.set_num_threads(1)

@@ -25,7 +25,7 @@ from minidpost import toy  # noqa: E402
 from minidpost.answers import Example  # noqa: E402
 from minidpost.batches import Encoded  # noqa: E402
 from minidpost.checkpoint import save_model  # noqa: E402
-from minidpost.formats import ALPACA_PROMPT, format_for  # noqa: E402
+from minidpost.formats import LLAMA_PROMPT, format_for  # noqa: E402
 from minidpost.llama import Llama, LlamaConfig  # noqa: E402
 from minidpost.optimizer import Schedule  # noqa: E402
 from minidpost.sft import SFTSettings, train_sft  # noqa: E402
@@ -106,9 +106,11 @@ def t5_vocabulary(vocab_size: int) -> bytes:
 
 def llama_vocabulary(vocab_size: int) -> bytes:
     """Llama's: a number is a piece without a space, as it stands in `<<48/2=24>>24`; the prompt's words are two."""
-    before, after = ALPACA_PROMPT.replace(" ", "▁").split("{question}")
+    before, after = LLAMA_PROMPT.replace(" ", "▁").split("{question}")
     symbols = [before, after, "<<", ">>", "####", "\n", *"+-*/=$%", *(str(number) for number in range(1000))]
-    return vocabulary(sample_texts(str), symbols, vocab_size, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, remove_extra_whitespaces=False)
+    return vocabulary(
+        sample_texts(str), symbols, vocab_size, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, remove_extra_whitespaces=False
+    )
 
 
 def vocabulary(texts: list[str], symbols: list[str], vocab_size: int, **options: int) -> bytes:

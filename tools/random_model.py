@@ -5,7 +5,7 @@ python tools/random_model.py --config ../shared/configs/flan-t5-small --tokenize
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -13,9 +13,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from minidpost.checkpoint import read_config, save_model  # noqa: E402
+from minidpost.checkpoint import save_model  # noqa: E402
 from minidpost.files import UserError, staged_directory  # noqa: E402
-from minidpost.t5 import T5  # noqa: E402
+from minidpost.layouts import layout_of, read_config  # noqa: E402
 from minidpost.tokenizer import load_tokenizer  # noqa: E402
 
 MAX_LAYERS = 1000
@@ -25,10 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and make the directory; the exit status, 2 behind a line that says what was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="a config.json, or the directory that holds it")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="the directory of its spiece.model; copied along")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="the directory of its vocabulary; copied along")
     parser.add_argument("--output", type=Path, required=True, help="the directory to make; must not exist yet")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default %(default)s)")
-    parser.add_argument("--layers", type=int, help="layers of the encoder and of the decoder (default: config.json's)")
+    parser.add_argument("--layers", type=int, help="layers of each stack (default: config.json's)")
     options = parser.parse_args(arguments)
     try:
         n_parameters = make(options.config, options.tokenizer, options.output, options.seed, options.layers)
@@ -52,9 +52,10 @@ def make(config_path: Path, tokenizer_dir: Path, output: Path, seed: int, n_laye
             f"{tokenizer_dir}"
         )
     if n_layers is not None:
-        config = replace(config, n_encoder_layers=n_layers, n_decoder_layers=n_layers)
+        depths = [field.name for field in fields(config) if field.name.endswith("_layers")]
+        config = replace(config, **dict.fromkeys(depths, n_layers))
     torch.manual_seed(seed)
-    model = T5(config).initialise()
+    model = layout_of(config).model(config).initialise()
     model.tokenizer_files = tokenizer.files
     with staged_directory(output) as unfinished:
         save_model(model, unfinished)
