@@ -14,7 +14,9 @@ from threading import Thread
 import pytest
 
 from minidpost import hub
+from minidpost.checkpoint import load_format
 from minidpost.files import UserError
+from minidpost.formats import LlamaFormat, T5Format
 
 REPOSITORY = "google/flan-t5-xl"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -272,3 +274,10 @@ def test_a_repository_with_a_licence_says_so(server, tmp_path):
 
 def test_weights_lie_in_the_repository():
     assert Path(hub.__file__).parents[1] / "weights" == hub.WEIGHTS_DIR
+
+
+@pytest.mark.parametrize("name", hub.EMBEDDED)
+def test_embedded_models_are_there_and_small(name):
+    files = list(hub.find_model(name).iterdir())
+    assert sum(file.stat().st_size for file in files) < 6 * 10**6
+    assert isinstance(load_format(hub.find_model(name)), LlamaFormat if "llama" in name else T5Format)
