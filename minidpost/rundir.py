@@ -82,7 +82,8 @@ class RunDirectory:
     def _check_same(self, config: Path) -> None:
         try:
             begun = read_json(config)
-            begun_format, begun, wanted = begun.get("format", 1), flat(begun["settings"]), flat(self.settings)
+            begun_format, torch_then = begun.get("format", 1), begun.get("versions", {}).get("torch")
+            begun, wanted = flat(begun["settings"]), flat(self.settings)
             differing = [name for name in {**wanted, **begun} if begun.get(name) != wanted.get(name)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{config} is not readable; choose another --run-dir, or --fresh") from None
@@ -97,6 +98,8 @@ class RunDirectory:
                 f"{self.path} was begun with {name} = {begun.get(name)}, this command has {wanted.get(name)}; "
                 "choose another --run-dir, or --fresh"
             )
+        if torch_then != version("torch"):
+            self.say(f"begun with torch {torch_then}, continued with {version('torch')}: rounding may differ")
 
     def _finished_stages(self) -> dict[str, dict]:
         """The facts of every stage that has its name, its files being those that it made."""

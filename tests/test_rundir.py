@@ -185,6 +185,15 @@ def test_another_format_is_refused_by_name(tmp_path, found):
         RunDirectory(tmp_path, SETTINGS)
 
 
+def test_another_torch_is_told(tmp_path, monkeypatch, capsys):
+    RunDirectory(tmp_path, SETTINGS)
+    RunDirectory(tmp_path, SETTINGS)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(rundir, "version", lambda name: "9.9")
+    RunDirectory(tmp_path, SETTINGS)
+    assert "continued with 9.9: rounding may differ" in capsys.readouterr().out
+
+
 def finished_run(path: Path) -> RunDirectory:
     directory = RunDirectory(path, SETTINGS)
     directory.stage("iteration-1/pairs.jsonl", write_number)
