@@ -8,7 +8,7 @@ from random import Random
 
 from minidpost import datasets
 from minidpost.checkpoint import empty_model
-from minidpost.commands import MAX_COUNT, Parser, device, run_command
+from minidpost.commands import MAX_COUNT, MINUTES, Parser, device, run_command
 from minidpost.files import UserError
 from minidpost.generation import default_device, sampling_dtype
 from minidpost.hub import EMBEDDED, PUBLISHED, find_model
@@ -16,7 +16,7 @@ from minidpost.layouts import model_type, read_config
 from minidpost.memory import check_memory
 from minidpost.presets import METHODS, preset_for
 from minidpost.report import write_report
-from minidpost.rundir import RunDirectory
+from minidpost.rundir import RunDirectory, model_hash
 from minidpost.selftrain import Data, Run
 
 SETTINGS = ("model", "method", "data", "unlabelled", "limit", "seed", "no_calculator")  # what makes a run the same run
@@ -45,12 +45,12 @@ def main() -> None:
     data = load_data(options)
     path = options.run_dir or Path("runs") / f"{base.name}-{options.method}-{data.name}-{options.seed}"
     settings = {name: getattr(options, name) for name in SETTINGS} | {"preset": dataclasses.asdict(preset)}
-    settings["examples"] = data.fingerprint()
+    settings["examples"], settings["weights"] = data.fingerprint(), model_hash(base)
     del settings["preset"]["iterations"]  # a finished run may be taken further
-    directory = RunDirectory(path, settings)
+    directory = RunDirectory(path, settings, options.fresh)
     directory.say(memory)
-    calculator = not options.no_calculator
-    run = Run(directory, base, options.method, preset, data, options.seed, calculator, options.device)
+    calculator, minutes = not options.no_calculator, options.checkpoint_minutes
+    run = Run(directory, base, options.method, preset, data, options.seed, calculator, options.device, minutes)
     text = ""
     for _ in run.iterations():
         text = write_report(run, options.model)
@@ -68,16 +68,14 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="take only the first N examples of every set")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where datasets lie or are fetched to")
     parser.add_argument("--run-dir", type=Path, help="default: runs/MODEL-METHOD-DATA-SEED")
+    parser.add_argument("--fresh", action="store_true", help="begin anew; the run that is there becomes NAME.1")
+    parser.add_argument("--checkpoint-minutes", type=MINUTES, default=5.0, help="how often to save (default: 5)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--no-calculator", action="store_true", help="let the model do its own arithmetic")
     parser.add_argument("--device", type=device, default=default_device())
     for name, (kind, text) in OVERRIDES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{text} (default: the preset's)")
-    parser.add_argument(
-        "--activation-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        help="in training, less memory for more time",
-    )
+    parser.add_argument("--activation-checkpointing", action=argparse.BooleanOptionalAction, help="less memory, slower")
     options = parser.parse_args()
     for name in ("limit", *OVERRIDES):
         value = getattr(options, name)
@@ -117,4 +115,4 @@ def load_data(options: argparse.Namespace) -> Data:
 
 
 if __name__ == "__main__":
-    run_command(main, "the same command continues after the last finished stage")
+    run_command(main, "the same command continues from here")

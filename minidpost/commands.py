@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,10 +12,11 @@ import torch
 from torch import nn
 
 from minidpost.checkpoint import load_format, load_model
-from minidpost.files import UserError
+from minidpost.files import UserError, no_room
 from minidpost.formats import Format
 from minidpost.generation import default_device, sampling_dtype
 from minidpost.hub import find_model
+from minidpost.resume import Terminated, interrupt
 
 RUNS = Path("runs")
 MAX_MESSAGE = 1000
@@ -22,11 +24,16 @@ MAX_COUNT = 10**6  # of rows, tokens, samples …: what lies above is a slip of 
 
 
 def run_command(main: Callable[[], None], if_interrupted: str = "nothing was written") -> None:
-    """Run a command's main and exit with its status: 0, 2 for a mistake of the user's, 130 for Ctrl-C."""
+    """Run a command's main and exit with its status.
+
+    0; 2 for a mistake of the user's or a full disk; 130 for Ctrl-C; 143 for SIGTERM. What follows Ctrl-C and a full
+    disk is said in the words of `if_interrupted`.
+    """
     name = os.path.basename(sys.argv[0])
     warnings.formatwarning = lambda message, *_: f"{name}: warning: {one_line(message)}\n"
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack signs that a model has
     try:
+        signal.signal(signal.SIGTERM, interrupt)
         main()
         sys.stdout.flush()  # here, so that a closed pipe is noticed while it can be handled
     except UserError as error:
@@ -37,17 +44,23 @@ def run_command(main: Callable[[], None], if_interrupted: str = "nothing was wri
             raise
         print(f"{name}: not enough memory; fewer --slots or --max-new-tokens need less", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as reason:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would only garble the end
         print(f"\n{name}: interrupted; {if_interrupted}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(143 if isinstance(reason, Terminated) else 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        if error.filename is None:
+    except Exception as error:
+        if (reason := no_room(error)) is not None:
+            print(f"{name}: cannot write ({reason}); {if_interrupted}", file=sys.stderr)
+        elif isinstance(error, OSError) and error.filename is not None:
+            print(f"{name}: {one_line(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
+        else:
             raise
-        print(f"{name}: {one_line(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def one_line(message: object) -> str:
@@ -105,6 +118,7 @@ POSITIVE = checked(int, lambda value: 1 <= value <= MAX_COUNT, f"a whole number 
 NOT_NEGATIVE = checked(int, lambda value: 0 <= value <= MAX_COUNT, f"a whole number from 0 to {MAX_COUNT:,}")
 # Between the bounds logits divided by it stay what they are; nearer to 0 they overflow.
 TEMPERATURE = checked(float, lambda value: value == 0 or 1e-3 <= value <= 1e3, "0 or a number from 0.001 to 1000")
+MINUTES = checked(float, lambda value: 0 <= value < float("inf"), "a number of minutes")
 SHARE = checked(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 
 

@@ -8,6 +8,7 @@ that is about to be trained, so no second model is held. There is no dropout, he
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from minidpost.batches import Encoded, by_length, collate, shuffled_steps
 from minidpost.objectives import dpo_loss, log_probabilities
 from minidpost.optimizer import Schedule, StepLog, adamw, apply_step, autocast, checkpoint_activations, derived_seed
+from minidpost.resume import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -50,23 +52,34 @@ class Pair:
 
 
 def train_dpo(
-    model: nn.Module, pairs: Sequence[Pair], settings: DPOSettings, log_path: Path | None = None, stage: str = "dpo"
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    settings: DPOSettings,
+    log_path: Path | None = None,
+    stage: str = "dpo",
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """Train `model` in place, against itself as it is now. Each step's loss is the mean over the pairs of the step.
 
     The log has loss, lr, grad_norm, tokens_per_second, the mean log-probabilities of chosen and rejected completions
-    (nats), the mean margin, and the share of pairs whose margin is positive.
+    (nats), the mean margin, and the share of pairs whose margin is positive. With a checkpoint, the training begins
+    where an earlier one of the same stage, settings and pairs was stopped.
     """
     device = next(model.parameters()).device
     optimizer = adamw(model, settings.schedule)
     model.eval()
     if settings.activation_checkpointing:
         checkpoint_activations(model)
-    reference_P2 = reference_log_probabilities(model, pairs, settings.micro_batch_tokens, stage)
+    checkpoint = checkpoint or Checkpoint()
+    first = checkpoint.restore(model, optimizer, stage, settings, pairs)
+    if not first:  # later the model is no longer the reference
+        checkpoint.kept["reference_P2"] = reference_log_probabilities(model, pairs, settings.micro_batch_tokens, stage)
+    reference_P2 = checkpoint.kept["reference_P2"]
     seed = derived_seed(settings.seed, stage, "order")
     order = shuffled_steps(len(pairs), settings.pairs_per_step, settings.steps, seed)
-    with StepLog(log_path) as log, tqdm(total=settings.steps, desc=stage, unit="step") as progress:
-        for step, numbers in enumerate(order):
+    progress = tqdm(total=settings.steps, initial=first, desc=stage, unit="step")
+    with StepLog(log_path, checkpoint.log) as log, progress, checkpoint.stops_between_steps():
+        for step, numbers in islice(enumerate(order), first, None):
             started = time.perf_counter()
             totals = torch.zeros(5, device=device)
             for group in by_length([pairs[number].n_tokens for number in numbers], settings.micro_batch_tokens):
@@ -83,6 +96,7 @@ def train_dpo(
             log.write(step=step, **values, **update, n_tokens=n_tokens, tokens_per_second=speed)
             progress.set_postfix(loss=f"{values['loss']:.3f}", prefers=f"{values['accuracy']:.0%}", refresh=False)
             progress.update()
+            checkpoint.after(step, model, optimizer, log_path)
 
 
 def pair_log_probabilities(model: nn.Module, pairs: Sequence[Pair]) -> Tensor:

@@ -4,8 +4,11 @@ What is read may be anything: a line and a JSON file have a greatest length, bey
 """
 
 import codecs
+import errno
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -88,13 +91,18 @@ def write_json(path: str | Path, value: object) -> None:
 
 @contextmanager
 def staged_file(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; it takes the final name when the block ends without an error."""
+    """Give a temporary path beside `path`; it takes the final name when the block ends without an error.
+
+    The content is on the disk before the name is, so that even a power cut leaves the old file or the new one.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         yield temporary
+        to_disk(temporary)
         os.replace(temporary, path)
+        to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -107,4 +115,45 @@ def staged_directory(path: str | Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
+    for inner in (*temporary.rglob("*"), temporary):
+        to_disk(inner)
     os.replace(temporary, path)
+    to_disk(path.parent)
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove the temporary names that killed processes left anywhere in a directory, where nobody may be at work."""
+    for rest in list(directory.rglob("*.unfinished")):
+        if rest.is_dir():
+            shutil.rmtree(rest, ignore_errors=True)
+        else:
+            rest.unlink(missing_ok=True)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file's content, or the names in a directory, would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as stream:
+        while size := stream.readinto(buffer):
+            digest.update(buffer[:size])
+    return digest.hexdigest()
+
+
+def no_room(error: Exception) -> str | None:
+    """What the system said where the disk, a quota or a size limit has no room left; None for any other error.
+
+    safetensors passes the system's error on as a text of its own.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    return os.strerror(number) if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from minidpost import sampler
 from minidpost.answers import is_correct
 from minidpost.files import UserError
 from minidpost.formats import Format
@@ -35,8 +36,9 @@ def generate(
     calculator: bool = True,
     answers: Sequence[str] | None = None,
     label: str = "sampling",
+    first_chunk: int = 0,
 ) -> Iterator[Generated]:
-    """Yield `n_samples` completions of every question as they finish.
+    """Yield `n_samples` completions of every question as they finish, beginning with the sampler's chunk `first_chunk`.
 
     With the questions' `answers`, the progress bar shows the accuracy so far. UserError: an empty question, or one that
     is longer than MAX_PROMPT_TOKENS.
@@ -50,8 +52,10 @@ def generate(
     ]
     new_override = text_format.calculator if calculator else None
     n_tokens, n_done, n_right, started = 0, 0, 0, time.perf_counter()
-    with tqdm(total=len(requests), desc=label, unit="row") as progress:
-        for position, completion in sample(model, requests, settings, text_format.end_id, new_override):
+    initial = min(first_chunk * sampler.CHUNK, len(requests))
+    completions = sample(model, requests, settings, text_format.end_id, new_override, first_chunk)
+    with tqdm(total=len(requests), initial=initial, desc=label, unit="row") as progress:
+        for position, completion in completions:
             index, number = divmod(position, n_samples)
             text = text_format.text(completion.token_ids)
             n_tokens, n_done = n_tokens + len(completion.token_ids), n_done + 1

@@ -77,10 +77,13 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 class StepLog:
-    """One JSON object a step, flushed as it is written."""
+    """One JSON object a step, flushed as it is written; `earlier` is the log of the steps done before."""
 
-    def __init__(self, path: str | Path | None):
+    def __init__(self, path: str | Path | None, earlier: str = ""):
         self.stream = open(path, "w", encoding="utf-8") if path else None
+        if self.stream:
+            self.stream.write(earlier)
+            self.stream.flush()
 
     def write(self, **values: float) -> None:
         if self.stream:

@@ -6,6 +6,11 @@ of ours, with its reason.
 
 from dataclasses import dataclass, replace
 
+from minidpost.dpo import DPOSettings
+from minidpost.optimizer import Schedule
+from minidpost.sampler import Sampling
+from minidpost.sft import SFTSettings
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -40,6 +45,37 @@ class Preset:
     label_cap: int | None = None  # [code] None: the 90th percentile of the per-question counts
     # the loop
     iterations: int = 3  # [paper]
+
+    def sft(self, seed: int) -> SFTSettings:
+        """The settings of a fine-tuning."""
+        return SFTSettings(
+            epochs=self.sft_epochs,
+            examples_per_step=self.sft_examples_per_step,
+            schedule=self.schedule(self.sft_learning_rate),
+            micro_batch_tokens=self.micro_batch_tokens,
+            activation_checkpointing=self.activation_checkpointing,
+            seed=seed,
+        )
+
+    def dpo(self, n_pairs: int, seed: int) -> DPOSettings:
+        """The settings of DPO on so many pairs."""
+        return DPOSettings(
+            steps=min(self.dpo_steps, self.dpo_max_epochs * -(-n_pairs // self.dpo_pairs_per_step)),
+            pairs_per_step=self.dpo_pairs_per_step,
+            schedule=self.schedule(self.dpo_learning_rate),
+            beta=self.beta,
+            micro_batch_tokens=self.micro_batch_tokens,
+            activation_checkpointing=self.activation_checkpointing,
+            seed=seed,
+        )
+
+    def schedule(self, learning_rate: float) -> Schedule:
+        """The schedule with this peak."""
+        return Schedule(learning_rate, self.warmup, self.learning_rate_floor, self.weight_decay, self.max_grad_norm)
+
+    def sampling(self, seed: int) -> Sampling:
+        """The settings of sampling."""
+        return Sampling(self.temperature, self.top_k, max_new_tokens=self.max_new_tokens, slots=self.slots, seed=seed)
 
 
 T5 = Preset()

@@ -97,13 +97,14 @@ def sample(
     settings: Sampling,
     end_id: int,
     new_override: Callable[[], Override] | None = None,
+    first_chunk: int = 0,
 ) -> Iterator[tuple[int, Completion]]:
-    """Yield (index into requests, completion) as rows end, each request once.
+    """Yield (index into requests, completion) as rows end, each request once; those before `first_chunk` not at all.
 
-    `new_override` makes the watcher of one row. Samples of one question should stand together in `requests`: those of
-    one chunk share a prefill. Prompts must not be empty.
+    All of a chunk are yielded before any of the next. `new_override` makes the watcher of one row. Samples of one
+    question should stand together in `requests`: those of one chunk share a prefill. Prompts must not be empty.
     """
-    for start in range(0, len(requests), CHUNK):
+    for start in range(first_chunk * CHUNK, len(requests), CHUNK):
         chunk = list(enumerate(requests[start : start + CHUNK], start=start))
         yield from _sample_chunk(model, chunk, settings, end_id, new_override)
 

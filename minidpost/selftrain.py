@@ -6,34 +6,38 @@
     rft      one round of st with K = 100
     rest-em  st, but fine-tuned on the kept samples alone
 
-Stages hand over files, so the same command continues behind the last finished one (rundir.py). The samples of all
-earlier rounds are merged into the pairs and pseudo-labels of later ones, as the published code does. A run ends after
-the given number of iterations, or before, when accuracy on dev no longer rises.
+Stages hand over files, so the same command continues behind the last finished one (rundir.py), and within one from its
+last checkpoint or chunk (resume.py). The samples of all earlier rounds are merged into the pairs and pseudo-labels of
+later ones, as the published code does. A run ends after the given number of iterations, or before, when accuracy on dev
+no longer rises.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count, islice
 from pathlib import Path
 
 from torch import nn
 
+from minidpost import sampler
 from minidpost.answers import Example, is_correct
 from minidpost.batches import Encoded, token_counts, within_limits
 from minidpost.checkpoint import load_format, load_model, save_model
-from minidpost.dpo import DPOSettings, Pair, train_dpo
+from minidpost.dpo import Pair, train_dpo
 from minidpost.evaluation import greedy_accuracy, sampled_scores
 from minidpost.files import UserError, read_jsonl, write_json, write_jsonl
 from minidpost.flops import forward_flops, model_size, sampling_flops, training_flops
 from minidpost.formats import Format
-from minidpost.generation import check_prompts, generate, sampling_dtype
-from minidpost.optimizer import Schedule, derived_seed
+from minidpost.generation import Generated, check_prompts, generate, sampling_dtype
+from minidpost.optimizer import derived_seed
 from minidpost.presets import Preset
+from minidpost.resume import Checkpoint, Chunks
 from minidpost.rundir import RunDirectory
 from minidpost.sampler import Sampling
 from minidpost.selection import Candidates, preference_pairs, pseudo_labels
-from minidpost.sft import SFTSettings, train_sft
+from minidpost.sft import train_sft
 
 PASS_AT = 10  # samples a dev question, before and after each DPO
 PASS_QUESTIONS = 100  # dev questions that are sampled for it
@@ -67,9 +71,10 @@ class Run:
         seed: int,
         calculator: bool,
         device: str,
+        checkpoint_minutes: float = 5.0,
     ):
         self.directory, self.base, self.method, self.preset, self.data = directory, base, method, preset, data
-        self.seed, self.calculator, self.device = seed, calculator, device
+        self.seed, self.calculator, self.device, self.checkpoint_minutes = seed, calculator, device, checkpoint_minutes
         self.format = load_format(base)
         for examples in (data.pool, data.dev, *data.tests.values()):
             questions = [example.question for example in examples]
@@ -118,15 +123,9 @@ class Run:
                 sequences = [encoded(self.format, row["question"], row["token_ids"]) for _, row in read_jsonl(labels)]
             sequences = self.within_limits(sequences, f"{number}/sft")
             model = load_model(self.base, device=self.device)
-            settings = SFTSettings(
-                epochs=self.preset.sft_epochs,
-                examples_per_step=self.preset.sft_examples_per_step,
-                schedule=self.schedule(self.preset.sft_learning_rate),
-                micro_batch_tokens=self.preset.micro_batch_tokens,
-                activation_checkpointing=self.preset.activation_checkpointing,
-                seed=self.seed,
-            )
-            train_sft(model, sequences, settings, directory / "log.jsonl", f"{number}/sft")
+            settings = self.preset.sft(self.seed)
+            log, checkpoint = directory / "log.jsonl", self.checkpoint(f"iteration-{number}/sft")
+            train_sft(model, sequences, settings, log, f"{number}/sft", checkpoint)
             save_model(model, directory)
             n_source, n_target = token_counts(sequences)
             return {"flops": settings.epochs * training_flops(model_size(model), n_source, n_target)}
@@ -134,27 +133,39 @@ class Run:
         self.directory.stage(f"iteration-{number}/sft", work)
 
     def sample(self, number: int, name: str, checkpoint: Path, n_samples: int) -> None:
-        """Sample `n_samples` rationales for every question of the pool and grade them."""
+        """Sample `n_samples` rationales for every question of the pool and grade them; chunks that are there count."""
+        stage, label, pool = f"iteration-{number}/{name}.jsonl", f"{number}/{name}", self.data.pool
+
+        def row(done: Generated) -> dict:
+            example = pool[done.index]
+            return {
+                "index": done.index,
+                "sample": done.sample,
+                **question_and_answer(example),
+                "completion": done.text,
+                "correct": is_correct(done.text, example.answer),
+                **asdict(done.completion),
+            }
 
         def work(path: Path) -> dict:
-            model = self.load_for_sampling(checkpoint)
-            pool, rows = self.data.pool, []
-            settings = self.sampling(f"{number}/{name}")
+            model, settings = self.load_for_sampling(checkpoint), self.sampling(label)
             questions, answers = [e.question for e in pool], [e.answer for e in pool]
-            for done in generate(
-                model, self.format, questions, settings, n_samples, self.calculator, answers, f"{number}/{name}"
-            ):
-                example = pool[done.index]
-                row = {"index": done.index, "sample": done.sample, **question_and_answer(example)}
-                row |= {"completion": done.text, "correct": is_correct(done.text, example.answer)}
-                rows.append(row | asdict(done.completion))
-            rows.sort(key=lambda row: (row["index"], row["sample"]))
+            chunks = Chunks(self.directory.progress(stage), stage, settings, n_samples, self.calculator, sampler.CHUNK)
+            first = chunks.n_finished()
+            completions = generate(
+                model, self.format, questions, settings, n_samples, self.calculator, answers, label, first
+            )
+            for chunk in count(first):
+                if not (rows := [row(done) for done in islice(completions, sampler.CHUNK)]):
+                    break
+                chunks.commit(chunk, rows)
+            rows = sorted(chunks.rows(), key=lambda row: (row["index"], row["sample"]))
             write_jsonl(path, rows)
             prompts = [len(self.format.prompt_ids(question)) for question in questions]
             flops = sampling_flops(model_size(model), prompts, [len(row["token_ids"]) for row in rows])
             return {"n_samples": len(rows), "n_right": sum(row["correct"] for row in rows), "flops": flops}
 
-        self.directory.stage(f"iteration-{number}/{name}.jsonl", work)
+        self.directory.stage(stage, work)
 
     def pair(self, number: int) -> None:
         """Preference pairs from the samples-dpo of this and all earlier iterations."""
@@ -184,22 +195,14 @@ class Run:
                 pairs.append(Pair(chosen, rejected))
             pairs = self.within_limits(pairs, f"{number}/dpo")
             model = load_model(policy, device=self.device)
-            preset, size, flops = self.preset, model_size(model), 0.0
+            size, flops = model_size(model), 0.0
             if pairs:
-                epoch_steps = -(-len(pairs) // preset.dpo_pairs_per_step)
-                n_steps = min(preset.dpo_steps, preset.dpo_max_epochs * epoch_steps)
-                settings = DPOSettings(
-                    steps=n_steps,
-                    pairs_per_step=preset.dpo_pairs_per_step,
-                    schedule=self.schedule(preset.dpo_learning_rate),
-                    beta=preset.beta,
-                    micro_batch_tokens=preset.micro_batch_tokens,
-                    activation_checkpointing=preset.activation_checkpointing,
-                    seed=self.seed,
-                )
-                train_dpo(model, pairs, settings, directory / "log.jsonl", f"{number}/dpo")
+                settings = self.preset.dpo(len(pairs), self.seed)
+                log, checkpoint = directory / "log.jsonl", self.checkpoint(f"iteration-{number}/dpo")
+                train_dpo(model, pairs, settings, log, f"{number}/dpo", checkpoint)
                 n_source, n_target = token_counts(pairs)
-                flops = n_steps / epoch_steps * training_flops(size, n_source, n_target)
+                epochs = settings.steps / -(-len(pairs) // settings.pairs_per_step)
+                flops = epochs * training_flops(size, n_source, n_target)
                 flops += forward_flops(size, n_source, n_target)  # the reference
             else:
                 self.directory.say(f"iteration {number}: no preference pairs, so DPO leaves the model as it is")
@@ -319,21 +322,11 @@ class Run:
 
     def sampling(self, purpose: str) -> Sampling:
         """The preset's sampling settings, seeded for one purpose."""
-        preset = self.preset
-        return Sampling(
-            temperature=preset.temperature,
-            top_k=preset.top_k,
-            max_new_tokens=preset.max_new_tokens,
-            slots=preset.slots,
-            seed=derived_seed(self.seed, purpose),
-        )
+        return self.preset.sampling(derived_seed(self.seed, purpose))
 
-    def schedule(self, learning_rate: float) -> Schedule:
-        """The preset's schedule with this peak."""
-        preset = self.preset
-        return Schedule(
-            learning_rate, preset.warmup, preset.learning_rate_floor, preset.weight_decay, preset.max_grad_norm
-        )
+    def checkpoint(self, stage: str) -> Checkpoint:
+        """Where the training of a stage is saved."""
+        return Checkpoint(self.directory.progress(stage) / "checkpoint.safetensors", self.checkpoint_minutes)
 
 
 def encoded(text_format: Format, question: str, target: Sequence[int]) -> Encoded:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from minidpost.batches import Encoded, by_length, collate, shuffled_steps
 from minidpost.objectives import log_probabilities, sft_loss
 from minidpost.optimizer import Schedule, StepLog, adamw, apply_step, autocast, checkpoint_activations, derived_seed
+from minidpost.resume import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,12 @@ def train_sft(
     settings: SFTSettings,
     log_path: Path | None = None,
     stage: str = "sft",
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """Fine-tune `model` in place. Each step's loss is the mean over all target tokens of the step, in nats a token.
 
-    Dropout is on, and seeded by (seed, stage, step). The log has loss, lr, grad_norm and tokens_per_second a step.
+    Dropout is on, and seeded by (seed, stage, step). The log has loss, lr, grad_norm and tokens_per_second a step. With
+    a checkpoint, the training begins where an earlier one of the same stage, settings and data was stopped.
     """
     device = next(model.parameters()).device
     n_steps = settings.epochs * -(-len(sequences) // settings.examples_per_step)
@@ -44,11 +48,14 @@ def train_sft(
     order = shuffled_steps(
         len(sequences), settings.examples_per_step, n_steps, derived_seed(settings.seed, stage, "order")
     )
+    checkpoint = checkpoint or Checkpoint()
+    first = checkpoint.restore(model, optimizer, stage, settings, sequences)
     model.train()
     if settings.activation_checkpointing:
         checkpoint_activations(model)
-    with StepLog(log_path) as log, tqdm(total=n_steps, desc=stage, unit="step") as progress:
-        for step, numbers in enumerate(order):
+    progress = tqdm(total=n_steps, initial=first, desc=stage, unit="step")
+    with StepLog(log_path, checkpoint.log) as log, progress, checkpoint.stops_between_steps():
+        for step, numbers in islice(enumerate(order), first, None):
             started = time.perf_counter()
             torch.manual_seed(derived_seed(settings.seed, stage, step))
             batch = [sequences[number] for number in numbers]
@@ -67,4 +74,5 @@ def train_sft(
             log.write(step=step, loss=loss.item(), **update, n_tokens=n_tokens, tokens_per_second=speed)
             progress.set_postfix(loss=f"{loss.item():.3f}", tok_s=f"{speed:.0f}", refresh=False)
             progress.update()
+            checkpoint.after(step, model, optimizer, log_path)
     model.eval()

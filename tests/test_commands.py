@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import re
+import resource
 import runpy
 import shutil
 import signal
@@ -91,7 +92,7 @@ def start(command: str, *arguments: object, **options) -> subprocess.Popen:
         [sys.executable, ROOT / command, *map(str, arguments)],
         env=environment,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=options.pop("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)),
         **pipes,
         **options,
     )
@@ -394,7 +395,7 @@ def test_a_whole_run_of_each_method(call, tiny_model_dir, my_data, method):
     assert (run / "figures/accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in run.iterdir()} == {
         *(f"iteration-{number}" for number in numbers),
-        *("config.json", "stages.jsonl", "log.txt", "results.json", "report.md", "figures"),
+        *(".lock", "config.json", "stages.jsonl", "log.txt", "results.json", "report.md", "figures"),
     }
 
 
@@ -440,7 +441,7 @@ def test_a_run_directory_of_another_configuration_is_left_alone(call, tiny_model
     ):
         outcome = call("train.py", *flags, *change)
         assert outcome.status == 2
-        assert outcome.complaints == [f"train.py: {complaint}; choose another --run-dir"]
+        assert outcome.complaints == [f"train.py: {complaint}; choose another --run-dir, or --fresh"]
     assert snapshot(Path("run")) == before
 
 
@@ -455,6 +456,123 @@ def test_unlabelled_questions_are_sampled_for(call, tiny_model_dir, my_data):
     assert {"How many?", "And now?"} <= {row["question"] for row in rows}
 
 
+def test_fresh_begins_anew_and_keeps_the_old_run(call, tiny_model_dir, my_data):
+    flags = ["--model", tiny_model_dir, "--data", my_data, "--run-dir", "run", "--method", "sft", *QUICK]
+    assert call("train.py", *flags).status == 0
+    before = snapshot(Path("run"))
+    outcome = call("train.py", *flags, "--seed", 7, "--fresh")
+    assert (outcome.status, outcome.complaints) == (0, [])
+    assert snapshot(Path("run.1")) == before
+    assert json.loads(Path("run/results.json").read_text())["seed"] == 7
+    assert call("train.py", *flags, "--fresh", "--seed", "seven").status == 2
+    assert not Path("run.2").exists()
+
+
+def test_a_base_model_that_was_exchanged_is_noticed(call, tiny_model_dir, knowing_model_dir, my_data):
+    base = shutil.copytree(tiny_model_dir, "base")
+    flags = ["--model", base, "--data", my_data, "--run-dir", "run", "--method", "sft", *QUICK]
+    assert call("train.py", *flags).status == 0
+    shutil.copyfile(knowing_model_dir / "model.safetensors", f"{base}/model.safetensors")
+    outcome = call("train.py", *flags)
+    assert outcome.status == 2
+    assert "run was begun with weights = " in outcome.complaints[0]
+
+
+def results_of(run: Path) -> dict[str, bytes | list]:
+    """What a run wrote that is the same in every run of its command."""
+    logs = {path: [row | {"tokens_per_second": 0} for row in read_rows(path)] for path in run.rglob("log.jsonl")}
+    files = {path: path.read_bytes() for path in run.glob("iteration-*/**/*") if path.is_file()} | logs
+    return {str(path.relative_to(run)): content for path, content in files.items()}
+
+
+LONG = ["--method", "sft", "--sft-epochs", 150, "--limit", 20, "--max-new-tokens", 8, "--checkpoint-minutes", 9]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_signal_in_the_middle_of_a_training(call, tiny_model_dir, number, status):
+    flags = ["--model", tiny_model_dir, *LONG, *(["--checkpoint-minutes", 0] if number == signal.SIGKILL else [])]
+    process = start("train.py", *flags, "--run-dir", "run", cwd=Path.cwd())
+    log = Path("run/iteration-0/sft.unfinished/log.jsonl")
+    while not log.is_file() or log.read_bytes().count(b"\n") < 20:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    outcome = finished(process)
+    assert outcome.status == status
+    message = ["train.py: interrupted; the same command continues from here"]
+    assert outcome.complaints == ([] if number == signal.SIGKILL else message)
+    assert not Path("run/iteration-0/sft").exists()
+    assert call("train.py", *flags, "--run-dir", "run").status == 0
+    assert call("train.py", *flags, "--run-dir", "whole").status == 0
+    assert results_of(Path("run")) == results_of(Path("whole"))
+
+
+def test_sigterm_while_sampling_ends_at_once(tiny_model_dir, tmp_path):
+    flags = ["--model", tiny_model_dir, "--limit", 200, "--sft-epochs", 1, "--run-dir", "run"]
+    process = start("train.py", *flags, cwd=tmp_path)
+    while not (tmp_path / "run/iteration-0/sft").is_dir():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    outcome = finished(process)
+    assert (outcome.status, len(outcome.complaints)) == (143, 1)
+    assert not (tmp_path / "run/iteration-0/evaluation.json").exists()
+
+
+def test_a_second_process_on_the_same_run_ends_in_one_line(call, tiny_model_dir):
+    flags = ["--model", tiny_model_dir, "--sft-epochs", 10_000, "--run-dir", "run"]
+    process = start("train.py", *flags, cwd=Path.cwd())
+    while not Path("run/iteration-0/sft.unfinished").is_dir():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    outcome = call("train.py", *flags)
+    assert outcome.status == 2
+    assert outcome.complaints == [
+        "train.py: run: another process is at work here; wait for it, or choose another --run-dir"
+    ]
+    assert call("train.py", *flags, "--fresh").status == 2
+    process.kill()
+    process.communicate()
+
+
+def test_a_full_disk_is_one_line_and_room_continues_the_run(call, tiny_model_dir):
+    """The limit lets the first steps of a training be logged, but no checkpoint be written."""
+    flags = ["--model", tiny_model_dir, *LONG, "--checkpoint-minutes", 0]
+    limit = (tiny_model_dir / "model.safetensors").stat().st_size * 2
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    outcome = finished(start("train.py", *flags, "--run-dir", "run", cwd=Path.cwd(), preexec_fn=limited))
+    assert outcome.status == 2
+    reason = "train.py: cannot write (File too large); the same command continues from here"
+    assert outcome.complaints == [reason]
+    assert call("train.py", *flags, "--run-dir", "run").status == 0
+    assert call("train.py", *flags, "--run-dir", "whole").status == 0
+    assert results_of(Path("run")) == results_of(Path("whole"))
+
+
+@pytest.mark.parametrize("kilobytes", [64, 512, 1024])
+def test_a_full_file_system(call, tiny_model_dir, kilobytes):
+    Path("disk").mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", "disk"], capture_output=True
+    ).returncode:
+        pytest.skip("mounting a small tmpfs takes root")
+    flags = ["--model", tiny_model_dir, *LONG, "--sft-epochs", 40, "--checkpoint-minutes", 0]
+    try:
+        outcome = finished(start("train.py", *flags, "--run-dir", "disk/run", cwd=Path.cwd()))
+        assert outcome.status == 2
+        reason = "train.py: cannot write (No space left on device); the same command continues from here"
+        assert outcome.complaints == [reason]
+        for path in Path("disk/run").rglob("*.json"):
+            json.loads(path.read_bytes())
+        shutil.copytree("disk/run", "run")
+    finally:
+        subprocess.run(["umount", "disk"], check=True)
+    assert call("train.py", *flags, "--run-dir", "run").status == 0
+
+
 def test_ctrl_c_ends_quietly_and_leaves_no_half_stage(tiny_model_dir, tmp_path):
     process = start("train.py", "--model", tiny_model_dir, "--sft-epochs", 10_000, cwd=tmp_path)
     stage = tmp_path / "runs/tiny-random-dpo-st-toy-42/iteration-0/sft"
@@ -464,8 +582,9 @@ def test_ctrl_c_ends_quietly_and_leaves_no_half_stage(tiny_model_dir, tmp_path):
     process.send_signal(signal.SIGINT)
     outcome = finished(process)
     assert outcome.status == 130
-    assert outcome.complaints == ["train.py: interrupted; the same command continues after the last finished stage"]
+    assert outcome.complaints == ["train.py: interrupted; the same command continues from here"]
     assert not stage.exists()
+    assert (stage.with_name("sft.progress") / "checkpoint.safetensors").is_file()
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------

@@ -55,8 +55,9 @@ def requested(monkeypatch):
     """Replaces the sampler: takes down what it is asked, and answers every request with `#### <its number>`."""
     asked = {}
 
-    def sample(model, requests, settings, end_id, new_override=None):
+    def sample(model, requests, settings, end_id, new_override=None, first_chunk=0):
         asked.update(model=model, requests=requests, settings=settings, end_id=end_id, new_override=new_override)
+        asked.update(first_chunk=first_chunk)
         for position in reversed(range(len(requests))):
             ids = asked["format"].target_ids(f"#### {position}")
             yield position, Completion(ids, [False] * len(ids), "stop")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minidpost import selftrain
+from minidpost import sampler, selftrain
 from minidpost.answers import Example
 from minidpost.checkpoint import load_model
 from minidpost.evaluation import wilson
@@ -73,7 +73,7 @@ def script(monkeypatch) -> Callable:
     def install(samples: dict[tuple[str, Example], list], accuracies=(0.1, 0.2, 0.3, 0.4)) -> None:
         by_question = {(stage, example.question): texts for (stage, example), texts in samples.items()}
 
-        def generate(model, text_format, questions, settings, n_samples, calculator, answers, label):
+        def generate(model, text_format, questions, settings, n_samples, calculator, answers, label, first_chunk=0):
             for sample in reversed(range(n_samples)):
                 for index, question in enumerate(questions):
                     texts = by_question.get((label, question), ["What?"])
@@ -418,6 +418,37 @@ def test_a_run_that_was_interrupted_equals_one_that_was_not(new_run, monkeypatch
     broken = new_run(name="broken")
     list(broken.iterations())
     assert files_of(broken) == files_of(whole)
+
+
+@pytest.mark.parametrize("stage", ["1/samples-dpo", "1/samples-sft"])
+def test_a_sampling_that_was_killed_goes_on_with_the_first_missing_chunk(new_run, monkeypatch, stage):
+    whole = new_run(name="whole")
+    list(whole.iterations())
+    monkeypatch.setattr(sampler, "CHUNK", 2)
+    chunked = new_run(name="chunked")
+    list(chunked.iterations())
+    original, begun = selftrain.generate, []
+
+    def killed(*arguments):
+        for n_done, done in enumerate(original(*arguments)):
+            if arguments[7] == stage and n_done == 5:
+                raise KeyboardInterrupt
+            yield done
+
+    def noting(*arguments):
+        begun.append(arguments[7:])
+        return original(*arguments)
+
+    monkeypatch.setattr(selftrain, "generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        list(new_run(name="broken").iterations())
+    monkeypatch.setattr(selftrain, "generate", noting)
+    broken = new_run(name="broken")
+    assert len(list(broken.directory.progress(f"iteration-{stage}.jsonl").iterdir())) == 2
+    list(broken.iterations())
+    assert begun[0] == (stage, 2)
+    assert files_of(broken) == files_of(chunked)
+    assert files_of(chunked).keys() == files_of(whole).keys()
 
 
 # -- what goes in -----------------------------------------------------------------------------------------------------
