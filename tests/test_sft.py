@@ -91,6 +91,16 @@ def test_micro_batches_change_nothing():
     assert all((weight - start[name]).abs().max() > 1e-3 for name, weight in results[0].items())
 
 
+def test_activation_checkpointing_changes_nothing_dropout_included():
+    results = []
+    for saves_memory in (False, True):
+        model = tiny(dropout=0.3, dtype=torch.float64)
+        train_sft(model, examples(12), replace(SETTINGS, activation_checkpointing=saves_memory))
+        results.append(weights(model))
+    for name, weight in results[0].items():
+        torch.testing.assert_close(results[1][name], weight, rtol=0, atol=1e-12)
+
+
 def test_micro_batches_are_as_large_as_they_may(monkeypatch):
     n_rows = []
     original = sft.collate
