@@ -152,8 +152,8 @@ def report(rows: list[tuple], length: float, n_files: int) -> str:
 
 `tests/drills/kill.py`: {len(rows)} runs, each killed once (SIGKILL to its process group) at a random instant and
 continued by the same command. **{n_equal} of {len(rows)}** ended with the same {n_files} files, byte for byte, as a
-run that was not killed ({length:.1f} s). Left out is what the clock decides: seconds, minutes, tokens a second, log.txt. One thread,
-CPU, torch {torch.__version__}.
+run that was not killed ({length:.1f} s). Left out is what the clock decides: seconds, minutes, tokens a second,
+log.txt. One thread, CPU, torch {torch.__version__}.
 
     train.py {" ".join(RUN)}
 
