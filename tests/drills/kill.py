@@ -162,7 +162,8 @@ on {N_EXAMPLES} examples of the embedded world, with a checkpoint after every st
 
 "Seconds lost" is what both parts of a run took together, less what the uninterrupted run took. It holds what starting
 again costs (reading weights and data, checking hashes; not Python's imports) and the noise of a machine that others use
-too. `start` is the time before the first stage; `after` a stage, that its files were finished when the kill came.
+too: the uninterrupted run was timed once, at the beginning. `start` is the time before the first stage; `after` a
+stage, that its files were finished when the kill came.
 
 {markdown(["stage hit", "kills", "equal", "mean seconds lost"], summary)}
 
