@@ -71,7 +71,12 @@ class RunDirectory:
         if not self.path.is_dir():
             return False
         names = {path.name for path in self.path.iterdir() if not path.name.endswith(".unfinished")}
-        return "config.json" in names or names <= {LOCK}
+        if "config.json" not in names:
+            return names <= {LOCK}
+        try:  # a model's directory has a config.json too
+            return "log.txt" in names or "settings" in read_json(self.path / "config.json")
+        except (OSError, ValueError, TypeError):
+            return False
 
     def _set_aside(self) -> Path:
         aside = next(p for n in count(1) if not (p := self.path.with_name(f"{self.path.name}.{n}")).exists())

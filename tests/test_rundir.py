@@ -78,8 +78,17 @@ def test_what_is_no_run_directory_is_left_alone(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"settings": []}', '{"settings": 1}', "\udcff", "[" * 10**5])
 def test_an_unreadable_config_is_one_line(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    (tmp_path / "log.txt").write_text("a run was here")
     with pytest.raises(UserError, match=r"config\.json is not readable"):
         RunDirectory(tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_models_directory_is_no_run_though_it_has_a_config(tmp_path, tiny_model_dir, fresh):
+    before = files_of(tiny_model_dir)
+    with pytest.raises(UserError, match="is no run directory"):
+        RunDirectory(tiny_model_dir, SETTINGS, fresh)
+    assert files_of(tiny_model_dir) == before
 
 
 @pytest.mark.parametrize("name", ["iteration-1/pairs.jsonl", "iteration-1/sft"])
