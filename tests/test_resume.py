@@ -47,6 +47,14 @@ def pairs(n: int) -> list[Pair]:
 LOOPS = {"sft": (sft, train_sft, examples(7), SFT, N_STEPS), "dpo": (dpo, train_dpo, pairs(7), DPO, 8)}
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """As in a terminal; what runs in the background may have been started deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(params=LOOPS)
 def train(request, monkeypatch, tmp_path):
     """Runs a loop, calling `at_step[step]()` before the step's update; gives weights and log without speeds."""
