@@ -93,10 +93,10 @@ def save_model(model: nn.Module, directory: str | Path) -> None:
     parameters = dict(model.named_parameters())
     tensors = {theirs: parameters[ours].detach() for ours, theirs in layout_of(model.config).names(model.config)}
     write_tensors(tensors, directory, MAX_SHARD_BYTES)
-    for path in getattr(model, "tokenizer_files", []):
-        target = directory / path.name  # `original/tokenizer.model` too goes to the root
-        if not target.exists():
-            shutil.copyfile(path, target)
+    # `original/tokenizer.model` too goes to the root, unless there is one of that name already among the model's files.
+    for name, path in {path.name: path for path in reversed(getattr(model, "tokenizer_files", []))}.items():
+        if path.resolve() != (directory / name).resolve():
+            shutil.copyfile(path, directory / name)
 
 
 def tensor_files(directory: Path) -> dict[Path, list[str]]:

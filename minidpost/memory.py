@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minidpost.checkpoint import empty_model
 from minidpost.files import UserError
 from minidpost.generation import MAX_PROMPT_TOKENS
 from minidpost.objectives import LOGITS_AT_ONCE
@@ -53,8 +54,7 @@ def training_bytes(model: nn.Module, preset: Preset) -> int:
 def sampling_bytes(model: nn.Module, preset: Preset, dtype: torch.dtype) -> int:
     """Weights, cache for the longest prompts that the preset trains on, and logits of all slots."""
     rows = preset.slots + SHELF
-    with torch.device("meta"):
-        empty = type(model)(model.config).to(dtype)
+    empty = empty_model(model.config).to(dtype)
     cache = tensor_bytes(empty.new_cache(rows, min(preset.max_source, MAX_PROMPT_TOKENS), preset.max_new_tokens))
     logits = 12 * preset.slots * model.config.vocab_size
     return dtype.itemsize * sum(p.numel() for p in model.parameters()) + cache + logits

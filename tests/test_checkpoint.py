@@ -181,6 +181,14 @@ def test_tokenizer_files_are_copied_along(saved, tmp_path):
     assert (tmp_path / "copy/spiece.model").read_bytes() == b"pieces"
 
 
+def test_a_tokenizer_that_stood_where_a_model_is_saved_gives_way(saved, tmp_path):
+    (saved / "spiece.model").write_bytes(b"pieces")
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy/spiece.model").write_bytes(b"another model's")
+    save_model(load_model(saved), tmp_path / "copy")
+    assert (tmp_path / "copy/spiece.model").read_bytes() == b"pieces"
+
+
 def test_saving_into_the_directory_loaded_from(saved):
     """The loaded weights may be the file's own pages: writing must not pull it from under them."""
     (saved / "spiece.model").write_bytes(b"pieces")
