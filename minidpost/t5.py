@@ -62,10 +62,11 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_BHTS: Tensor) -> Tensor:
         """Attend from x to the given keys and values; the bias (broadcastable) is −inf where a query must not look."""
-        q_BHTK = self.split(self.query(x_BTD))
-        y_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BHSK, v_BHSK, bias_BHTS.to(q_BHTK.dtype), self.dropout if self.training else 0.0, scale=1.0
-        )
+        q_BHTK, p = self.split(self.query(x_BTD)), self.dropout if self.training else 0.0
+        if q_BHTK.is_cpu and q_BHTK.requires_grad:  # no kernel there trains a bias; its substitute is slower
+            y_BHTK = F.dropout((q_BHTK @ k_BHSK.transpose(2, 3) + bias_BHTS).softmax(-1), p) @ v_BHSK
+        else:
+            y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, bias_BHTS.to(q_BHTK.dtype), p, scale=1.0)
         return self.output(y_BHTK.transpose(1, 2).flatten(2))
 
 
@@ -181,25 +182,26 @@ class T5(nn.Module):
         """What source tokens pass, and what target tokens do."""
         return self.encoder, self.decoder
 
-    def forward(self, source_BS: Tensor, source_mask_BS: Tensor, target_BT: Tensor) -> Tensor:
-        """Logits for the token after each decoder input.
+    def forward(self, source_QS, source_mask_QS, target_BT, row_B=None) -> Tensor:
+        """Logits for the token after each decoder input, (B, T, V).
 
-        Shapes: source_BS ids; source_mask_BS bool, True = a token; target_BT the decoder's input ids, beginning with
-        the start id (padding behind a row's end cannot reach back to it and needs no mask). Result (B, T, V).
+        Shapes: source_QS ids; source_mask_QS bool, True = a token; target_BT the decoder's input ids, beginning with
+        the start id (padding behind a row's end cannot reach back to it and needs no mask); row_B which source row each
+        target row reads, so that completions may share the encoding of their prompt (None: one each, Q = B).
         """
-        return self.logits(self.hidden(source_BS, source_mask_BS, target_BT))
+        return self.logits(self.hidden(source_QS, source_mask_QS, target_BT, row_B))
 
-    def hidden(self, source_BS: Tensor, source_mask_BS: Tensor, target_BT: Tensor) -> Tensor:
-        """What the output matrix turns into logits, (B, T, D), at every target position at once."""
-        encoded_BSD = self.encode(source_BS, source_mask_BS)
+    def hidden(self, source_QS, source_mask_QS, target_BT, row_B=None) -> Tensor:
+        """What the output matrix turns into logits, (B, T, D); row_B says which source row each target row reads."""
+        encoded_QSD = self.encode(source_QS, source_mask_QS)
         position_T = torch.arange(target_BT.shape[1], device=target_BT.device)
         distance_TT = position_T[:, None] - position_T[None, :]
-        bias_1HTT = self.position_bias(distance_TT.clamp(min=0)).permute(2, 0, 1)[None]
-        bias_1HTT = bias_1HTT.masked_fill(distance_TT < 0, -math.inf)
-        cross_bias_B11S = mask_bias(source_mask_BS, encoded_BSD.dtype)
+        bias_1HTT = self.position_bias(distance_TT).permute(2, 0, 1)[None].masked_fill(distance_TT < 0, -math.inf)
+        own = (lambda x_Q: x_Q) if row_B is None else (lambda x_Q: x_Q.index_select(0, row_B))
+        cross_bias_B11S = own(mask_bias(source_mask_QS, encoded_QSD.dtype))
         x_BTD = self.dropout(self.embedding(target_BT))
         for layer in self.decoder.layers:
-            k_BHSK, v_BHSK = layer.cross_attention.keys_values(encoded_BSD)
+            k_BHSK, v_BHSK = map(own, layer.cross_attention.keys_values(encoded_QSD))
             x_BTD = layer(x_BTD, bias_1HTT, k_BHSK, v_BHSK, cross_bias_B11S)
         return self.finished(x_BTD)
 
@@ -225,10 +227,9 @@ class T5(nn.Module):
         return F.linear(hidden_BTD, self.embedding.weight if self.head is None else self.head.weight)
 
     def position_bias(self, distance: Tensor) -> Tensor:
-        """The decoder's bias for looking `distance` ≥ 0 tokens back: (…) to (…, H)."""
-        return self.decoder.relative_bias(
-            relative_bucket(-distance, False, self.config.n_buckets, self.config.max_distance)
-        )
+        """The decoder's bias for looking `distance` tokens back (below 0 as at 0): (…) to (…, H)."""
+        bucket = relative_bucket(-distance, False, self.config.n_buckets, self.config.max_distance)
+        return self.decoder.relative_bias(bucket)
 
     @torch.inference_mode()
     def new_cache(self, rows: int, max_prompt: int, max_new: int) -> T5Cache:
