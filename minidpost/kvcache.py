@@ -38,10 +38,7 @@ class KVCache:
     def bias(self, n_rows: int) -> Tensor:
         """0 where each of the first rows has tokens or writes its next one, −inf behind, (B, 1, 1, S)."""
         slot_S = torch.arange(self.longest(n_rows) + 1, device=self.length_B.device)
-        behind_BS = slot_S > self.length_B[:n_rows, None]
-        return torch.zeros_like(behind_BS, dtype=self.keys_LBHSK.dtype).masked_fill_(behind_BS, -torch.inf)[
-            :, None, None
-        ]
+        return mask_bias(slot_S <= self.length_B[:n_rows, None], self.keys_LBHSK.dtype)
 
     def append(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         """Write one token (T = 1) behind each of the first B rows; give the keys and values in use, the new included.
@@ -74,6 +71,12 @@ class KVCache:
         self.values_LBHSK[:, targets, :, :used] = self.values_LBHSK[:, sources, :, :used]
         self.length_B[targets] = self.length_B[sources]
         self.lengths[targets] = self.lengths[sources]
+
+
+def mask_bias(mask_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where the mask is True and −inf elsewhere, (B, 1, 1, S)."""
+    bias_BS = torch.zeros(mask_BS.shape, dtype=dtype, device=mask_BS.device).masked_fill_(~mask_BS, -torch.inf)
+    return bias_BS[:, None, None]
 
 
 def attention(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_BHTS: Tensor, scale: float) -> Tensor:
@@ -155,11 +158,10 @@ class PromptCache:
         table_PR[place_B, rank_B] = np.arange(n_rows)
         keys, device = self.store.keys_LBHSK, self.store.length_B.device
         length_P = torch.from_numpy(self.store.lengths[: len(count_P)].clip(min=1))
-        bias_PS = torch.zeros(len(count_P), self.store.longest(len(count_P)), dtype=keys.dtype)
-        bias_PS.masked_fill_(torch.arange(bias_PS.shape[1]) >= length_P[:, None], -torch.inf)
+        bias_P11S = mask_bias(torch.arange(int(length_P.max())) < length_P[:, None], keys.dtype)
         position_B = torch.from_numpy(place_B * table_PR.shape[1] + rank_B)
         self.arranged_for = n_rows
-        self.arranged = torch.from_numpy(table_PR).to(device), position_B.to(device), bias_PS[:, None, None].to(device)
+        self.arranged = torch.from_numpy(table_PR).to(device), position_B.to(device), bias_P11S.to(device)
         return self.arranged
 
     def bring_forward(self, read: np.ndarray) -> None:

@@ -219,8 +219,7 @@ class Llama(nn.Module):
     def decode(self, cache: KVCache, ids_B: Tensor) -> Tensor:
         """Feed one token to each of the cache's first B rows, at the row's own position; logits_BV of what follows."""
         n_rows = len(ids_B)
-        bias_B11S, rotation = cache.bias(n_rows), self.rotation(cache.length_B[:n_rows])
-        x_BD = self.embedding(ids_B)
+        bias_B11S, rotation, x_BD = cache.bias(n_rows), self.rotation(cache.length_B[:n_rows]), self.embedding(ids_B)
         for index, layer in enumerate(self.stack.layers):
             q_BHK, k_BGK, v_BGK = layer.attention.project(layer.attention_norm(x_BD), *rotation)
             k_BGSK, v_BGSK = cache.append(index, k_BGK[:, :, None], v_BGK[:, :, None])
@@ -236,7 +235,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @cache
-@torch.inference_mode(False)
 def frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     """Radians a position of each of the K/2 rotations, fp32."""
     frequency = 1.0 / config.rope_theta ** (torch.arange(0, config.d_head, 2).float() / config.d_head).to(device)

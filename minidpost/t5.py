@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidpost.kvcache import KVCache, Linear, PromptCache, attention, linear
+from minidpost.kvcache import KVCache, Linear, PromptCache, attention, linear, mask_bias
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,10 @@ class Attention(nn.Module):
 
     def attend(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_BHTS: Tensor) -> Tensor:
         """What each query reads, (B, H, T, K); the bias (broadcastable) is −inf where it must not look."""
-        dropout = self.dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, bias_BHTS.to(q_BHTK.dtype), dropout, scale=1.0)
+        p = self.dropout * self.training
+        if q_BHTK.is_cpu and q_BHTK.requires_grad:  # no kernel there trains a bias; its substitute is slower
+            return F.dropout((q_BHTK @ k_BHSK.mT + bias_BHTS).softmax(-1), p) @ v_BHSK
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, bias_BHTS.to(q_BHTK.dtype), p, scale=1.0)
 
     def forward(self, x_BTD: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """Attention from x, of which `attend` takes the queries."""
@@ -100,9 +102,8 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x_BSD: Tensor, bias_BHSS: Tensor) -> Tensor:
         h_BSD = self.attention_norm(x_BSD)
-        k_BHSK, v_BHSK = self.attention.keys_values(h_BSD)
-        attend = partial(self.attention.attend, k_BHSK=k_BHSK, v_BHSK=v_BHSK, bias_BHTS=bias_BHSS)
-        x_BSD = x_BSD + self.dropout(self.attention(h_BSD, attend))
+        memory = *self.attention.keys_values(h_BSD), bias_BHSS
+        x_BSD = x_BSD + self.dropout(self.attention(h_BSD, lambda q_BHSK: self.attention.attend(q_BHSK, *memory)))
         return x_BSD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BSD)))
 
 
@@ -182,27 +183,27 @@ class T5(nn.Module):
         """What source tokens pass, and what target tokens do."""
         return self.encoder, self.decoder
 
-    def forward(self, source_BS: Tensor, source_mask_BS: Tensor, target_BT: Tensor) -> Tensor:
-        """Logits for the token after each decoder input.
+    def forward(self, source_QS, source_mask_QS, target_BT, row_B=None) -> Tensor:
+        """Logits for the token after each decoder input, (B, T, V).
 
-        Shapes: source_BS ids; source_mask_BS bool, True = a token; target_BT the decoder's input ids, beginning with
-        the start id (padding behind a row's end cannot reach back to it and needs no mask). Result (B, T, V).
+        source_QS ids; source_mask_QS bool, True = a token; target_BT the decoder's input ids, from the start id on
+        (padding behind needs no mask); row_B the source row that each target row reads (None: one each, Q = B).
         """
-        return self.logits(self.hidden(source_BS, source_mask_BS, target_BT))
+        return self.logits(self.hidden(source_QS, source_mask_QS, target_BT, row_B))
 
-    def hidden(self, source_BS: Tensor, source_mask_BS: Tensor, target_BT: Tensor) -> Tensor:
-        """What the output matrix turns into logits, (B, T, D), at every target position at once."""
-        encoded_BSD = self.encode(source_BS, source_mask_BS)
+    def hidden(self, source_QS, source_mask_QS, target_BT, row_B=None) -> Tensor:
+        """What the output matrix turns into logits, (B, T, D); row_B says which source row each target row reads."""
+        encoded_QSD = self.encode(source_QS, source_mask_QS)
         position_T = torch.arange(target_BT.shape[1], device=target_BT.device)
-        distance_TT = position_T[:, None] - position_T[None, :]
-        bias_1HTT = self.position_bias(distance_TT.clamp(min=0)).permute(2, 0, 1)[None]
-        bias_1HTT = bias_1HTT.masked_fill(distance_TT < 0, -math.inf)
-        cross_bias_B11S = mask_bias(source_mask_BS, encoded_BSD.dtype)
+        distance_TT = position_T[:, None] - position_T
+        bias_1HTT = self.position_bias(distance_TT).permute(2, 0, 1)[None].masked_fill(distance_TT < 0, -math.inf)
+        own = (lambda x_Q: x_Q) if row_B is None else (lambda x_Q: x_Q.index_select(0, row_B))
+        cross_bias_B11S = own(mask_bias(source_mask_QS, encoded_QSD.dtype))
         x_BTD = self.dropout(self.embedding(target_BT))
         for layer in self.decoder.layers:
-            k_BHSK, v_BHSK = layer.cross_attention.keys_values(encoded_BSD)
-            prompt = {"k_BHSK": k_BHSK, "v_BHSK": v_BHSK, "bias_BHTS": cross_bias_B11S}
+            k_BHSK, v_BHSK = map(own, layer.cross_attention.keys_values(encoded_QSD))
             attend_own = partial(layer.self_attention.attend, bias_BHTS=bias_1HTT)
+            prompt = {"k_BHSK": k_BHSK, "v_BHSK": v_BHSK, "bias_BHTS": cross_bias_B11S}
             x_BTD = layer(x_BTD, attend_own, partial(layer.cross_attention.attend, **prompt))
         return self.finished(x_BTD)
 
@@ -228,10 +229,9 @@ class T5(nn.Module):
         return linear(hidden_BTD, self.embedding.weight if self.head is None else self.head.weight)
 
     def position_bias(self, distance: Tensor) -> Tensor:
-        """The decoder's bias for looking `distance` ≥ 0 tokens back: (…) to (…, H)."""
-        return self.decoder.relative_bias(
-            relative_bucket(-distance, False, self.config.n_buckets, self.config.max_distance)
-        )
+        """The decoder's bias for looking `distance` tokens back (below 0 as at 0): (…) to (…, H)."""
+        config = self.config
+        return self.decoder.relative_bias(relative_bucket(-distance, False, config.n_buckets, config.max_distance))
 
     @torch.inference_mode()
     def new_cache(self, rows: int, max_prompt: int, max_new: int) -> T5Cache:
@@ -265,9 +265,8 @@ class T5(nn.Module):
         """Feed one token to each of the cache's first B rows, at the row's own position; logits_BV of what follows."""
         n_rows = len(ids_B)
         slot_S = torch.arange(cache.own.longest(n_rows) + 1, device=ids_B.device)
-        distance_BS = cache.own.length_B[:n_rows, None] - slot_S
-        bias_BSH = cache.bias_SH[distance_BS.clamp(min=0)].masked_fill_((distance_BS < 0)[..., None], -math.inf)
-        bias_BH1S = bias_BSH.transpose(1, 2)[:, :, None]
+        distance_BS = (cache.own.length_B[:n_rows, None] - slot_S).clamp(min=0)
+        bias_BH1S = cache.bias_SH[distance_BS].transpose(1, 2)[:, :, None] + cache.own.bias(n_rows)
 
         def attend_own(layer: int, q_BH1K: Tensor, k_BH1K: Tensor, v_BH1K: Tensor) -> Tensor:
             k_BHSK, v_BHSK = cache.own.append(layer, k_BH1K, v_BH1K)
@@ -294,9 +293,3 @@ def relative_bucket(offset: Tensor, bidirectional: bool, n_buckets: int, max_dis
     share = torch.log(distance.clamp(min=1).float() / n_exact) / math.log(max_distance / n_exact)
     far = (n_exact + (share * (n_buckets - n_exact)).long()).clamp(max=n_buckets - 1)
     return bucket + torch.where(distance < n_exact, distance, far)
-
-
-def mask_bias(mask_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where the mask is True and −inf elsewhere, (B, 1, 1, S)."""
-    bias_BS = torch.zeros(mask_BS.shape, dtype=dtype, device=mask_BS.device).masked_fill(~mask_BS, -math.inf)
-    return bias_BS[:, None, None]

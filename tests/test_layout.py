@@ -10,9 +10,9 @@ PACKAGE = ROOT / "minidpost"
 COMMANDS = ("train.py", "sample.py", "eval.py")
 # A module imports only from those above it.
 ORDER = """
-    files calculator answers formats tokenizer toy datasets hub kvcache t5 llama layouts checkpoint lanes sampler batches
-    objectives optimizer resume sft dpo selection generation evaluation presets flops memory rundir selftrain report
-    commands
+    files calculator answers formats tokenizer toy datasets hub kvcache t5 llama layouts checkpoint lanes sampler
+    batches objectives optimizer resume sft dpo selection generation evaluation presets flops memory rundir selftrain
+    report commands
 """.split()
 MAX_LINES = {"t5.py": 300, "llama.py": 250, **dict.fromkeys(COMMANDS, 120)}
 FOREIGN = {"transformers", "trl", "accelerate", "lightning", "pytorch_lightning", "peft", "deepspeed", "pickle"}
