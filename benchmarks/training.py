@@ -10,11 +10,12 @@ random order, for TRL also gradient checkpointing and a reference model at every
 size that was fastest here, of examples of like length; for TRL no gradient checkpointing and the reference before the
 first step). The last column is the median over the rounds of a way's time divided by ours.
 
-Dropout is on in SFT where the model has it (flan-t5: 0.1; tiny-t5 has none) and off in DPO, on both sides. TRL 0.28.0
-leaves the last column of an encoder-decoder's batch out of its log-probabilities, and with it the end token of the
-longest completion; for the comparison of losses its batches get one more column of padding, it is timed as it is. With
-several micro-batches a step, transformers 5.2.0 adds T5's mean losses up where their mean is meant: another size of
-the gradient, the same work.
+Dropout is on in SFT where the model has it (flan-t5: 0.1; tiny-t5 has none) and off in DPO, on both sides: there the
+model's config.json says so, as what TRL 0.28.0 does by itself leaves T5's attention dropout on. TRL also leaves the
+last column of an encoder-decoder's batch out of its log-probabilities, and with it the end token of the longest
+completion; for the comparison of losses its batches get one more column of padding, it is timed as it is. With several
+micro-batches a step, transformers 5.2.0 adds T5's mean losses up where their mean is meant: another size of the
+gradient, the same work.
 
 tiny-t5 has toy problems: the labelled set, and pairs out of samples of tiny-t5-dpo-st, from which DPO starts, in three
 epochs, about as many as in `python train.py`. Other shapes have random weights and GSM8K (toy where its files are not
@@ -198,6 +199,7 @@ def prepare(name: str, plan: Plan, shared: Path, scratch: Path) -> Material:
     pairs = [all_pairs[number] for numbers in steps for number in numbers]
     sft = replace(preset.sft(SEED), epochs=1, examples_per_step=plan.examples)
     dpo = replace(preset.dpo(n_pairs, SEED), steps=plan.dpo_steps * plan.dpo_epochs, pairs_per_step=plan.pairs)
+    policy = without_dropout(policy, scratch / "dpo")
     data = f"{source}: {described(examples, pairs, all_pairs)}"
     return Material(base, policy, examples, pairs, sft, dpo, scratch, data)
 
@@ -284,8 +286,8 @@ def pad_only_tokenizer():
 
 
 def common_arguments(material: Material, per_step: int, micro_batch: int, schedule: Schedule) -> dict:
-    """What TrainingArguments and DPOConfig have in common."""
-    micro_batch = min(micro_batch, per_step)
+    """What TrainingArguments and DPOConfig have in common; micro-batches at most so large, and of one size."""
+    micro_batch = max(size for size in range(1, micro_batch + 1) if per_step % size == 0)
     return {
         "output_dir": str(material.scratch / "peer"),
         "use_cpu": True,
@@ -318,13 +320,14 @@ def sft_trainer(material: Material, micro_batch: int, **more):
 
     settings, model, tokenizer = material.sft, peer_model(material.sft_model), pad_only_tokenizer()
     arguments = common_arguments(material, settings.examples_per_step, micro_batch, settings.schedule)
+    arguments |= {"num_train_epochs": settings.epochs, **more}
     rows = [
         {"input_ids": s.prompt, "attention_mask": [1] * len(s.prompt), "labels": s.target} for s in material.examples
     ]
     n_steps = settings.epochs * len(rows) // settings.examples_per_step
     return Seq2SeqTrainer(
         model,
-        Seq2SeqTrainingArguments(**arguments, num_train_epochs=settings.epochs, **more),
+        Seq2SeqTrainingArguments(**arguments),
         DataCollatorForSeq2Seq(tokenizer, model),
         Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -411,9 +414,7 @@ def dpo_section(material: Material, plan: Plan, n_rounds: int) -> list[str]:
 
 def compare_sft(material: Material) -> str:
     """A few steps of both sides on one small batch, without dropout."""
-    model = material.scratch / "without-dropout"
-    shutil.copytree(material.sft_model, model)
-    write_json(model / "config.json", read_json(model / "config.json") | {"dropout_rate": 0.0})
+    model = without_dropout(material.sft_model, material.scratch / "sft-compared")
     settings = replace(material.sft, epochs=N_COMPARED, examples_per_step=ROWS_COMPARED)
     small = replace(material, sft_model=model, examples=material.examples[:ROWS_COMPARED], sft=settings)
     log = material.scratch / "sft.jsonl"
@@ -430,6 +431,13 @@ def compare_dpo(material: Material) -> str:
     trainer = dpo_trainer(small, ROWS_COMPARED, **LOGGED)
     trainer.data_collator = partial(with_spare_column, trainer.data_collator)
     return agreement(list(read_log(log)), trainer)
+
+
+def without_dropout(directory: Path, copy: Path) -> Path:
+    """The same model with dropout 0."""
+    shutil.copytree(directory, copy)
+    write_json(copy / "config.json", read_json(copy / "config.json") | {"dropout_rate": 0.0})
+    return copy
 
 
 def with_spare_column(collate: Callable[[list], dict], rows: list) -> dict:
