@@ -387,7 +387,7 @@ def sft_section(material: Material, plan: Plan, n_rounds: int) -> list[str]:
         f"Trainer, tuned: micro-batches of {size}, by length": partial(peer, size, **BY_LENGTH),
     }
     n_tokens = sum(sequence.n_tokens for sequence in material.examples)
-    what = f"SFT, {plan.sft_steps} steps of {plan.examples} examples, {n_tokens:,} tokens."
+    what = f"SFT, {plan.examples} examples a step, steps: {plan.sft_steps}; {n_tokens:,} tokens."
     return [f"{what} {compare_sft(material)}", *race(ways, n_rounds, n_tokens)]
 
 
@@ -408,7 +408,9 @@ def dpo_section(material: Material, plan: Plan, n_rounds: int) -> list[str]:
         f"TRL, tuned: micro-batches of {size}, by length, reference before": partial(peer, size, **tuned),
     }
     n_tokens = plan.dpo_epochs * sum(pair.n_tokens for pair in material.pairs)
-    what = f"DPO, {material.dpo.steps} steps of {plan.pairs} pairs ({plan.dpo_epochs} epochs), {n_tokens:,} tokens."
+    what = (
+        f"DPO, {plan.pairs} pairs a step, steps: {material.dpo.steps}, epochs: {plan.dpo_epochs}; {n_tokens:,} tokens."
+    )
     return [f"{what} {compare_dpo(material)}", *race(ways, n_rounds, n_tokens)]
 
 
