@@ -286,8 +286,7 @@ def pad_only_tokenizer():
 
 
 def common_arguments(material: Material, per_step: int, micro_batch: int, schedule: Schedule) -> dict:
-    """What TrainingArguments and DPOConfig have in common; micro-batches at most so large, and of one size."""
-    micro_batch = max(size for size in range(1, micro_batch + 1) if per_step % size == 0)
+    """What TrainingArguments and DPOConfig have in common."""
     return {
         "output_dir": str(material.scratch / "peer"),
         "use_cpu": True,
@@ -301,6 +300,11 @@ def common_arguments(material: Material, per_step: int, micro_batch: int, schedu
         "report_to": "none",
         "disable_tqdm": True,
     }
+
+
+def dividing(per_step: int, size: int) -> int:
+    """The largest micro-batch of at most `size` that a step consists of a whole number of."""
+    return max(smaller for smaller in range(1, size + 1) if per_step % smaller == 0)
 
 
 def optimizers(model, schedule: Schedule, n_steps: int) -> tuple:
@@ -380,10 +384,10 @@ def sft_section(material: Material, plan: Plan, n_rounds: int) -> list[str]:
     def peer(micro_batch: int, **more) -> Callable[[], object]:
         return sft_trainer(material, micro_batch, **more).train
 
-    size = plan.sft_micro_batch
+    default, size = (dividing(plan.examples, size) for size in (DEFAULT_MICRO_BATCH, plan.sft_micro_batch))
     ways = {
         "ours": ours,
-        "Trainer, as it comes": partial(peer, DEFAULT_MICRO_BATCH),
+        "Trainer, as it comes": partial(peer, default),
         f"Trainer, tuned: micro-batches of {size}, by length": partial(peer, size, **BY_LENGTH),
     }
     n_tokens = sum(sequence.n_tokens for sequence in material.examples)
@@ -400,11 +404,11 @@ def dpo_section(material: Material, plan: Plan, n_rounds: int) -> list[str]:
     def peer(micro_batch: int, **more) -> Callable[[], object]:
         return dpo_trainer(material, micro_batch, **more).train
 
-    size = plan.dpo_micro_batch
+    default, size = (dividing(plan.pairs, size) for size in (DEFAULT_MICRO_BATCH, plan.dpo_micro_batch))
     tuned = {"gradient_checkpointing": False, "precompute_ref_log_probs": True, **BY_LENGTH}
     ways = {
         "ours": ours,
-        "TRL, as it comes": partial(peer, DEFAULT_MICRO_BATCH),
+        "TRL, as it comes": partial(peer, default),
         f"TRL, tuned: micro-batches of {size}, by length, reference before": partial(peer, size, **tuned),
     }
     n_tokens = plan.dpo_epochs * sum(pair.n_tokens for pair in material.pairs)
