@@ -1,0 +1,502 @@
+"""Training: SFT against transformers' Trainer, DPO against TRL 0.28.0, the last release that trains encoder-decoders.
+
+Both sides get the same weights, the very same token ids, the same AdamW (fused) and schedule, fp32, as many examples a
+step and as many epochs, so that both go through the same tokens. What is timed is a whole training, the reference's
+log-probabilities included; loading the model, tokenising and building the trainer are not. Before anything is timed,
+three steps on one batch are compared: losses and gradient norms must agree.
+
+The peers appear *as they come* (their defaults, but for precision and what the comparison sets: micro-batches of 8 in
+random order, for TRL also gradient checkpointing and a reference model at every step) and *tuned* (micro-batches of the
+size that was fastest here, of examples of like length; for TRL no gradient checkpointing and the reference before the
+first step). The last column is the median over the rounds of a way's time divided by ours.
+
+Dropout is on in SFT where the model has it (flan-t5: 0.1; tiny-t5 has none) and off in DPO, on both sides: there the
+model's config.json says so, as what TRL 0.28.0 does by itself leaves T5's attention dropout on. TRL also leaves the
+last column of an encoder-decoder's batch out of its log-probabilities, and with it the end token of the longest
+completion; for the comparison of losses its batches get one more column of padding, it is timed as it is. With several
+micro-batches a step, transformers 5.2.0 adds T5's mean losses up where their mean is meant: another size of the
+gradient, the same work.
+
+tiny-t5 has toy problems: the labelled set, and pairs out of samples of tiny-t5-dpo-st, from which DPO starts, in three
+epochs, about as many as in `python train.py`. Other shapes have random weights and GSM8K (toy where its files are not
+at hand), one epoch, and pairs out of five stand-ins for samples a question: rationales of other questions, of nearly
+the gold one's length, three in ten of which count as right. All pairs are chosen by `selection.preference_pairs`; the
+steps are those that our own loop would begin with on all pairs of a thousand questions, since what the pairs of a step
+share depends on how many others there are.
+
+The environment, apart from the tests', as TRL 0.28.0 cannot be imported with transformers later than 5.2.0:
+
+    python -m venv trl-env && . trl-env/bin/activate
+    pip install torch==2.13.0 numpy==2.4.6 sentencepiece==0.2.3 tiktoken==0.14.0 safetensors==0.8.0 tqdm matplotlib
+    pip install trl==0.28.0 transformers==5.2.0 accelerate==1.15.0 datasets==5.2.0
+"""
+
+import argparse
+import gc
+import os
+import shutil
+import sys
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from random import Random
+from statistics import median
+from tempfile import TemporaryDirectory
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; no bars on either side
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.common import RESULTS, command_line, machine_line, timed, write_result  # noqa: E402
+from minidpost import datasets  # noqa: E402
+from minidpost.answers import Example, is_correct  # noqa: E402
+from minidpost.batches import Encoded, shuffled_steps, within_limits  # noqa: E402
+from minidpost.checkpoint import load_format, load_model  # noqa: E402
+from minidpost.commands import POSITIVE, Parser, run_command  # noqa: E402
+from minidpost.dpo import DPOSettings, Pair, train_dpo  # noqa: E402
+from minidpost.files import UserError, read_json, write_json  # noqa: E402
+from minidpost.formats import Format  # noqa: E402
+from minidpost.generation import generate  # noqa: E402
+from minidpost.optimizer import Schedule, adamw, read_log  # noqa: E402
+from minidpost.presets import Preset, preset_for  # noqa: E402
+from minidpost.report import markdown  # noqa: E402
+from minidpost.selection import Candidates, preference_pairs  # noqa: E402
+from minidpost.selftrain import encoded  # noqa: E402
+from minidpost.sft import SFTSettings, train_sft  # noqa: E402
+from tools import random_model  # noqa: E402
+
+SEED = 0
+N_COMPARED, ROWS_COMPARED = 3, 4  # steps whose losses and gradient norms are compared, examples or pairs of each
+DEFAULT_MICRO_BATCH = 8  # the peers' own
+MAX_QUESTIONS = 1000  # that examples and pairs are drawn from
+SAMPLES = 5  # a question, as in the paper
+N_STAND_INS_DRAWN, SHARE_RIGHT = 9, 0.3
+BY_LENGTH = {"train_sampling_strategy": "group_by_length"}
+LOGGED = {"logging_strategy": "steps", "logging_steps": 1}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is trained: what a step takes, steps an epoch, epochs of DPO. Then the peers' fastest micro-batches."""
+
+    examples: int
+    pairs: int
+    sft_steps: int
+    dpo_steps: int
+    dpo_epochs: int
+    sft_micro_batch: int
+    dpo_micro_batch: int
+
+
+PLANS = {"tiny-t5": Plan(16, 32, sft_steps=25, dpo_steps=5, dpo_epochs=3, sft_micro_batch=16, dpo_micro_batch=32)}
+OTHERS = Plan(16, 16, sft_steps=2, dpo_steps=1, dpo_epochs=1, sft_micro_batch=8, dpo_micro_batch=4)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What both sides are given: directories of weights, ids, settings; where peers may write; the data in words."""
+
+    sft_model: Path
+    dpo_model: Path
+    examples: list[Encoded]
+    pairs: list[Pair]
+    sft: SFTSettings
+    dpo: DPOSettings
+    scratch: Path
+    data: str
+
+
+def main() -> None:
+    options = parse_options()
+    check_environment()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    sections = []
+    for name in options.model:
+        plan = PLANS.get(name, OTHERS)
+        if options.steps:
+            plan = replace(plan, sft_steps=options.steps, dpo_steps=options.steps)
+        if options.per_step:
+            plan = replace(plan, examples=options.per_step, pairs=options.per_step)
+        with TemporaryDirectory() as scratch:
+            material = prepare(name, plan, options.shared, Path(scratch))
+            sections += [f"## {name}", material.data, *sft_section(material, plan, options.rounds)]
+            sections += dpo_section(material, plan, options.rounds)
+    versions = machine_line("transformers", "trl", "accelerate")
+    header = [f"`{command_line()}` · {versions}, fp32", f"Medians of {options.rounds} interleaved rounds."]
+    header += __doc__.split("\n\n", 1)[1].strip().split("\n\n")
+    write_result(options.output, "Training against transformers' Trainer and TRL's DPOTrainer", header + sections)
+
+
+def parse_options() -> argparse.Namespace:
+    description, environment = __doc__.split("\n\n")[0], __doc__[__doc__.index("The environment") :]
+    parser = Parser(description=description, epilog=environment, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models, shared = ["tiny-t5", "flan-t5-small"], ROOT.parent / "shared"
+    parser.add_argument(
+        "--model", nargs="+", default=models, help="tiny-t5, or a T5 under SHARED/configs (default: both)"
+    )
+    parser.add_argument("--rounds", type=POSITIVE, default=5, help="timed rounds; the medians count (default: 5)")
+    parser.add_argument("--steps", type=POSITIVE, help="optimizer steps an epoch (default: the model's)")
+    parser.add_argument(
+        "--per-step", type=POSITIVE, help="examples, and pairs, a step (default: 16; tiny-t5: 32 pairs)"
+    )
+    parser.add_argument("--threads", type=POSITIVE, help="default: torch's choice")
+    parser.add_argument("--shared", type=Path, default=shared, help="where configs/, tokenizers/ and data/ lie")
+    parser.add_argument("--output", type=Path, default=RESULTS / "training.md")
+    return parser.parse_args()
+
+
+def check_environment() -> None:
+    """UserError where the peers cannot be imported; else they are made quiet."""
+    try:
+        import accelerate  # noqa: F401
+        import datasets as arrow_datasets
+        import transformers
+        from trl import DPOTrainer  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # TRL's lazy imports raise the latter
+        raise UserError(
+            f"trl and what it needs cannot be imported ({error}); --help says how to install them"
+        ) from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    arrow_datasets.disable_progress_bars()
+
+
+# -- what is trained on -----------------------------------------------------------------------------------------------
+
+
+def prepare(name: str, plan: Plan, shared: Path, scratch: Path) -> Material:
+    """Weights, ids and settings of one model; UserError where its config, vocabulary or enough data are missing."""
+    n_examples, n_pairs = plan.examples * plan.sft_steps, plan.pairs * plan.dpo_steps
+    if name == "tiny-t5":
+        base, policy, source = ROOT / "weights" / "tiny-t5", ROOT / "weights" / "tiny-t5-dpo-st", "toy"
+    else:
+        base = policy = scratch / name
+        random_model.make(shared / "configs" / name, shared / "tokenizers" / "t5", base, SEED, None)
+        source = "gsm8k" if (shared / "data" / "gsm8k" / "train.jsonl").is_file() else "toy"
+    text_format, preset = load_format(base), preset_for(name, "t5", "dpo-st")
+    labelled = datasets.load(source, "train", shared / "data")
+    labelled = Random(SEED).sample(labelled, min(len(labelled), MAX_QUESTIONS))
+    gold = gold_sequences(labelled, text_format, preset)
+    examples = list(gold.values())[:n_examples]
+    if name == "tiny-t5":
+        pool = [*labelled, *datasets.load("toy", "unlabelled")[: MAX_QUESTIONS - len(labelled)]]
+        all_pairs = sampled_pairs(policy, pool, gold, text_format, preset)
+    else:
+        all_pairs = stand_in_pairs(list(gold.values()))
+    if len(examples) < n_examples or len(all_pairs) < n_pairs:
+        raise UserError(
+            f"{name}: {n_examples} examples and {n_pairs} pairs are asked for, {source} has {len(gold)} and "
+            f"{len(all_pairs)}; take fewer --steps or --per-step"
+        )
+    steps = shuffled_steps(len(all_pairs), plan.pairs, plan.dpo_steps, SEED)
+    pairs = [all_pairs[number] for numbers in steps for number in numbers]
+    sft = replace(preset.sft(SEED), epochs=1, examples_per_step=plan.examples)
+    dpo = replace(preset.dpo(n_pairs, SEED), steps=plan.dpo_steps * plan.dpo_epochs, pairs_per_step=plan.pairs)
+    policy = without_dropout(policy, scratch / "dpo")
+    data = f"{source}: {described(examples, pairs, all_pairs)}"
+    return Material(base, policy, examples, pairs, sft, dpo, scratch, data)
+
+
+def described(examples: list[Encoded], pairs: list[Pair], all_pairs: list[Pair]) -> str:
+    """The data in words."""
+    completions = {sequence for pair in pairs for sequence in pair.sequences}
+    prompts = {pair.chosen.prompt for pair in pairs}
+    return (
+        f"{len(examples)} examples ({mean_tokens(examples)}); {len(pairs)} of {len(all_pairs)} pairs, of "
+        f"{len(prompts)} questions, with {len(completions)} different completions ({mean_tokens(completions)})."
+    )
+
+
+def mean_tokens(sequences: Collection[Encoded]) -> str:
+    """Mean lengths of prompts and targets, in words."""
+    n_prompt, n_target = (sum(len(getattr(s, part)) for s in sequences) for part in ("prompt", "target"))
+    return f"mean tokens: question {n_prompt / len(sequences):.0f}, rationale {n_target / len(sequences):.0f}"
+
+
+def gold_sequences(labelled: list[Example], text_format: Format, preset: Preset) -> dict[str, Encoded]:
+    """The labelled set as ids, by question: what the tokenizer can write and the preset's lengths allow."""
+    gold = {}
+    for example in labelled:
+        sequence = encoded(text_format, example.question, text_format.target_ids(example.rationale))
+        survives = text_format.survives(text_format.target(example.rationale))
+        if survives and within_limits([sequence], preset.max_source, preset.max_target):
+            gold[example.question] = sequence
+    return gold
+
+
+def sampled_pairs(policy: Path, pool: list[Example], gold: dict, text_format: Format, preset: Preset) -> list[Pair]:
+    """Pairs as the method makes them: samples of the policy, graded, chosen by our rules."""
+    known = [Candidates(gold[e.question].target if e.question in gold else None) for e in pool]
+    questions = [example.question for example in pool]
+    for done in generate(load_model(policy), text_format, questions, preset.sampling(SEED), SAMPLES):
+        right = is_correct(done.text, pool[done.index].answer)
+        (known[done.index].right if right else known[done.index].wrong).append(tuple(done.completion.token_ids))
+    prompts = [tuple(text_format.prompt_ids(question)) for question in questions]
+    return [pair for prompt, candidates in zip(prompts, known, strict=True) for pair in pairs_of(prompt, candidates)]
+
+
+def stand_in_pairs(gold: list[Encoded]) -> list[Pair]:
+    """Pairs of real rationales where no model is at hand that could sample: see the head of this file."""
+    random, pairs = Random(SEED), []
+    for sequence in gold:
+        candidates = Candidates(gold=sequence.target)
+        for _ in range(SAMPLES):
+            others = [other.target for other in random.sample(gold, N_STAND_INS_DRAWN) if other is not sequence]
+            nearest = min(others, key=lambda ids, gold=sequence.target: abs(len(ids) - len(gold)))
+            (candidates.right if random.random() < SHARE_RIGHT else candidates.wrong).append(nearest)
+        pairs += pairs_of(sequence.prompt, candidates)
+    return pairs
+
+
+def pairs_of(prompt: tuple[int, ...], candidates: Candidates) -> list[Pair]:
+    """The pairs of one question."""
+    chosen = preference_pairs(candidates)
+    return [Pair(Encoded(prompt, winner), Encoded(prompt, loser)) for winner, loser, _ in chosen]
+
+
+# -- the peers --------------------------------------------------------------------------------------------------------
+
+
+def peer_model(directory: Path):
+    """transformers' T5 with these weights; releases from 5 on tie a head that is not, so it is put in place again."""
+    from safetensors.torch import load_file
+    from transformers import T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration.from_pretrained(directory)
+    tensors = load_file(directory / "model.safetensors")
+    if "lm_head.weight" in tensors:
+        model.lm_head.weight = torch.nn.Parameter(tensors["lm_head.weight"])
+    return model
+
+
+def pad_only_tokenizer():
+    """All that the peers ask of a tokenizer when they get ids: how to pad."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<pad>": 0})), pad_token="<pad>")
+
+
+def common_arguments(material: Material, per_step: int, micro_batch: int, schedule: Schedule) -> dict:
+    """What TrainingArguments and DPOConfig have in common."""
+    return {
+        "output_dir": str(material.scratch / "peer"),
+        "use_cpu": True,
+        "bf16": False,
+        "seed": SEED,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": per_step // micro_batch,
+        "max_grad_norm": schedule.max_grad_norm,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def dividing(per_step: int, size: int) -> int:
+    """The largest micro-batch of at most `size` that a step consists of a whole number of."""
+    return max(smaller for smaller in range(1, size + 1) if per_step % smaller == 0)
+
+
+def optimizers(model, schedule: Schedule, n_steps: int) -> tuple:
+    """Our AdamW and our schedule, for the peers."""
+
+    def share_of_peak(step: int) -> float:
+        return schedule.at(step, n_steps) / schedule.learning_rate
+
+    optimizer = adamw(model, schedule)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
+
+
+def sft_trainer(material: Material, micro_batch: int, **more):
+    """transformers' Seq2SeqTrainer, ready to train; `more` goes to its arguments."""
+    from datasets import Dataset
+    from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    settings, model, tokenizer = material.sft, peer_model(material.sft_model), pad_only_tokenizer()
+    arguments = common_arguments(material, settings.examples_per_step, micro_batch, settings.schedule)
+    arguments |= {"num_train_epochs": settings.epochs, **more}
+    rows = [
+        {"input_ids": s.prompt, "attention_mask": [1] * len(s.prompt), "labels": s.target} for s in material.examples
+    ]
+    n_steps = settings.epochs * len(rows) // settings.examples_per_step
+    return Seq2SeqTrainer(
+        model,
+        Seq2SeqTrainingArguments(**arguments),
+        DataCollatorForSeq2Seq(tokenizer, model),
+        Dataset.from_list(rows),
+        processing_class=tokenizer,
+        optimizers=optimizers(model, settings.schedule, n_steps),
+    )
+
+
+def dpo_trainer(material: Material, micro_batch: int, **more):
+    """TRL's DPOTrainer, ready to train; `more` goes to its DPOConfig."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    class DPOTrainerOfIds(DPOTrainer):
+        """Takes ids, so that both sides train on the same."""
+
+        def _prepare_dataset(self, dataset, *_):
+            return dataset
+
+    settings, model = material.dpo, peer_model(material.dpo_model)
+    arguments = common_arguments(material, settings.pairs_per_step, micro_batch, settings.schedule)
+    arguments |= {"max_steps": settings.steps, "beta": settings.beta}
+    arguments |= {"remove_unused_columns": False, **more}  # for `length`, which is what they are grouped by
+    rows = [
+        {
+            "prompt_input_ids": pair.chosen.prompt,
+            "chosen_input_ids": pair.chosen.target,
+            "rejected_input_ids": pair.rejected.target,
+            "length": pair.n_tokens,
+        }
+        for pair in material.pairs
+    ]
+    return DPOTrainerOfIds(
+        model,
+        args=DPOConfig(**arguments),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=pad_only_tokenizer(),
+        optimizers=optimizers(model, settings.schedule, settings.steps),
+    )
+
+
+# -- the comparison ---------------------------------------------------------------------------------------------------
+
+
+def sft_section(material: Material, plan: Plan, n_rounds: int) -> list[str]:
+    """Compare and time SFT; paragraphs."""
+
+    def ours() -> Callable[[], object]:
+        return partial(train_sft, load_model(material.sft_model), material.examples, material.sft)
+
+    def peer(micro_batch: int, **more) -> Callable[[], object]:
+        return sft_trainer(material, micro_batch, **more).train
+
+    default, size = (dividing(plan.examples, size) for size in (DEFAULT_MICRO_BATCH, plan.sft_micro_batch))
+    ways = {
+        "ours": ours,
+        "Trainer, as it comes": partial(peer, default),
+        f"Trainer, tuned: micro-batches of {size}, by length": partial(peer, size, **BY_LENGTH),
+    }
+    n_tokens = sum(sequence.n_tokens for sequence in material.examples)
+    what = f"SFT, {plan.examples} examples a step, steps: {plan.sft_steps}; {n_tokens:,} tokens."
+    return [f"{what} {compare_sft(material)}", *race(ways, n_rounds, n_tokens)]
+
+
+def dpo_section(material: Material, plan: Plan, n_rounds: int) -> list[str]:
+    """Compare and time DPO; paragraphs."""
+
+    def ours() -> Callable[[], object]:
+        return partial(train_dpo, load_model(material.dpo_model), material.pairs, material.dpo)
+
+    def peer(micro_batch: int, **more) -> Callable[[], object]:
+        return dpo_trainer(material, micro_batch, **more).train
+
+    default, size = (dividing(plan.pairs, size) for size in (DEFAULT_MICRO_BATCH, plan.dpo_micro_batch))
+    tuned = {"gradient_checkpointing": False, "precompute_ref_log_probs": True, **BY_LENGTH}
+    ways = {
+        "ours": ours,
+        "TRL, as it comes": partial(peer, default),
+        f"TRL, tuned: micro-batches of {size}, by length, reference before": partial(peer, size, **tuned),
+    }
+    n_tokens = plan.dpo_epochs * sum(pair.n_tokens for pair in material.pairs)
+    what = (
+        f"DPO, {plan.pairs} pairs a step, steps: {material.dpo.steps}, epochs: {plan.dpo_epochs}; {n_tokens:,} tokens."
+    )
+    return [f"{what} {compare_dpo(material)}", *race(ways, n_rounds, n_tokens)]
+
+
+def compare_sft(material: Material) -> str:
+    """A few steps of both sides on one small batch, without dropout."""
+    model = without_dropout(material.sft_model, material.scratch / "sft-compared")
+    settings = replace(material.sft, epochs=N_COMPARED, examples_per_step=ROWS_COMPARED)
+    small = replace(material, sft_model=model, examples=material.examples[:ROWS_COMPARED], sft=settings)
+    log = material.scratch / "sft.jsonl"
+    train_sft(load_model(model), small.examples, settings, log)
+    return agreement(list(read_log(log)), sft_trainer(small, ROWS_COMPARED, **LOGGED))
+
+
+def compare_dpo(material: Material) -> str:
+    """A few steps of both sides on one small batch."""
+    settings = replace(material.dpo, steps=N_COMPARED, pairs_per_step=ROWS_COMPARED)
+    small = replace(material, pairs=material.pairs[:ROWS_COMPARED], dpo=settings)
+    log = material.scratch / "dpo.jsonl"
+    train_dpo(load_model(material.dpo_model), small.pairs, settings, log)
+    trainer = dpo_trainer(small, ROWS_COMPARED, **LOGGED)
+    trainer.data_collator = partial(with_spare_column, trainer.data_collator)
+    return agreement(list(read_log(log)), trainer)
+
+
+def without_dropout(directory: Path, copy: Path) -> Path:
+    """The same model with dropout 0."""
+    shutil.copytree(directory, copy)
+    write_json(copy / "config.json", read_json(copy / "config.json") | {"dropout_rate": 0.0})
+    return copy
+
+
+def with_spare_column(collate: Callable[[list], dict], rows: list) -> dict:
+    """TRL's batch with one column of padding more, for the one that it leaves out."""
+    batch = collate(rows)
+    for name in ("chosen_input_ids", "chosen_attention_mask", "rejected_input_ids", "rejected_attention_mask"):
+        batch[name] = F.pad(batch[name], (0, 1))
+    return batch
+
+
+def agreement(ours: list[dict], trainer) -> str:
+    """Train the peer for as many steps as our log has; UserError where losses or gradient norms differ."""
+    losses, step = [], trainer.training_step
+
+    def watched(*arguments, **more):
+        loss = step(*arguments, **more)
+        losses.append(loss.item())
+        return loss
+
+    trainer.training_step = watched  # what the peers log may be rounded
+    trainer.train()
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    loss_gap = max(abs(entry["loss"] - loss) for entry, loss in zip(ours, losses, strict=True))
+    norm_gap = max(abs(entry["grad_norm"] / norm - 1) for entry, norm in zip(ours, norms, strict=True))
+    shown = ", ".join(f"{entry['loss']:.5f}" for entry in ours)
+    if not (loss_gap < 1e-3 and norm_gap < 1e-2):
+        theirs = ", ".join(f"{loss:.5f}" for loss in losses)
+        raise UserError(f"losses differ: ours {shown}, theirs {theirs}; gradient norms by {norm_gap:.1e}")
+    return (
+        f"Compared on one batch of {ROWS_COMPARED}, {N_COMPARED} steps without dropout: our losses {shown} nats, "
+        f"theirs equal within {loss_gap:.0e}, the gradient's norms within {norm_gap:.0e} of each other."
+    )
+
+
+def race(ways: dict[str, Callable[[], Callable[[], object]]], n_rounds: int, n_tokens: int) -> list[str]:
+    """Time every way in every round, in alternating order; the table, and the seconds of all rounds."""
+    rounds = []
+    for number in range(n_rounds):
+        seconds = {}
+        for name in list(ways)[:: -1 if number % 2 else 1]:
+            train = ways[name]()
+            gc.collect()
+            seconds[name] = timed(train)
+            print(f"round {number + 1}: {name}: {seconds[name]:.2f} s", file=sys.stderr, flush=True)
+        rounds.append(seconds)
+    rows = []
+    for name in ways:
+        middle = median(seconds[name] for seconds in rounds)
+        ratio = median(seconds[name] / seconds["ours"] for seconds in rounds)
+        rows.append([name, f"{middle:.2f}", f"{n_tokens / middle:,.0f}", f"{ratio:.2f}×"])
+    each = ", ".join(" / ".join(f"{seconds[name]:.2f}" for name in ways) for seconds in rounds)
+    return [markdown(["", "seconds", "tokens/s", "time of ours"], rows), f"Rounds, in seconds: {each}"]
+
+
+if __name__ == "__main__":
+    run_command(main)
