@@ -6,7 +6,7 @@ import pytest
 import torch
 from t5_oracle import SHAPES, random_t5
 
-from minidpost.kvcache import KVCache
+from minidpost.kvcache import KVCache, Linear, attention, mask_bias
 from minidpost.t5 import T5
 
 torch.set_num_threads(1)
@@ -230,3 +230,61 @@ def test_bf16_decoding_follows_its_full_forward():
         logits_BV = model.decode(cache, torch.tensor([token]))
         assert logits_BV.dtype == torch.bfloat16
         assert (logits_BV[0].float() - expected_V.float()).abs().max() < 0.05 * script.logits_TV.float().abs().max()
+
+
+def test_prompts_are_kept_once_and_in_front():
+    """Places are shared by the rows of a prompt, come free with the last of them, and are brought to the front."""
+    model = fp64_model("gated-untied")
+    cache = model.new_cache(24, max_prompt=6, max_new=9)
+    model.prefill(cache, range(16, 24), [[5 + row, 6, 1] for row in range(8)])
+    for row in range(16):
+        cache.copy_rows([16 + row % 8], [row])  # two samples of each of eight prompts
+    ids_B = torch.full((16,), 7)
+    together_BV = model.decode(cache, ids_B)
+    assert cache.prompt.arrangement(16)[0].shape == (8, 2)
+    alone = model.new_cache(8, max_prompt=6, max_new=9)
+    model.prefill(alone, range(8), [[5 + row, 6, 1] for row in range(8)])
+    alone_BV = model.decode(alone, ids_B[:8])
+    torch.testing.assert_close(together_BV, torch.cat([alone_BV, alone_BV]), rtol=1e-12, atol=1e-12)
+    model.prefill(cache, range(16, 24), [[30 + row, 6, 9, 1] for row in range(8)])
+    for row in range(8):
+        cache.copy_rows([16 + row], [row])
+    model.decode(cache, torch.full((8,), 7))
+    table_PR, _, bias_P11S = cache.prompt.arrangement(8)
+    assert table_PR.shape == (8, 1), "the prompts that are read are not in front"
+    assert bias_P11S.shape == (8, 1, 1, 4)
+    torch.testing.assert_close(model.decode(cache, ids_B), decode_again(model, cache, ids_B), rtol=1e-12, atol=1e-12)
+
+
+@torch.inference_mode()
+def decode_again(model: T5, cache, ids_B: torch.Tensor) -> torch.Tensor:
+    """The last step of a cache, once more, with every row's prompt in a place of its own."""
+    rows = len(ids_B)
+    fresh = model.new_cache(rows, max_prompt=6, max_new=9)
+    places = cache.prompt.place_B[:rows].tolist()
+    for ours, theirs in ((fresh.prompt.store, cache.prompt.store), (fresh.own, cache.own)):
+        source = places if ours is fresh.prompt.store else list(range(rows))
+        ours.keys_LBHSK[:] = theirs.keys_LBHSK[:, source]
+        ours.values_LBHSK[:] = theirs.values_LBHSK[:, source]
+        ours.set_lengths(range(rows), theirs.lengths[source].tolist())
+    fresh.own.set_lengths(range(rows), (cache.own.lengths[:rows] - 1).tolist())
+    return model.decode(fresh, ids_B)
+
+
+@pytest.mark.parametrize("shape", [(3, 512), (3, 1, 512), (200, 512)])
+def test_products_of_few_rows_are_those_of_torch(shape):
+    torch.manual_seed(0)
+    layer = Linear(512, 300, bias=True)
+    x = torch.randn(shape, requires_grad=True)
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_of_one_query_is_torchs():
+    torch.manual_seed(0)
+    q_BGRK, (k_BGSK, v_BGSK) = torch.randn(3, 2, 4, 8), torch.randn(2, 3, 2, 11, 8)
+    bias_B11S = mask_bias(torch.arange(11) < torch.tensor([1, 11, 5])[:, None], torch.float32)
+    expected = torch.nn.functional.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, bias_B11S)
+    torch.testing.assert_close(attention(q_BGRK, k_BGSK, v_BGSK, bias_B11S, 8**-0.5), expected, rtol=1e-5, atol=1e-6)
