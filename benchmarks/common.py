@@ -1,0 +1,49 @@
+"""What the benchmarks share: a timer, the lines that say how and where, and the file that holds the result."""
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that `work` takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def command_line() -> str:
+    """The command that is running, as it is typed in the repository's root."""
+    return "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def machine_line(*packages: str) -> str:
+    """Processor, cores, torch with its threads, and the versions of `packages`."""
+    installed = [f"{name} {version(name)}" for name in packages]
+    threads = f"torch {torch.__version__} ({torch.get_num_threads()} threads)"
+    return ", ".join([f"{processor()}, {os.cpu_count()} cores", threads, *installed])
+
+
+def processor() -> str:
+    """The processor's name where Linux tells it, its architecture elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def write_result(path: Path, title: str, paragraphs: list[str]) -> None:
+    """Write a result as Markdown, and print it."""
+    text = "\n\n".join([f"# {title}", *paragraphs]) + "\n"
+    path.write_text(text, encoding="utf-8")
+    print(text)
