@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from benchmarks.scripted import Work
+from benchmarks.scripted import CERTAIN, Work
 from minidpost.batches import pad
 from minidpost.calculator import Automaton
 from minidpost.checkpoint import set_parameter
@@ -83,7 +83,7 @@ class Script(transformers.LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         position = input_ids.shape[1] - self.n_prompt
-        return scores.scatter_(1, self.script_BT[:, position, None], torch.inf)
+        return scores.scatter_(1, self.script_BT[:, position, None], CERTAIN)
 
 
 class ToolStop(transformers.StoppingCriteria):

@@ -1,8 +1,9 @@
 """Models of true shape whose rows say what a script has: sampling's work at real lengths, without trained weights.
 
-`ScriptedModel` puts +inf on one logit a row and step, where the row's script stands, and leaves everything else to the
-model: it computes as much as ever. Scripts are the gold rationales of GSM8K's test questions as the model would be
-trained to write them, so that lengths and annotations are real; the calculator forces the very ids that stand there.
+`ScriptedModel` puts a great number on one logit a row and step, where the row's script stands, and leaves everything
+else to the model: it computes as much as ever. Scripts are the gold rationales of GSM8K's test questions as the model
+would be trained to write them, so that lengths and annotations are real; the calculator forces the very ids that stand
+there.
 """
 
 import json
@@ -34,6 +35,7 @@ SHAPES = {  # name: config, tokenizer, both in ../shared
     "llama-3-8b": ("Meta-Llama-3-8B", "llama3"),
 }
 MODELS = (*EMBEDDED, *SHAPES)
+CERTAIN = 1e4  # a logit beside which all others are nothing, and whose softmax is still a number
 
 
 class ScriptedCache:
@@ -51,7 +53,7 @@ class ScriptedCache:
 
 
 class ScriptedModel:
-    """A model for `sampler.sample` whose greedy tokens are those of the prompt's script."""
+    """A model for `sampler.sample` whose tokens are those of the prompt's script."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[tuple[int, ...]], scripts: Sequence[Sequence[int]]):
         """Scripts are ids, the end id among them; no two may have the same prompt."""
@@ -79,10 +81,10 @@ class ScriptedModel:
 
     @torch.inference_mode()
     def decode(self, cache: ScriptedCache, ids_B: Tensor) -> Tensor:
-        """The model's logits_BV, +inf where the scripts stand."""
+        """The model's logits_BV, with the scripts' ids certain."""
         logits_BV = self.model.decode(cache.cache, ids_B)
         pointer_B = cache.pointer_B[: len(ids_B)]
-        logits_BV.scatter_(1, self.script_N[pointer_B, None], torch.inf)
+        logits_BV.scatter_(1, self.script_N[pointer_B, None], CERTAIN)
         pointer_B += 1
         return logits_BV
 
