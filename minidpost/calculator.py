@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from copy import copy
 from fractions import Fraction
+from functools import lru_cache
 
 MAX_CHARACTERS = 200
 MAX_DEPTH = 20
@@ -26,6 +27,7 @@ class _Malformed(Exception):
     """The expression is not arithmetic, divides by zero or grows beyond the bounds."""
 
 
+@lru_cache(maxsize=2**14)  # samples of one question compute the same things
 def evaluate(expression: str) -> str | None:
     """The value of an arithmetic expression, as GSM8K prints it; None if it has none or exceeds the bounds.
 
@@ -153,7 +155,7 @@ class Automaton:
         self._encode_result = encode_result
         self._open_mark = open_mark
         self._close_mark = close_mark
-        self._openers = frozenset(i for i, text in enumerate(token_texts) if open_mark[0] in text)
+        self.wakes = frozenset(i for i, text in enumerate(token_texts) if open_mark[0] in text)
         self._pending = ""  # from the last opening mark on, or a beginning of one that the next token may complete
 
     def fresh(self) -> "Automaton":
@@ -162,9 +164,14 @@ class Automaton:
         automaton._pending = ""
         return automaton
 
+    @property
+    def is_dormant(self) -> bool:
+        """Whether no annotation is open, so that only ids in `wakes`, which may open one, can matter."""
+        return not self._pending
+
     def push(self, token_id: int) -> list[int]:
         """Take the row's next token, forced ones too; returns the ids to force right after it, nearly always none."""
-        if not self._pending and token_id not in self._openers:
+        if not self._pending and token_id not in self.wakes:
             return []
         text = self._pending + (self._token_texts[token_id] if 0 <= token_id < len(self._token_texts) else "")
         _, mark, annotation = text.rpartition(self._open_mark)

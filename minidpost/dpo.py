@@ -1,12 +1,14 @@
 """Direct preference optimization from a frozen copy of the starting weights (Rafailov et al. 2023; paper, equation 5).
 
 The encoder reads the question and the decoder the rationale alone: feeding the prompt to the decoder makes an
-encoder-decoder diverge. The reference's log-probabilities are computed once, before the first step, by the very model
-that is about to be trained, so no second model is held. There is no dropout, here or there.
+encoder-decoder diverge. A step encodes each question once and scores each completion once, in however many of its pairs
+they are. The reference's log-probabilities are computed once, before the first step, by the very model that is about to
+be trained, so no second model is held; a file may keep them for other trainings from the same weights on the same
+pairs. There is no dropout, here or there.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidpost.batches import Encoded, by_length, collate, shuffled_steps
+from minidpost.batches import Encoded, collate, micro_batches, shuffled_steps
 from minidpost.objectives import dpo_loss, log_probabilities
 from minidpost.optimizer import Schedule, StepLog, adamw, apply_step, autocast, checkpoint_activations, derived_seed
 from minidpost.resume import Checkpoint
@@ -82,10 +84,10 @@ def train_dpo(
         for step, numbers in islice(enumerate(order), first, None):
             started = time.perf_counter()
             totals = torch.zeros(5, device=device)
-            for group in by_length([pairs[number].n_tokens for number in numbers], settings.micro_batch_tokens):
-                chosen = [numbers[i] for i in group]
-                policy_B2 = pair_log_probabilities(model, [pairs[number] for number in chosen])
-                loss_B, margin_B = dpo_loss(*policy_B2.unbind(1), *reference_P2[chosen].unbind(1), settings.beta)
+            for group in groups_of_questions(model, pairs, numbers, settings.micro_batch_tokens):
+                policy_B2 = pair_log_probabilities(model, [pairs[number] for number in group])
+                reference_B2 = reference_P2[group].to(device, non_blocking=True)
+                loss_B, margin_B = dpo_loss(*policy_B2.unbind(1), *reference_B2.unbind(1), settings.beta)
                 (loss_B.sum() / len(numbers)).backward()
                 totals += measures(loss_B, margin_B, policy_B2) / len(numbers)
             update = apply_step(model, optimizer, settings.schedule, step, settings.steps)
@@ -99,25 +101,43 @@ def train_dpo(
             checkpoint.after(step, model, optimizer, log_path)
 
 
-def pair_log_probabilities(model: nn.Module, pairs: Sequence[Pair]) -> Tensor:
-    """log π of (chosen, rejected), (B, 2), in one forward pass over both."""
+def groups_of_questions(
+    model: nn.Module, pairs: Sequence[Pair], numbers: Sequence[int], max_tokens: int
+) -> Iterator[list[int]]:
+    """Split pair numbers into those of each micro-batch, in which all pairs of a question are."""
+    questions: dict[tuple[int, ...], list[int]] = {}
+    for number in numbers:
+        questions.setdefault(pairs[number].chosen.prompt, []).append(number)
+    members = list(questions.values())
+    items = [distinct_sequences([pairs[number] for number in question]) for question in members]
     device = next(model.parameters()).device
-    sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    for group in micro_batches(items, max_tokens, model.config.start_id, device):
+        yield [number for i in group for number in members[i]]
+
+
+def distinct_sequences(pairs: Sequence[Pair]) -> list[Encoded]:
+    """The completions of some pairs, each once."""
+    return list(dict.fromkeys(sequence for pair in pairs for sequence in pair.sequences))
+
+
+def pair_log_probabilities(model: nn.Module, pairs: Sequence[Pair]) -> Tensor:
+    """log π of (chosen, rejected), (B, 2), in one forward pass over all distinct completions."""
+    device, sequences = next(model.parameters()).device, distinct_sequences(pairs)
     batch = collate(sequences, model.config.start_id, device)
     with autocast(device):
-        log_probability_BT = log_probabilities(model, batch)
-    return log_probability_BT.sum(-1).view(2, -1).T
+        log_probability_B = log_probabilities(model, batch).sum(-1)
+    place = {sequence: i for i, sequence in enumerate(sequences)}
+    place_B2 = torch.tensor([[place[sequence] for sequence in pair.sequences] for pair in pairs])
+    return log_probability_B[place_B2.to(device, non_blocking=True)]
 
 
 @torch.no_grad()
 def reference_log_probabilities(model: nn.Module, pairs: Sequence[Pair], max_tokens: int, stage: str) -> Tensor:
-    """log π_ref of every pair's (chosen, rejected), (P, 2)."""
-    weight = next(model.parameters())
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    reference_P2 = torch.empty(len(pairs), 2, dtype=dtype, device=weight.device)
-    groups = by_length([pair.n_tokens for pair in pairs], max_tokens)
+    """log π_ref of every pair's (chosen, rejected), (P, 2), on the CPU."""
+    reference_P2 = torch.empty(len(pairs), 2, dtype=torch.promote_types(next(model.parameters()).dtype, torch.float32))
+    groups = list(groups_of_questions(model, pairs, range(len(pairs)), max_tokens))
     for group in tqdm(groups, desc=f"{stage} reference", unit="batch", leave=False):
-        reference_P2[group] = pair_log_probabilities(model, [pairs[number] for number in group])
+        reference_P2[group] = pair_log_probabilities(model, [pairs[number] for number in group]).cpu()
     return reference_P2
 
 

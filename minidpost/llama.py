@@ -8,12 +8,13 @@ slow rotations (`RopeScaling`). Positions are per row, so a row's logits do not 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidpost.kvcache import KVCache
+from minidpost.kvcache import KVCache, Linear, attention, linear
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.d_head, bias = config.d_head, config.attention_bias
-        self.query = nn.Linear(config.d_model, config.n_heads * config.d_head, bias=bias)
-        self.key = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=bias)
-        self.value = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=bias)
-        self.output = nn.Linear(config.n_heads * config.d_head, config.d_model, bias=bias)
+        self.query = Linear(config.d_model, config.n_heads * config.d_head, bias=bias)
+        self.key = Linear(config.d_model, config.n_kv_heads * config.d_head, bias=bias)
+        self.value = Linear(config.d_model, config.n_kv_heads * config.d_head, bias=bias)
+        self.output = Linear(config.n_heads * config.d_head, config.d_model, bias=bias)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values: (…, D) to (…, H, K) and twice (…, G, K); cos and sin are (…, 1, K)."""
@@ -75,10 +76,10 @@ class Attention(nn.Module):
         )
         return y_BHTK.transpose(1, 2).flatten(2)
 
-    def attend_one(self, q_BHK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_B11S: Tensor) -> Tensor:
+    def attend_one(self, q_BHK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_B11S: Tensor) -> Tensor:
         """Attention of one position a row, (B, H·K); the queries of a group stand where others have several times."""
         q_BGRK = q_BHK.unflatten(1, (k_BGSK.shape[1], -1))
-        return F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, mask_B11S).flatten(1)
+        return attention(q_BGRK, k_BGSK, v_BGSK, bias_B11S, self.d_head**-0.5).flatten(1)
 
 
 class FeedForward(nn.Module):
@@ -86,9 +87,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+        self.gate = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.up = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.down = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
@@ -131,7 +132,7 @@ class Llama(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.stack = Stack(config)
-        self.head = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = None if config.tied else Linear(config.d_model, config.vocab_size, bias=False)
 
     @property
     def stacks(self) -> tuple[Stack, Stack]:
@@ -175,11 +176,11 @@ class Llama(nn.Module):
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """The output matrix, which may be the embedding's: (…, D) to (…, V)."""
-        return F.linear(hidden_BTD, self.embedding.weight if self.head is None else self.head.weight)
+        return linear(hidden_BTD, self.embedding.weight if self.head is None else self.head.weight)
 
     def rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the angles at each position: (…) to twice (…, 1, K). Angles are fp32, as published."""
-        angle = position[..., None].float() * frequencies(self.config).to(position.device)
+        angle = position[..., None].float() * frequencies(self.config, position.device)
         angle = torch.cat([angle, angle], dim=-1)[..., None, :]
         dtype = self.embedding.weight.dtype
         return angle.cos().to(dtype), angle.sin().to(dtype)
@@ -218,13 +219,11 @@ class Llama(nn.Module):
     def decode(self, cache: KVCache, ids_B: Tensor) -> Tensor:
         """Feed one token to each of the cache's first B rows, at the row's own position; logits_BV of what follows."""
         n_rows = len(ids_B)
-        position_B, used = cache.length_B[:n_rows], cache.longest(n_rows) + 1
-        mask_B11S = (torch.arange(used, device=ids_B.device) <= position_B[:, None])[:, None, None]
-        rotation, x_BD = self.rotation(position_B), self.embedding(ids_B)
+        bias_B11S, rotation, x_BD = cache.bias(n_rows), self.rotation(cache.length_B[:n_rows]), self.embedding(ids_B)
         for index, layer in enumerate(self.stack.layers):
             q_BHK, k_BGK, v_BGK = layer.attention.project(layer.attention_norm(x_BD), *rotation)
             k_BGSK, v_BGSK = cache.append(index, k_BGK[:, :, None], v_BGK[:, :, None])
-            x_BD = layer.finish(x_BD, layer.attention.attend_one(q_BHK, k_BGSK, v_BGSK, mask_B11S))
+            x_BD = layer.finish(x_BD, layer.attention.attend_one(q_BHK, k_BGSK, v_BGSK, bias_B11S))
         cache.advance(n_rows)
         return self.logits(self.stack.norm(x_BD))
 
@@ -235,9 +234,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def frequencies(config: LlamaConfig) -> Tensor:
+@cache
+def frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     """Radians a position of each of the K/2 rotations, fp32."""
-    frequency = 1.0 / config.rope_theta ** (torch.arange(0, config.d_head, 2).float() / config.d_head)
+    frequency = 1.0 / config.rope_theta ** (torch.arange(0, config.d_head, 2).float() / config.d_head).to(device)
     scaling = config.rope_scaling
     if scaling is None:
         return frequency

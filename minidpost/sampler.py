@@ -1,16 +1,21 @@
 """Batched decoding: a fixed number of slots, refilled as rows end; forced tokens; draws that belong to their row.
 
-Knows nothing of text or arithmetic. A row's `override` sees each of its tokens and may answer with ids that must follow
-(the calculator does so); the sampler's own draw at those positions is discarded. Every row draws its uniform numbers
-from a counter-based generator keyed by (seed, question, sample), one a position, so that a completion depends neither
-on its neighbours nor on the number of slots nor on the order of work. Requests are worked off in chunks that begin with
-empty slots. All samples of one question share one prefill. One device-to-host transfer a step: the ids.
+Knows nothing of text or arithmetic. A row's `override` sees its tokens and may answer with ids that must follow (the
+calculator does so); the sampler's own draw at those positions is discarded. Every row draws its uniform numbers from a
+counter-based generator keyed by (seed, question, sample), one a position, so that a completion depends neither on its
+neighbours nor on the number of slots nor on the order of work. Requests are worked off in chunks that begin with empty
+slots. All samples of one question share one prefill. One device-to-host transfer a step: the ids.
+
+With a small model on a CPU the slots are divided into lanes, one process each, to which a chunk's questions are dealt.
+What all rows share in a step is done for all at once; only rows whose token can matter are looked at one by one.
 """
 
 import hashlib
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Protocol
 
@@ -18,8 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minidpost.lanes import side_by_side
+
 CHUNK = 1024  # requests that begin with empty slots; part of what a run's results depend on (in fp32, by rounding)
 SHELF = 16  # prompts prefilled together and kept beside the slots until all their samples have started
+LANE = 16  # slots and questions at least, for which a process of their own pays
+SMALL = 5_000_000  # parameters; threads inside the products of larger models gain as much as processes
 
 
 class DecodingModel(Protocol):
@@ -31,7 +40,10 @@ class DecodingModel(Protocol):
 
 
 class Override(Protocol):
-    """Watches one row: `push` takes each of its tokens in order and returns the ids that must come right after it."""
+    """Watches one row: `push` takes each of its tokens in order and returns the ids that must come right after it.
+
+    One that has `wakes`, a container of ids, is not shown any others while its `is_dormant` is true.
+    """
 
     def push(self, token_id: int) -> list[int]: ...
 
@@ -66,31 +78,6 @@ class Completion:
     finish_reason: str = "length"
 
 
-@dataclass
-class Row:
-    """A request at work in a slot."""
-
-    index: int
-    uniforms: np.ndarray | None
-    feed: int  # the id decoded next
-    override: Override | None
-    pending: deque[int] = field(default_factory=deque)  # forced ids still to be emitted
-    completion: Completion = field(default_factory=Completion)
-
-    def take(self, drawn_id: int, end_id: int, max_new_tokens: int) -> bool:
-        """Emit the pending forced id or else the drawn one; whether the row has ended."""
-        forced = bool(self.pending)
-        self.feed = self.pending.popleft() if forced else drawn_id
-        self.completion.token_ids.append(self.feed)
-        self.completion.forced.append(forced)
-        if self.feed == end_id and not forced:
-            self.completion.finish_reason = "stop"
-            return True
-        if self.override is not None:
-            self.pending.extend(self.override.push(self.feed))
-        return len(self.completion.token_ids) >= max_new_tokens
-
-
 def sample(
     model: DecodingModel,
     requests: Sequence[Request],
@@ -104,70 +91,177 @@ def sample(
     All of a chunk are yielded before any of the next. `new_override` makes the watcher of one row. Samples of one
     question should stand together in `requests`: those of one chunk share a prefill. Prompts must not be empty.
     """
-    for start in range(first_chunk * CHUNK, len(requests), CHUNK):
-        chunk = list(enumerate(requests[start : start + CHUNK], start=start))
-        yield from _sample_chunk(model, chunk, settings, end_id, new_override)
+    chunks = [
+        by_prompt(list(enumerate(requests[start : start + CHUNK], start=start)))
+        for start in range(first_chunk * CHUNK, len(requests), CHUNK)
+    ]
+    n_lanes = lanes_for(model, settings, chunks)
+    if n_lanes == 1:
+        for chunk in chunks:
+            yield from _sample_chunk(model, chunk, settings, end_id, new_override)
+        return
+
+    def lane(number: int) -> Iterator[tuple[int, tuple[int, Completion]]]:
+        share = replace(settings, slots=-(-settings.slots // n_lanes))
+        for place, chunk in enumerate(chunks):
+            for done in _sample_chunk(model, chunk[number::n_lanes], share, end_id, new_override):
+                yield place, done
+
+    yield from _in_order(
+        side_by_side([partial(lane, number) for number in range(n_lanes)]),
+        [sum(len(group) for group in chunk) for chunk in chunks],
+    )
+
+
+def by_prompt(chunk: Sequence[tuple[int, Request]]) -> list[list[tuple[int, Request]]]:
+    """Numbered requests in groups of the same prompt, the longest prompts first."""
+    groups: dict[tuple[int, ...], list[tuple[int, Request]]] = {}
+    for index, request in chunk:
+        groups.setdefault(request.prompt, []).append((index, request))
+    return [groups[prompt] for prompt in sorted(groups, key=len, reverse=True)]
+
+
+def lanes_for(model: DecodingModel, settings: Sampling, chunks: Sequence) -> int:
+    """How many processes share the work: with a small model on a CPU as many as torch has threads, if it is enough."""
+    is_small = sum(weight.numel() for weight in model.parameters()) < SMALL
+    if not (chunks and is_small and sys.platform == "linux" and next(model.parameters()).device.type == "cpu"):
+        return 1
+    return max(1, min(torch.get_num_threads(), settings.slots // LANE, len(chunks[0]) // LANE))
+
+
+def _in_order(done: Iterator[tuple[int, tuple[int, Completion]]], sizes: Sequence[int]) -> Iterator:
+    """Of (chunk, item) as they come, the items: chunk by chunk, each as soon as all before its chunk are there."""
+    waiting: list[list] = [[] for _ in sizes]
+    missing, current = list(sizes), 0
+    for chunk, item in done:
+        waiting[chunk].append(item)
+        missing[chunk] -= 1
+        while current < len(sizes):
+            yield from waiting[current]
+            waiting[current].clear()
+            if missing[current]:
+                break
+            current += 1
 
 
 def _sample_chunk(model, chunk, settings, end_id, new_override) -> Iterator[tuple[int, Completion]]:
-    slots = min(settings.slots, len(chunk))
-    longest = max(len(request.prompt) for _, request in chunk)
-    cache = model.new_cache(slots + SHELF, longest, settings.max_new_tokens)
-    waiting = _prefilled(model, cache, slots, chunk)
-    rows: list[Row] = []
-
-    def start(slot: int, index: int, request: Request, shelf_row: int, first_id: int) -> None:
-        cache.copy_rows([shelf_row], [slot])
-        uniforms = row_uniforms(settings, request) if settings.temperature else None
-        rows[slot : slot + 1] = [Row(index, uniforms, first_id, new_override() if new_override else None)]
-
-    for entry in islice(waiting, slots):
-        start(len(rows), *entry)
-    while rows:
-        ended = _step(model, cache, rows, settings, end_id)
-        yield from [(rows[slot].index, rows[slot].completion) for slot in ended]
+    """Work off the groups of one chunk, beginning with empty slots."""
+    n_slots = min(settings.slots, sum(len(group) for group in chunk))
+    longest = max(len(group[0][1].prompt) for group in chunk)
+    cache = model.new_cache(n_slots + SHELF, longest, settings.max_new_tokens)
+    waiting = _prefilled(model, cache, n_slots, chunk)
+    slots = Slots(n_slots, settings, end_id, new_override)
+    for _ in range(n_slots):
+        slots.start(slots.n_rows, next(waiting), cache)
+    while slots.n_rows:
+        ended = _step(model, cache, slots)
+        yield from [slots.completed(slot) for slot in ended]
         for slot in reversed(ended):
             if (entry := next(waiting, None)) is not None:
-                start(slot, *entry)
+                slots.start(slot, entry, cache)
             else:
-                _close_gap(cache, rows, slot)
+                slots.close(slot, cache)
 
 
-def _prefilled(model, cache, slots, chunk) -> Iterator[tuple[int, Request, int, int]]:
-    """The chunk's requests, longest prompts first, each as (index, request, shelf row of its prompt, first id).
+def _prefilled(model, cache, n_slots, chunk) -> Iterator[tuple[int, Request, int, int]]:
+    """The chunk's requests, each as (index, request, shelf row of its prompt, first id).
 
     The next SHELF prompts are prefilled when the first of their samples is asked for, by when every sample of the
     previous ones has been copied from the shelf into a slot.
     """
-    groups: dict[tuple[int, ...], list[tuple[int, Request]]] = {}
-    for index, request in chunk:
-        groups.setdefault(request.prompt, []).append((index, request))
-    prompts = iter(sorted(groups, key=len, reverse=True))
-    while batch := list(islice(prompts, SHELF)):
-        shelf = range(slots, slots + len(batch))
-        first_ids = model.prefill(cache, shelf, batch)
-        for prompt, row, first_id in zip(batch, shelf, first_ids, strict=True):
-            yield from ((index, request, row, first_id) for index, request in groups[prompt])
+    groups = iter(chunk)
+    while batch := list(islice(groups, SHELF)):
+        shelf = range(n_slots, n_slots + len(batch))
+        first_ids = model.prefill(cache, shelf, [group[0][1].prompt for group in batch])
+        for group, row, first_id in zip(batch, shelf, first_ids, strict=True):
+            yield from ((index, request, row, first_id) for index, request in group)
 
 
-def _step(model, cache, rows, settings, end_id) -> list[int]:
+def _step(model, cache, slots) -> list[int]:
     """Emit one token in every row; the slots of those that ended."""
     device = next(model.parameters()).device
-    logits_BV = model.decode(cache, torch.tensor([row.feed for row in rows], device=device))
-    uniform_B = None
-    if settings.temperature:
-        drawn = [row.uniforms[len(row.completion.token_ids)] for row in rows]
-        uniform_B = torch.tensor(drawn, dtype=torch.float64, device=device)
-    ids = choose(logits_BV, uniform_B, settings).tolist()
-    return [slot for slot, row in enumerate(rows) if row.take(ids[slot], end_id, settings.max_new_tokens)]
+    logits_BV = model.decode(cache, torch.from_numpy(slots.feed_B[: slots.n_rows]).to(device))
+    uniform_B = torch.from_numpy(slots.uniforms()).to(device) if slots.settings.temperature else None
+    return slots.emit(np.array(choose(logits_BV, uniform_B, slots.settings).tolist()))
 
 
-def _close_gap(cache, rows, slot) -> None:
-    """Move the last row into a freed slot, so that the rows at work are always the cache's first."""
-    last = rows.pop()
-    if slot < len(rows):
-        cache.copy_rows([len(rows)], [slot])
-        rows[slot] = last
+class Slots:
+    """The rows at work, of which arrays hold what is the same for all; the first `n_rows` slots are taken."""
+
+    def __init__(self, n_slots: int, settings: Sampling, end_id: int, new_override: Callable[[], Override] | None):
+        self.settings, self.end_id, self.new_override, self.n_rows = settings, end_id, new_override, 0
+        shape = (n_slots, settings.max_new_tokens)
+        self.index_B = np.zeros(n_slots, dtype=np.int64)
+        self.feed_B = np.zeros(n_slots, dtype=np.int64)  # the id decoded next
+        self.length_B = np.zeros(n_slots, dtype=np.int64)  # tokens emitted
+        self.watched_B = np.zeros(n_slots, dtype=bool)  # whose next token matters, whatever it is
+        self.token_BT = np.zeros(shape, dtype=np.int64)
+        self.forced_BT = np.zeros(shape, dtype=bool)
+        self.uniform_BT = np.zeros(shape if settings.temperature else (n_slots, 0))
+        self.overrides: list[Override | None] = [None] * n_slots
+        self.pending: list[deque[int]] = [deque() for _ in range(n_slots)]  # forced ids still to be emitted
+        self.columns = [self.index_B, self.feed_B, self.length_B, self.watched_B, self.token_BT, self.forced_BT]
+        self.columns += [self.uniform_BT, self.overrides, self.pending]
+        self.wakes_V = np.zeros(1, dtype=bool)  # ids shown to dormant overrides; the last entry stands for all behind
+
+    def start(self, slot: int, entry: tuple[int, Request, int, int], cache) -> None:
+        """Begin a row in a slot: the first that is not taken, or that of a row that has ended."""
+        self.index_B[slot], request, shelf_row, self.feed_B[slot] = entry
+        cache.copy_rows([shelf_row], [slot])
+        self.n_rows = max(self.n_rows, slot + 1)
+        self.length_B[slot], self.forced_BT[slot], self.pending[slot] = 0, False, deque()
+        if self.new_override:
+            self.overrides[slot] = self.new_override()
+            wakes = getattr(self.overrides[slot], "wakes", ())
+            if wakes and len(self.wakes_V) == 1:  # those of one run share it
+                self.wakes_V = np.zeros(max(wakes) + 2, dtype=bool)
+                self.wakes_V[list(wakes)] = True
+        self.watched_B[slot] = self._is_alert(slot)
+        if self.settings.temperature:
+            self.uniform_BT[slot] = row_uniforms(self.settings, request)
+
+    def uniforms(self) -> np.ndarray:
+        """Each row's own number for the position that it draws next."""
+        return self.uniform_BT[np.arange(self.n_rows), self.length_B[: self.n_rows]]
+
+    def emit(self, id_B: np.ndarray) -> list[int]:
+        """Emit in every row its pending forced id or else the drawn one; the slots of the rows that have ended."""
+        row_B, position_B = np.arange(self.n_rows), self.length_B[: self.n_rows].copy()
+        for slot in np.flatnonzero(self.watched_B[: self.n_rows]):
+            if self.pending[slot]:
+                id_B[slot] = self.pending[slot].popleft()
+                self.forced_BT[slot, position_B[slot]] = True
+        self.token_BT[row_B, position_B] = self.feed_B[: self.n_rows] = id_B
+        self.length_B[: self.n_rows] += 1
+        stopped_B = (id_B == self.end_id) & ~self.forced_BT[row_B, position_B]
+        for slot in np.flatnonzero((self.watched_B[: self.n_rows] | self._rouses(id_B)) & ~stopped_B):
+            self.pending[slot].extend(self.overrides[slot].push(int(id_B[slot])))
+            self.watched_B[slot] = self._is_alert(slot)
+        return np.flatnonzero(stopped_B | (position_B + 1 >= self.settings.max_new_tokens)).tolist()
+
+    def completed(self, slot: int) -> tuple[int, Completion]:
+        """The request's index and the completion of a row that has ended."""
+        tokens = self.token_BT[slot, : self.length_B[slot]].tolist()
+        forced = self.forced_BT[slot, : len(tokens)].tolist()
+        reason = "stop" if tokens[-1] == self.end_id and not forced[-1] else "length"
+        return int(self.index_B[slot]), Completion(tokens, forced, reason)
+
+    def close(self, slot: int, cache) -> None:
+        """Give up a slot: the last row moves into it, so that the rows at work are always the cache's first."""
+        self.n_rows -= 1
+        if slot < self.n_rows:
+            cache.copy_rows([self.n_rows], [slot])
+            for column in self.columns:
+                column[slot] = column[self.n_rows]
+
+    def _is_alert(self, slot: int) -> bool:
+        """Whether the row's next token matters whatever it is."""
+        override = self.overrides[slot]
+        return bool(self.pending[slot]) or (override is not None and not getattr(override, "is_dormant", False))
+
+    def _rouses(self, id_B: np.ndarray) -> np.ndarray:
+        """Which ids a dormant override must see."""
+        return self.wakes_V[np.minimum(id_B, len(self.wakes_V) - 1)]
 
 
 def row_uniforms(settings: Sampling, request: Request) -> np.ndarray:
@@ -183,6 +277,8 @@ def choose(logits_BV: Tensor, uniform_B: Tensor | None, settings: Sampling) -> T
     The order is that of others' samplers: temperature, then top-k, then top-p (the fewest tokens that reach it).
     """
     if uniform_B is None:
+        if logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32:
+            return torch.from_numpy(logits_BV.numpy().argmax(-1))  # a tenth of torch's time
         return logits_BV.argmax(-1)
     scores_BV = (logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()) / settings.temperature
     order_BV = None

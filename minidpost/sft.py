@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from minidpost.batches import Encoded, by_length, collate, shuffled_steps
+from minidpost.batches import Encoded, collate, micro_batches, shuffled_steps
 from minidpost.objectives import log_probabilities, sft_loss
 from minidpost.optimizer import Schedule, StepLog, adamw, apply_step, autocast, checkpoint_activations, derived_seed
 from minidpost.resume import Checkpoint
@@ -18,8 +18,8 @@ from minidpost.resume import Checkpoint
 
 @dataclass(frozen=True)
 class SFTSettings:
-    """Epochs over the data, examples an optimizer step, and how memory is saved: padded tokens a micro-batch (which
-    changes results by rounding and by which units dropout hits), activations computed twice."""
+    """Epochs over the data, examples an optimizer step, and how memory is saved: padded tokens a micro-batch at most
+    (which changes results by rounding and by which units dropout hits), activations computed twice."""
 
     epochs: int
     examples_per_step: int
@@ -42,7 +42,7 @@ def train_sft(
     Dropout is on, and seeded by (seed, stage, step). The log has loss, lr, grad_norm and tokens_per_second a step. With
     a checkpoint, the training begins where an earlier one of the same stage, settings and data was stopped.
     """
-    device = next(model.parameters()).device
+    device, start_id = next(model.parameters()).device, model.config.start_id
     n_steps = settings.epochs * -(-len(sequences) // settings.examples_per_step)
     optimizer = adamw(model, settings.schedule)
     order = shuffled_steps(
@@ -61,8 +61,8 @@ def train_sft(
             batch = [sequences[number] for number in numbers]
             n_targets = sum(len(sequence.target) for sequence in batch)
             loss = torch.zeros((), device=device)
-            for group in by_length([sequence.n_tokens for sequence in batch], settings.micro_batch_tokens):
-                micro = collate([batch[i] for i in group], model.config.start_id, device)
+            for group in micro_batches([[s] for s in batch], settings.micro_batch_tokens, start_id, device):
+                micro = collate([batch[i] for i in group], start_id, device)
                 with autocast(device):
                     log_probability_BT = log_probabilities(model, micro)
                 micro_loss = sft_loss(log_probability_BT, n_targets)

@@ -7,14 +7,15 @@ form) and a head of their own. Run it in fp32 or bf16: fp16 overflows.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidpost.kvcache import KVCache
+from minidpost.kvcache import KVCache, Linear, PromptCache, attention, linear, mask_bias
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ class Attention(nn.Module):
         super().__init__()
         inner = config.n_heads * config.d_kv
         self.n_heads, self.dropout = config.n_heads, config.dropout
-        self.query = nn.Linear(config.d_model, inner, bias=False)
-        self.key = nn.Linear(config.d_model, inner, bias=False)
-        self.value = nn.Linear(config.d_model, inner, bias=False)
-        self.output = nn.Linear(inner, config.d_model, bias=False)
+        self.query = Linear(config.d_model, inner, bias=False)
+        self.key = Linear(config.d_model, inner, bias=False)
+        self.value = Linear(config.d_model, inner, bias=False)
+        self.output = Linear(inner, config.d_model, bias=False)
 
     def split(self, x_BTE: Tensor) -> Tensor:
         """Split the last dimension into heads: (B, T, H·K) to (B, H, T, K)."""
@@ -60,13 +61,16 @@ class Attention(nn.Module):
         """Keys and values, each (B, H, S, K)."""
         return self.split(self.key(x_BSD)), self.split(self.value(x_BSD))
 
-    def forward(self, x_BTD: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_BHTS: Tensor) -> Tensor:
-        """Attend from x to the given keys and values; the bias (broadcastable) is −inf where a query must not look."""
-        q_BHTK = self.split(self.query(x_BTD))
-        y_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BHSK, v_BHSK, bias_BHTS.to(q_BHTK.dtype), self.dropout if self.training else 0.0, scale=1.0
-        )
-        return self.output(y_BHTK.transpose(1, 2).flatten(2))
+    def attend(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_BHTS: Tensor) -> Tensor:
+        """What each query reads, (B, H, T, K); the bias (broadcastable) is −inf where it must not look."""
+        p = self.dropout * self.training
+        if q_BHTK.is_cpu and q_BHTK.requires_grad:  # no kernel there trains a bias; its substitute is slower
+            return F.dropout((q_BHTK @ k_BHSK.mT + bias_BHTS).softmax(-1), p) @ v_BHSK
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, bias_BHTS.to(q_BHTK.dtype), p, scale=1.0)
+
+    def forward(self, x_BTD: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """Attention from x, of which `attend` takes the queries."""
+        return self.output(attend(self.split(self.query(x_BTD))).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -74,9 +78,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: T5Config):
         super().__init__()
-        self.gate = nn.Linear(config.d_model, config.d_ff, bias=False) if config.gated else None
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.gate = Linear(config.d_model, config.d_ff, bias=False) if config.gated else None
+        self.up = Linear(config.d_model, config.d_ff, bias=False)
+        self.down = Linear(config.d_ff, config.d_model, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -98,7 +102,8 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x_BSD: Tensor, bias_BHSS: Tensor) -> Tensor:
         h_BSD = self.attention_norm(x_BSD)
-        x_BSD = x_BSD + self.dropout(self.attention(h_BSD, *self.attention.keys_values(h_BSD), bias_BHSS))
+        memory = *self.attention.keys_values(h_BSD), bias_BHSS
+        x_BSD = x_BSD + self.dropout(self.attention(h_BSD, lambda q_BHSK: self.attention.attend(q_BHSK, *memory)))
         return x_BSD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BSD)))
 
 
@@ -115,15 +120,12 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD, bias_BHTT, cross_k_BHSK, cross_v_BHSK, cross_bias_B11S, cache=None, layer=0) -> Tensor:
-        """With a cache, T is 1 and the keys and values of earlier positions come from it."""
+    def forward(self, x_BTD: Tensor, attend_own: Callable, attend_prompt: Callable) -> Tensor:
+        """`attend_own` takes queries, keys and values of the new positions, `attend_prompt` queries alone."""
         h_BTD = self.self_attention_norm(x_BTD)
         k_BHTK, v_BHTK = self.self_attention.keys_values(h_BTD)
-        if cache is not None:
-            k_BHTK, v_BHTK = cache.append(layer, k_BHTK, v_BHTK)
-        x_BTD = x_BTD + self.dropout(self.self_attention(h_BTD, k_BHTK, v_BHTK, bias_BHTT))
-        h_BTD = self.cross_attention_norm(x_BTD)
-        x_BTD = x_BTD + self.dropout(self.cross_attention(h_BTD, cross_k_BHSK, cross_v_BHSK, cross_bias_B11S))
+        x_BTD = x_BTD + self.dropout(self.self_attention(h_BTD, lambda q_BHTK: attend_own(q_BHTK, k_BHTK, v_BHTK)))
+        x_BTD = x_BTD + self.dropout(self.cross_attention(self.cross_attention_norm(x_BTD), attend_prompt))
         return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
 
 
@@ -140,7 +142,7 @@ class Stack(nn.Module):
 class T5Cache:
     """What decoding remembers of each row: its own tokens, and its prompt as the cross-attention sees it."""
 
-    def __init__(self, own: KVCache, prompt: KVCache, bias_SH: Tensor):
+    def __init__(self, own: KVCache, prompt: PromptCache, bias_SH: Tensor):
         self.own, self.prompt = own, prompt
         self.bias_SH = bias_SH  # the decoder's position bias by distance, 0 … max_new − 1
 
@@ -160,7 +162,7 @@ class T5(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, EncoderLayer, config.n_encoder_layers)
         self.decoder = Stack(config, DecoderLayer, config.n_decoder_layers)
-        self.head = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = None if config.tied else Linear(config.d_model, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
     @torch.no_grad()
@@ -181,26 +183,28 @@ class T5(nn.Module):
         """What source tokens pass, and what target tokens do."""
         return self.encoder, self.decoder
 
-    def forward(self, source_BS: Tensor, source_mask_BS: Tensor, target_BT: Tensor) -> Tensor:
-        """Logits for the token after each decoder input.
+    def forward(self, source_QS, source_mask_QS, target_BT, row_B=None) -> Tensor:
+        """Logits for the token after each decoder input, (B, T, V).
 
-        Shapes: source_BS ids; source_mask_BS bool, True = a token; target_BT the decoder's input ids, beginning with
-        the start id (padding behind a row's end cannot reach back to it and needs no mask). Result (B, T, V).
+        source_QS ids; source_mask_QS bool, True = a token; target_BT the decoder's input ids, from the start id on
+        (padding behind needs no mask); row_B the source row that each target row reads (None: one each, Q = B).
         """
-        return self.logits(self.hidden(source_BS, source_mask_BS, target_BT))
+        return self.logits(self.hidden(source_QS, source_mask_QS, target_BT, row_B))
 
-    def hidden(self, source_BS: Tensor, source_mask_BS: Tensor, target_BT: Tensor) -> Tensor:
-        """What the output matrix turns into logits, (B, T, D), at every target position at once."""
-        encoded_BSD = self.encode(source_BS, source_mask_BS)
+    def hidden(self, source_QS, source_mask_QS, target_BT, row_B=None) -> Tensor:
+        """What the output matrix turns into logits, (B, T, D); row_B says which source row each target row reads."""
+        encoded_QSD = self.encode(source_QS, source_mask_QS)
         position_T = torch.arange(target_BT.shape[1], device=target_BT.device)
-        distance_TT = position_T[:, None] - position_T[None, :]
-        bias_1HTT = self.position_bias(distance_TT.clamp(min=0)).permute(2, 0, 1)[None]
-        bias_1HTT = bias_1HTT.masked_fill(distance_TT < 0, -math.inf)
-        cross_bias_B11S = mask_bias(source_mask_BS, encoded_BSD.dtype)
+        distance_TT = position_T[:, None] - position_T
+        bias_1HTT = self.position_bias(distance_TT).permute(2, 0, 1)[None].masked_fill(distance_TT < 0, -math.inf)
+        own = (lambda x_Q: x_Q) if row_B is None else (lambda x_Q: x_Q.index_select(0, row_B))
+        cross_bias_B11S = own(mask_bias(source_mask_QS, encoded_QSD.dtype))
         x_BTD = self.dropout(self.embedding(target_BT))
         for layer in self.decoder.layers:
-            k_BHSK, v_BHSK = layer.cross_attention.keys_values(encoded_BSD)
-            x_BTD = layer(x_BTD, bias_1HTT, k_BHSK, v_BHSK, cross_bias_B11S)
+            k_BHSK, v_BHSK = map(own, layer.cross_attention.keys_values(encoded_QSD))
+            attend_own = partial(layer.self_attention.attend, bias_BHTS=bias_1HTT)
+            prompt = {"k_BHSK": k_BHSK, "v_BHSK": v_BHSK, "bias_BHTS": cross_bias_B11S}
+            x_BTD = layer(x_BTD, attend_own, partial(layer.cross_attention.attend, **prompt))
         return self.finished(x_BTD)
 
     def encode(self, source_BS: Tensor, source_mask_BS: Tensor) -> Tensor:
@@ -222,13 +226,12 @@ class T5(nn.Module):
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """The output matrix, which v1.0 shares with the embedding: (…, D) to (…, V)."""
-        return F.linear(hidden_BTD, self.embedding.weight if self.head is None else self.head.weight)
+        return linear(hidden_BTD, self.embedding.weight if self.head is None else self.head.weight)
 
     def position_bias(self, distance: Tensor) -> Tensor:
-        """The decoder's bias for looking `distance` ≥ 0 tokens back: (…) to (…, H)."""
-        return self.decoder.relative_bias(
-            relative_bucket(-distance, False, self.config.n_buckets, self.config.max_distance)
-        )
+        """The decoder's bias for looking `distance` tokens back (below 0 as at 0): (…) to (…, H)."""
+        config = self.config
+        return self.decoder.relative_bias(relative_bucket(-distance, False, config.n_buckets, config.max_distance))
 
     @torch.inference_mode()
     def new_cache(self, rows: int, max_prompt: int, max_new: int) -> T5Cache:
@@ -236,8 +239,8 @@ class T5(nn.Module):
         self.eval()
         config, weight = self.config, self.embedding.weight
         own, prompt = (
-            KVCache(config.n_decoder_layers, rows, config.n_heads, size, config.d_kv, weight.dtype, weight.device)
-            for size in (max_new, max_prompt)
+            kind(config.n_decoder_layers, rows, config.n_heads, size, config.d_kv, weight.dtype, weight.device)
+            for kind, size in ((KVCache, max_new), (PromptCache, max_prompt))
         )
         return T5Cache(own, prompt, self.position_bias(torch.arange(max_new, device=weight.device)))
 
@@ -249,11 +252,11 @@ class T5(nn.Module):
         source_BS = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
         mask_BS = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
         encoded_BSD = self.encode(source_BS, mask_BS)
+        places, store = cache.prompt.begin(rows, lengths), cache.prompt.store
         for index, layer in enumerate(self.decoder.layers):
             k_BHSK, v_BHSK = layer.cross_attention.keys_values(encoded_BSD)
-            cache.prompt.keys_LBHSK[index, rows, :, :longest] = k_BHSK
-            cache.prompt.values_LBHSK[index, rows, :, :longest] = v_BHSK
-        cache.prompt.set_lengths(rows, lengths)
+            store.keys_LBHSK[index, places, :, :longest] = k_BHSK
+            store.values_LBHSK[index, places, :, :longest] = v_BHSK
         cache.own.set_lengths(rows, [0] * len(rows))
         return [self.config.start_id] * len(rows)
 
@@ -261,18 +264,17 @@ class T5(nn.Module):
     def decode(self, cache: T5Cache, ids_B: Tensor) -> Tensor:
         """Feed one token to each of the cache's first B rows, at the row's own position; logits_BV of what follows."""
         n_rows = len(ids_B)
-        own_used, prompt_used = cache.own.longest(n_rows) + 1, cache.prompt.longest(n_rows)
-        slot_S = torch.arange(max(own_used, prompt_used), device=ids_B.device)
-        distance_BS = cache.own.length_B[:n_rows, None] - slot_S[:own_used]
-        bias_BH1S = cache.bias_SH[distance_BS.clamp(min=0)].masked_fill((distance_BS < 0)[..., None], -math.inf)
-        bias_BH1S = bias_BH1S.transpose(1, 2)[:, :, None]
-        prompt_mask_BS = slot_S[:prompt_used] < cache.prompt.length_B[:n_rows, None]
-        cross_bias_B11S = mask_bias(prompt_mask_BS, bias_BH1S.dtype)
+        slot_S = torch.arange(cache.own.longest(n_rows) + 1, device=ids_B.device)
+        distance_BS = (cache.own.length_B[:n_rows, None] - slot_S).clamp(min=0)
+        bias_BH1S = cache.bias_SH[distance_BS].transpose(1, 2)[:, :, None] + cache.own.bias(n_rows)
+
+        def attend_own(layer: int, q_BH1K: Tensor, k_BH1K: Tensor, v_BH1K: Tensor) -> Tensor:
+            k_BHSK, v_BHSK = cache.own.append(layer, k_BH1K, v_BH1K)
+            return attention(q_BH1K, k_BHSK, v_BHSK, bias_BH1S, scale=1.0)
+
         x_B1D = self.embedding(ids_B)[:, None]
         for index, layer in enumerate(self.decoder.layers):
-            k_BHSK = cache.prompt.keys_LBHSK[index, :n_rows, :, :prompt_used]
-            v_BHSK = cache.prompt.values_LBHSK[index, :n_rows, :, :prompt_used]
-            x_B1D = layer(x_B1D, bias_BH1S, k_BHSK, v_BHSK, cross_bias_B11S, cache.own, index)
+            x_B1D = layer(x_B1D, partial(attend_own, index), partial(cache.prompt.attend, index, scale=1.0))
         cache.own.advance(n_rows)
         return self.logits(self.finished(x_B1D))[:, 0]
 
@@ -291,9 +293,3 @@ def relative_bucket(offset: Tensor, bidirectional: bool, n_buckets: int, max_dis
     share = torch.log(distance.clamp(min=1).float() / n_exact) / math.log(max_distance / n_exact)
     far = (n_exact + (share * (n_buckets - n_exact)).long()).clamp(max=n_buckets - 1)
     return bucket + torch.where(distance < n_exact, distance, far)
-
-
-def mask_bias(mask_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where the mask is True and −inf elsewhere, (B, 1, 1, S)."""
-    bias_BS = torch.zeros(mask_BS.shape, dtype=dtype, device=mask_BS.device).masked_fill(~mask_BS, -math.inf)
-    return bias_BS[:, None, None]
