@@ -37,7 +37,16 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import peers  # noqa: E402
 from benchmarks.common import RESULTS, command_line, machine_line, timed, write_result  # noqa: E402
-from benchmarks.scripted import MODELS, ScriptedModel, Work, natural_work, open_shape, scripted_work  # noqa: E402
+from benchmarks.scripted import (  # noqa: E402
+    MODELS,
+    ScriptedModel,
+    Work,
+    model_names,
+    natural_work,
+    open_shape,
+    row_counts,
+    scripted_work,
+)
 from minidpost.commands import POSITIVE, Parser, device, run_command  # noqa: E402
 from minidpost.formats import Format  # noqa: E402
 from minidpost.generation import default_device  # noqa: E402
@@ -135,9 +144,11 @@ def parse() -> argparse.Namespace:
         description=f"{__doc__.splitlines()[0]} CTranslate2 takes part where it is installed: pip install ctranslate2."
     )
     models = f"of {', '.join(MODELS)}, or directories; default: those of the bars"
-    parser.add_argument("--model", type=names, metavar="NAMES", help=models)
+    parser.add_argument("--model", type=model_names, metavar="NAMES", help=models)
     parser.add_argument("--natural", action="store_true", help="their own completions to toy questions, no scripts")
-    parser.add_argument("--rows", type=numbers, metavar="NUMBERS", help="rows at once; default: from 1 to 128, or 256")
+    parser.add_argument(
+        "--rows", type=row_counts, metavar="NUMBERS", help="rows at once; default: from 1 to 128, or 256"
+    )
     parser.add_argument("--questions", type=POSITIVE, metavar="N", help="default: some a row, 8 without scripts")
     parser.add_argument("--rounds", type=POSITIVE, default=5, metavar="N", help="at the rows of the bars; default: 5")
     others = "at other rows, and of contenders that no bar speaks of; default: 1"
@@ -167,10 +178,6 @@ def parse() -> argparse.Namespace:
 
 def names(text: str) -> list[str]:
     return text.split(",")
-
-
-def numbers(text: str) -> list[int]:
-    return [*map(POSITIVE, text.split(","))]
 
 
 def machine(options: argparse.Namespace) -> str:

@@ -12,6 +12,7 @@ product of large square matrices in the same precision.
 """
 
 import argparse
+import multiprocessing
 import os
 import sys
 import time
@@ -31,7 +32,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import RESULTS, command_line, machine_line, timed, write_result  # noqa: E402
-from benchmarks.scripted import MODELS, ScriptedCache, ScriptedModel, open_shape, scripted_work  # noqa: E402
+from benchmarks.scripted import (  # noqa: E402
+    MODELS,
+    ScriptedCache,
+    ScriptedModel,
+    model_names,
+    open_shape,
+    row_counts,
+    scripted_work,
+)
 from minidpost.batches import Encoded  # noqa: E402
 from minidpost.commands import NOT_NEGATIVE, POSITIVE, Parser, device, run_command  # noqa: E402
 from minidpost.dpo import Pair, train_dpo  # noqa: E402
@@ -52,10 +61,12 @@ DEFAULT_MODELS = {
     "cuda": ["flan-t5-small", "flan-t5-base", "flan-t5-large", "llama-3.2-1b", "llama-3-8b"],
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PROBES = {"cpu": (2**26, 2048), "cuda": (2**28, 8192)}  # entries of an array, width of a matrix
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 PROMPTS = [16, 64, 128, 256, 512]
 AT_PROMPT, AT_ROWS = 64, 32  # where something else varies
 WINDOW = 32  # steps over which a mean is taken
+MAX_CACHES = 1024  # that work side by side
 RECIPE_MODEL = "flan-t5-large"
 N_QUESTIONS = 6705  # [paper] GSM8K's training questions without the dev set
 N_PROMPT, N_TARGET = 61, 106  # mean lengths in T5's tokens
@@ -65,24 +76,31 @@ class Clocked(ScriptedModel):
     """A scripted model that notes when each step of each of its caches began."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[tuple[int, ...]], scripts: Sequence[Sequence[int]]):
+        """All scripts of one length, so that rows are never refilled."""
         super().__init__(model, prompts, scripts)
-        self.caches: list[ScriptedCache] = []
+        # Shared, as the sampler may decode in processes of its own.
+        self.began_CT = torch.zeros(MAX_CACHES, len(scripts[0]), dtype=torch.float64).share_memory_().numpy()
+        self.n_rows_C = torch.zeros(MAX_CACHES, dtype=torch.long).share_memory_().numpy()
+        self.n_caches = multiprocessing.Value("i", 0)
 
     def new_cache(self, rows: int, max_prompt: int, max_new: int) -> ScriptedCache:
         cache = super().new_cache(rows, max_prompt, max_new)
-        cache.began, cache.n_rows = [], 0
-        self.caches.append(cache)
+        with self.n_caches.get_lock():
+            cache.number, cache.n_steps = self.n_caches.value, 0
+            self.n_caches.value += 1
         return cache
 
     def decode(self, cache: ScriptedCache, ids_B: Tensor) -> Tensor:
-        cache.began.append(time.perf_counter())
-        cache.n_rows = max(cache.n_rows, len(ids_B))
+        self.began_CT[cache.number, cache.n_steps] = time.perf_counter()
+        self.n_rows_C[cache.number] = len(ids_B)
+        cache.n_steps += 1
         return super().decode(cache, ids_B)
 
     def step_seconds(self, first: int, n_steps: int) -> float:
-        """The mean time of a step of all rows from position `first` on; caches may be at work side by side."""
-        rates = [cache.n_rows * n_steps / (cache.began[first + n_steps] - cache.began[first]) for cache in self.caches]
-        return sum(cache.n_rows for cache in self.caches) / sum(rates)
+        """The mean time of a step of all rows from position `first` on, however many caches work side by side."""
+        n = self.n_caches.value
+        seconds_C = (self.began_CT[:n, first + n_steps] - self.began_CT[:n, first]) / n_steps
+        return float(self.n_rows_C[:n].sum() / (self.n_rows_C[:n] / seconds_C).sum())
 
 
 @dataclass(frozen=True)
@@ -146,10 +164,10 @@ def parse() -> argparse.Namespace:
     """The command line; UserError for what is wrong with it."""
     parser = Parser(description=__doc__.splitlines()[0])
     models = f"of {', '.join(MODELS)}, or directories"
-    parser.add_argument("--model", type=lambda text: text.split(","), metavar="NAMES", help=models)
-    parser.add_argument("--rows", type=numbers, default=ROWS, metavar="NUMBERS", help="default: from 1 to 256")
+    parser.add_argument("--model", type=model_names, metavar="NAMES", help=models)
+    parser.add_argument("--rows", type=row_counts, default=ROWS, metavar="NUMBERS", help="default: from 1 to 256")
     parser.add_argument(
-        "--prompts", type=numbers, default=PROMPTS, metavar="NUMBERS", help="tokens; default: 16 to 512"
+        "--prompts", type=row_counts, default=PROMPTS, metavar="NUMBERS", help="tokens; default: 16 to 512"
     )
     parser.add_argument("--length", type=POSITIVE, default=300, metavar="N", help="the last position; default: 300")
     parser.add_argument(
@@ -174,17 +192,12 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def numbers(text: str) -> list[int]:
-    return sorted({*map(POSITIVE, text.split(","))})
-
-
 # What the machine can do
 
 
 def measure_limits(device: str, dtype_name: str, n_rounds: int = 5) -> Limits:
     """Memory bandwidth and peak, the best of several rounds."""
-    dtype, on_gpu = DTYPES[dtype_name], torch.device(device).type == "cuda"
-    n, width = (2**28, 8192) if on_gpu else (2**26, 2048)
+    dtype, (n, width) = DTYPES[dtype_name], PROBES[torch.device(device).type]
     a_N, b_N, c_N = (torch.ones(n, device=device) for _ in range(3))
     left, right = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
 
@@ -228,7 +241,7 @@ def measure_decoding(scaling: Scaling, limits: Limits, options: argparse.Namespa
     def points(rows: int, n_prompt: int, firsts: Sequence[int]) -> list[Point]:
         print(f"{scaling.name}: {rows} rows, prompts of {n_prompt}, to {firsts[-1]}", file=sys.stderr, flush=True)
         n_steps = min(WINDOW, options.length)
-        clocked = decoded(model, end_id, rows, n_prompt, firsts[-1] + n_steps + 1)
+        clocked = clocked_sampling(model, end_id, rows, n_prompt, firsts[-1] + n_steps + 1)
         found = []
         for first in firsts:
             middle = first + n_steps // 2
@@ -239,12 +252,12 @@ def measure_decoding(scaling: Scaling, limits: Limits, options: argparse.Namespa
     points(at_rows, AT_PROMPT, [0])  # to warm up
     usual = min(WINDOW, options.length)
     scaling.by_rows = [point for rows in options.rows for point in points(rows, AT_PROMPT, [usual])]
-    firsts = [*range(0, max(1, options.length - WINDOW), max(WINDOW, options.length // 6)), options.length]
-    scaling.by_position = points(at_rows, AT_PROMPT, [*dict.fromkeys(firsts)])
+    firsts = dict.fromkeys((options.length - usual) * number // 6 for number in range(7))
+    scaling.by_position = points(at_rows, AT_PROMPT, [*firsts])
     scaling.by_prompt = [point for n_prompt in options.prompts for point in points(at_rows, n_prompt, [usual])]
 
 
-def decoded(model: nn.Module, end_id: int, rows: int, n_prompt: int, n_new: int) -> Clocked:
+def clocked_sampling(model: nn.Module, end_id: int, rows: int, n_prompt: int, n_new: int) -> Clocked:
     """A clocked model behind the decoding of so many rows, all of one length."""
     random, n_ids = Random(0), model.config.vocab_size
     ids = [token_id for token_id in range(n_ids) if token_id != end_id]
@@ -400,6 +413,7 @@ def draw(found: list[Scaling], path: Path, options: argparse.Namespace) -> None:
         axes.set_xlim(left=0)
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     handles, labels = left.get_legend_handles_labels()
     handles.append(Line2D([], [], color="grey", linestyle="--", label="the limit"))
     figure.legend(handles, [*labels, "limit: bandwidth or peak"], loc="outside lower center", ncols=len(handles))

@@ -6,6 +6,7 @@ would be trained to write them, so that lengths and annotations are real; the ca
 there.
 """
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from benchmarks.calculator_gsm8k import walk
 from minidpost import datasets
 from minidpost.answers import Example
 from minidpost.checkpoint import load_format, load_model
-from minidpost.files import UserError
+from minidpost.commands import POSITIVE
 from minidpost.formats import Format, format_for
 from minidpost.hub import WEIGHTS_DIR
 from minidpost.layouts import layout_of, model_type, read_config
@@ -131,18 +132,30 @@ def natural_work(text_format: Format, n_questions: int, max_new_tokens: int) -> 
     return Work(text_format, prompts, None, max_new_tokens)
 
 
+def model_names(text: str) -> list[str]:
+    """A flag's type: names of models, or directories, with commas between."""
+    for name in text.split(","):
+        if name not in MODELS and not (Path(name) / "config.json").is_file():
+            known = f"a directory with a config.json or one of {', '.join(MODELS)}"
+            raise argparse.ArgumentTypeError(f"{known} is expected, found {name!r}")
+    return text.split(",")
+
+
+def row_counts(text: str) -> list[int]:
+    """A flag's type: whole numbers above 0 with commas between, in order."""
+    return sorted({*map(POSITIVE, text.split(","))})
+
+
 def open_shape(
     name: str, dtype: torch.dtype, device: str, shared: Path = SHARED, seed: int = 0
 ) -> tuple[nn.Module, Format]:
     """A model in eval mode and how it writes: a directory's or an embedded one's weights, else a shape's random ones.
 
-    UserError: an unknown name, a broken directory, `shared` without the shape's config or tokenizer.
+    UserError: a broken directory, `shared` without the shape's config or tokenizer.
     """
-    directory = WEIGHTS_DIR / EMBEDDED[name] if name in EMBEDDED else Path(name)
-    if (directory / "config.json").is_file():
-        return load_model(directory, dtype, device), load_format(directory)
     if name not in SHAPES:
-        raise UserError(f"--model {name}: neither a directory with a config.json nor one of {', '.join(MODELS)}")
+        directory = WEIGHTS_DIR / EMBEDDED[name] if name in EMBEDDED else Path(name)
+        return load_model(directory, dtype, device), load_format(directory)
     config_name, tokenizer_name = SHAPES[name]
     config_dir, tokenizer_dir = shared / "configs" / config_name, shared / "tokenizers" / tokenizer_name
     text_format = format_for(model_type(config_dir), load_tokenizer(tokenizer_dir))
