@@ -1,150 +1,404 @@
-"""Sampling with the calculator: ours against transformers' `generate` with a logits processor that does the same job.
+"""Sampling with the calculator: ours against transformers, against a question at a time, and against CTranslate2.
 
-Same weights, same questions, greedy, calculator on; 64 slots here, batches of 64 there, once of the questions as they
-come and once sorted by length, which is kind to it. The processor is a reasonable one: it keeps an automaton a row
-(ours), looks at the last token only and touches only the rows that are being forced. The completions of both sides are
-compared before anything is timed.
+The same weights, the same questions, greedy. Every row says the gold rationale of its GSM8K question (the shapes have
+random weights, so a script decides what is said: one scatter a step for us and for transformers alike), so that lengths
+and annotations are real and the calculator forces what it would force. Every completion that is timed is compared
+with its script. In the part "its own completions" a trained model says what it will, to toy questions.
+
+*ours* has the calculator on, *off* is the same without, and *costs* is what the calculator adds to the time of a token
+(in brackets the least and the most of all rounds). *transformers* is `generate` with a logits processor that keeps an
+automaton a row (ours), reads the last tokens in one transfer and touches only rows that are being forced, in batches of
+the questions as they come and of questions sorted by length. *One at a time* is what a library with a tool stop does:
+`generate` for one question, a stopping criterion at an annotation's `=`, the result put behind it, and on, keys and
+values kept; it is slow, so that a few questions stand for all. *CTranslate2* has no calculator; a callback stops each
+row where its script ends, whatever it has said. It runs as one worker of all threads and as workers of one thread
+each, in batches of `rows` questions and of as many tokens as those have on average, and as it was fastest in a trial
+it is measured. int8 changes what a model says.
+
+Numbers are tokens a second, medians of interleaved rounds; in parentheses ours divided by theirs, the median over the
+rounds. Contenders that no bar speaks of (batches as they come, one at a time, int8) take part in fewer of them.
 """
 
 import argparse
-import os
-import platform
 import sys
-import time
-from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
+from tempfile import TemporaryDirectory
 
 import torch
 import transformers
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from minidpost import datasets  # noqa: E402
-from minidpost.commands import open_model  # noqa: E402
+from benchmarks import peers  # noqa: E402
+from benchmarks.common import RESULTS, command_line, machine_line, timed, write_result  # noqa: E402
+from benchmarks.scripted import (  # noqa: E402
+    MODELS,
+    ScriptedModel,
+    Work,
+    model_names,
+    natural_work,
+    open_shape,
+    row_counts,
+    scripted_work,
+)
+from minidpost.commands import POSITIVE, Parser, device, run_command  # noqa: E402
 from minidpost.formats import Format  # noqa: E402
+from minidpost.generation import default_device  # noqa: E402
+from minidpost.presets import TINY_T5  # noqa: E402
 from minidpost.report import markdown  # noqa: E402
 from minidpost.sampler import Request, Sampling, sample  # noqa: E402
+from minidpost.t5 import T5  # noqa: E402
 
-transformers.logging.set_verbosity_error()
+OURS, OFF, PEER, PEER_SORTED = "ours", "off", "transformers", "transformers, sorted"
+ONE, CT2, CT2_INT8 = "one at a time", "CTranslate2", "CTranslate2, int8"
+CONTENDERS = {  # as --contenders names them
+    **{"ours": (OURS,), "off": (OFF,), "transformers": (PEER, PEER_SORTED)},
+    **{"one": (ONE,), "ctranslate2": (CT2, CT2_INT8)},
+}
+EVERYWHERE = (OURS, PEER_SORTED, CT2)  # measured at every number of rows
+NO_BARS = (PEER, ONE, CT2_INT8)  # measured in fewer rounds
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ROWS = {"cpu": (1, 8, 16, 32, 64, 128), "cuda": (1, 8, 16, 32, 64, 128, 256)}
+BARS = {  # times transformers at its best
+    "cpu": {("tiny-t5", 64): 5.0, ("flan-t5-small", 32): 3.0, ("flan-t5-base", 32): 2.5},
+    "cuda": {("flan-t5-large", 32): 10.0, ("llama-3.2-1b", 32): 10.0, ("llama-3-8b", 32): 10.0},
+}
+CT2_BAR, CALCULATOR_BAR = 1.5, 0.01  # times CTranslate2 at its best; share of a token's time
+N_ONE_AT_A_TIME = 4  # questions
+QUESTIONS_A_ROW = {"flan-t5-base": 2}  # of those that take long
+PROBE_TOKENS, MAX_PROBE_ROWS = 8, 16  # where precisions are compared
+WAY_TOKENS = 24  # of each row, where CTranslate2's ways are compared
+N_THREADS = torch.get_num_threads()
+
+Completions = list[list[int]]
+Run = Callable[[Work], tuple[float, Completions]]  # the seconds that the work takes, and what comes of it
 
 
-class CalculatorProcessor(transformers.LogitsProcessor):
-    """Forces the calculator's results in a batch: state kept a row, one transfer of the last tokens a step."""
+@dataclass(frozen=True)
+class Part:
+    """A section of the report: a model, whether it says what it will, and numbers of rows, that of its bar first."""
 
-    def __init__(self, text_format: Format, n_rows: int):
-        self.automata = [text_format.calculator() for _ in range(n_rows)]
-        self.pending: list[deque[int]] = [deque() for _ in range(n_rows)]
-        self.started = False
+    model: str
+    is_natural: bool
+    counts: tuple[int, ...]
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.started:
-            for row, token_id in enumerate(input_ids[:, -1].tolist()):
-                self.pending[row].extend(self.automata[row].push(token_id))
-        self.started = True
-        for row, ids in enumerate(self.pending):
-            if ids:
-                forced = ids.popleft()
-                scores[row] = -torch.inf
-                scores[row, forced] = 0.0
-        return scores
+    @property
+    def title(self) -> str:
+        return self.model + (", its own completions" if self.is_natural else "")
+
+
+@dataclass(frozen=True)
+class Sides:
+    """One model as each side has it: ours and transformers' in the precision that is faster there."""
+
+    text_format: Format
+    model: nn.Module
+    peer: transformers.PreTrainedModel
+    converted: peers.CTranslate2 | None
+
+
+@dataclass
+class Measured:
+    """What was found at one number of rows: tokens a second of each round, and what is to be said beside it."""
+
+    rows: int
+    work: Work
+    n_tokens: int = 0
+    ways: dict[str, str] = field(default_factory=dict)  # the fastest of each contender
+    rates: dict[str, list[float]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    def times_slower(self, name: str) -> float:
+        """Our tokens a second divided by theirs."""
+        return median(ours / theirs for ours, theirs in zip(self.rates[OURS], self.rates[name], strict=False))
+
+    def calculator_costs(self) -> list[float]:
+        """By what share the calculator makes a token slower, in each round."""
+        return [off / on - 1 for on, off in zip(self.rates[OURS], self.rates[OFF], strict=True)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", help="a fine-tuned model (default: the newest under runs/)")
-    parser.add_argument("--questions", type=int, default=512)
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=5, help="timed rounds; the medians count")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "sampling.md")
-    options = parser.parse_args()
+    options = parse()
+    found = {part: measure_part(part, options) for part in parts(options)}
+    text = [f"`{command_line()}` · {machine(options)}", *__doc__.strip().split("\n\n")[1:]]
+    if options.device == "cpu":
+        text.append("GPU rows (flan-t5-large, Llama-3.2-1B, Llama-3-8B): not measured; no GPU was at hand.")
+        if peers.ctranslate2 is None:
+            text.append("CTranslate2: not measured; it is not installed here (`pip install ctranslate2`).")
+    if bars := [*bar_rows(found, BARS[torch.device(options.device).type])]:
+        text += ["## The bars", markdown(["", "bar", "measured", ""], bars)]
+    for part, (measured, remarks) in found.items():
+        text += [f"## {part.title}", table(measured), "\n".join(f"- {remark}" for remark in remarks)]
+    write_result(options.output, "Sampling: ours, transformers, CTranslate2", text)
 
-    directory, model, text_format = open_model(options.checkpoint, "cpu")
-    peer = transformers.T5ForConditionalGeneration.from_pretrained(directory).eval()
-    examples = [*datasets.load("toy", "test"), *datasets.load("toy", "longer")][: options.questions]
-    prompts = [tuple(text_format.prompt_ids(example.question)) for example in examples]
 
-    def ours() -> list[list[int]]:
-        settings = Sampling(max_new_tokens=options.max_new_tokens, slots=options.rows)
-        requests = [Request(prompt, str(number)) for number, prompt in enumerate(prompts)]
-        done = dict(sample(model, requests, settings, text_format.end_id, text_format.calculator))
-        return [done[number].token_ids for number in range(len(prompts))]
-
-    def theirs(is_sorted: bool) -> list[list[int]]:
-        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]) if is_sorted else number)
-        return generate_with_transformers(peer, text_format, prompts, order, options.rows, options.max_new_tokens)
-
-    a, b = ours(), theirs(True)
-    same = sum(x == y for x, y in zip(a, b, strict=True))
-    n_tokens = sum(map(len, a))
-    ways = {"ours": ours, "transformers, as they come": partial(theirs, False)}
-    ways["transformers, sorted by length"] = partial(theirs, True)
-    rounds = [{name: timed(way) for name, way in ways.items()} for _ in range(options.pairs)]
-    rows = []
-    for name in ways:
-        seconds = median(times[name] for times in rounds)
-        ratio = median(times[name] / times["ours"] for times in rounds)
-        rows.append([name, f"{seconds:.2f}", f"{n_tokens / seconds:,.0f}", f"{ratio:.1f}×"])
-    command = "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    text = "\n".join(
-        [
-            "# Sampling with the calculator against transformers",
-            "",
-            f"`{command}` · {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__} "
-            f"({torch.get_num_threads()} threads), transformers {transformers.__version__}, fp32",
-            "",
-            f"{len(prompts)} questions, {n_tokens:,} tokens, {options.rows} rows, greedy, calculator on; "
-            f"{same} of {len(prompts)} completions identical, token for token. "
-            f"Medians of {options.pairs} interleaved rounds.",
-            "",
-            *__doc__.split("\n\n", 1)[1].strip().split("\n"),
-            "",
-            markdown(["", "seconds", "tokens/s", "time of ours"], rows),
-            "",
-            "Rounds, in seconds: " + ", ".join(" / ".join(f"{s:.2f}" for s in times.values()) for times in rounds),
-            "",
-        ]
+def parse() -> argparse.Namespace:
+    """The command line; UserError for what is wrong with it."""
+    parser = Parser(
+        description=f"{__doc__.splitlines()[0]} CTranslate2 takes part where it is installed: pip install ctranslate2."
     )
-    options.output.write_text(text, encoding="utf-8")
-    print(text)
+    models = f"of {', '.join(MODELS)}, or directories; default: those of the bars"
+    parser.add_argument("--model", type=model_names, metavar="NAMES", help=models)
+    parser.add_argument("--natural", action="store_true", help="their own completions to toy questions, no scripts")
+    parser.add_argument(
+        "--rows", type=row_counts, metavar="NUMBERS", help="rows at once; default: from 1 to 128, or 256"
+    )
+    parser.add_argument("--questions", type=POSITIVE, metavar="N", help="default: some a row, 8 without scripts")
+    parser.add_argument("--rounds", type=POSITIVE, default=5, metavar="N", help="at the rows of the bars; default: 5")
+    others = "at other rows, and of contenders that no bar speaks of; default: 1"
+    parser.add_argument("--other-rounds", type=POSITIVE, default=1, metavar="N", help=others)
+    parser.add_argument("--contenders", type=names, metavar="NAMES", help=f"of {', '.join(CONTENDERS)}; default: all")
+    precisions = "fp32, bf16 or both: each side in its faster one; default: both, bf16 on CUDA"
+    parser.add_argument("--dtype", type=names, metavar="NAMES", help=precisions)
+    parser.add_argument("--device", type=device, default=default_device())
+    parser.add_argument("--output", type=Path, help="default: sampling.md, or sampling-cuda.md, in benchmarks/results")
+    options = parser.parse_args()
+    kind = torch.device(options.device).type
+    if kind not in BARS:
+        parser.error(f"--device {options.device}: cpu or cuda is expected")
+    options.dtype = options.dtype or (["bf16"] if kind == "cuda" else ["fp32", "bf16"])
+    chosen = options.contenders or [*CONTENDERS]
+    for flag, values, known in (("dtype", options.dtype, DTYPES), ("contenders", chosen, CONTENDERS)):
+        if unknown := [value for value in values if value not in known]:
+            parser.error(f"--{flag} {unknown[0]}: one of {', '.join(known)} is expected")
+    if options.contenders and "ctranslate2" in chosen and (peers.ctranslate2 is None or kind != "cpu"):
+        parser.error("--contenders ctranslate2: it is measured on CPU, and where it is installed (pip)")
+    options.contenders = [name for key, group in CONTENDERS.items() if key in ("ours", *chosen) for name in group]
+    options.output = options.output or RESULTS / ("sampling.md" if kind == "cpu" else "sampling-cuda.md")
+    if not options.output.absolute().parent.is_dir():
+        parser.error(f"--output {options.output}: its directory does not exist")
+    return options
 
 
-def generate_with_transformers(peer, text_format, prompts, order, n_rows, max_new_tokens) -> list[list[int]]:
-    """Greedy completions of all prompts, in batches of the given order."""
-    completions: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), n_rows):
-        numbers = order[start : start + n_rows]
-        longest = max(len(prompts[number]) for number in numbers)
-        ids = torch.tensor([[*prompts[n], *[0] * (longest - len(prompts[n]))] for n in numbers])
-        mask = torch.tensor([[1] * len(prompts[n]) + [0] * (longest - len(prompts[n])) for n in numbers])
-        processor = transformers.LogitsProcessorList([CalculatorProcessor(text_format, len(numbers))])
-        with torch.inference_mode():
-            output = peer.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                logits_processor=processor,
-                eos_token_id=text_format.end_id,
-                pad_token_id=0,
-                decoder_start_token_id=0,
+def names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def machine(options: argparse.Namespace) -> str:
+    """Where this runs."""
+    packages = ["transformers", *(["ctranslate2"] if peers.ctranslate2 and options.device == "cpu" else [])]
+    gpu = [] if options.device == "cpu" else [torch.cuda.get_device_name(options.device)]
+    return ", ".join([machine_line(*packages), *gpu])
+
+
+def parts(options: argparse.Namespace) -> list[Part]:
+    """What is to be measured. By default tiny-t5 also says what it will, at the rows of its bar."""
+    kind = torch.device(options.device).type
+    bars = BARS[kind]
+
+    def counts(name: str) -> tuple[int, ...]:
+        return tuple(sorted(options.rows or ROWS[kind], key=lambda rows: ((name, rows) not in bars, rows)))
+
+    if options.model is not None or options.natural:
+        models = options.model or [name for name, _ in bars]
+        return [Part(name, options.natural, counts(name)) for name in models]
+    own = [Part(name, True, (rows,)) for name, rows in bars if name == "tiny-t5"]
+    return own + [Part(name, False, counts(name)) for name, _ in bars]
+
+
+def measure_part(part: Part, options: argparse.Namespace) -> tuple[list[Measured], list[str]]:
+    """Every number of rows of one part, and what else is to be said of it."""
+    found: list[Measured] = []
+    with TemporaryDirectory() as directory:
+        sides, remarks = open_sides(part, options, Path(directory))
+        for rows in part.counts:
+            work = work_for(part, sides.text_format, rows, options)
+            print(f"{part.title}: {rows} rows, {len(work.prompts)} questions", file=sys.stderr, flush=True)
+            runs = {name: ways for name, ways in runs_of(sides, rows) if name in options.contenders}
+            if found:  # the rest has been said at the first number of rows
+                known = {name: found[0].ways[name] for name in runs if name in EVERYWHERE}
+                runs = {name: {way: runs[name][way]} for name, way in known.items()}
+            is_bar = (part.model, rows) in BARS[torch.device(options.device).type]
+            n_rounds = options.rounds if is_bar else options.other_rounds
+            found.append(measure(rows, work, runs, n_rounds, options.other_rounds))
+        first = found[0]
+        if sides.converted is not None:
+            if not part.is_natural:
+                share = sides.converted.callback_share(first.work.part(2 * first.rows), (N_THREADS, 1), first.rows)
+                remarks.append(f"CTranslate2's callback takes {share:.1%} of its time (all rows cut at 32 tokens).")
+            sides.converted.close()
+    prompts, completions = mean(map(len, first.work.prompts)), first.n_tokens / len(first.work.prompts)
+    remarks.append(
+        f"{first.rows} rows: on average prompts of {prompts:.0f} and completions of {completions:.0f} tokens."
+    )
+    return found, remarks + [remark for measured in found for remark in measured.remarks]
+
+
+def work_for(part: Part, text_format: Format, rows: int, options: argparse.Namespace) -> Work:
+    """Questions enough for rows to be refilled; fewer where the number of rows is not the telling one."""
+    a_row = 8 if part.is_natural else QUESTIONS_A_ROW.get(part.model, 3)
+    n_questions = options.questions or max(8, a_row * rows if rows == part.counts[0] else rows)
+    if part.is_natural:
+        return natural_work(text_format, n_questions, TINY_T5.max_new_tokens)
+    return scripted_work(text_format, n_questions)
+
+
+def open_sides(part: Part, options: argparse.Namespace, directory: Path) -> tuple[Sides, list[str]]:
+    """The model on all sides, and what was found of precisions where there are two to choose from."""
+    models = {}
+    for dtype in options.dtype:
+        models[dtype], text_format = open_shape(part.model, DTYPES[dtype], options.device)
+    twins = {dtype: peers.twin(model) for dtype, model in models.items()}
+    converted, remarks = None, []
+    if CT2 in options.contenders and peers.ctranslate2 and "fp32" in models and options.device == "cpu":
+        converted = peers.CTranslate2(twins["fp32"], directory) if isinstance(models["fp32"], T5) else None
+    rows = part.counts[0]
+    probe = scripted_work(text_format, min(rows, MAX_PROBE_ROWS)).part(rows, PROBE_TOKENS)
+    chosen = []
+    for side, runs in (
+        ("ours", {dtype: clocked(sampled, model, rows) for dtype, model in models.items()}),
+        ("transformers", {dtype: clocked(peers.generate, twin, rows) for dtype, twin in twins.items()}),
+    ):
+        run_once = {dtype: run(probe.part(1))[0] for dtype, run in runs.items()}  # to warm up
+        seconds = {dtype: runs[dtype](probe)[0] for dtype in run_once}
+        chosen.append(min(seconds, key=seconds.get))
+        if len(seconds) > 1:
+            found = ", ".join(f"{dtype} {second:.2f} s" for dtype, second in seconds.items())
+            remarks.append(
+                f"Precision, {side}: {chosen[-1]} ({found}; {len(probe.prompts)} prompts, {PROBE_TOKENS} tokens each)."
             )
-        for number, row in zip(numbers, output[:, 1:].tolist(), strict=True):
-            end = row.index(text_format.end_id) + 1 if text_format.end_id in row else len(row)
-            completions[number] = row[:end]
-    return completions
+    return Sides(text_format, models[chosen[0]], twins[chosen[1]], converted), remarks
 
 
-def timed(work) -> float:
-    """Seconds that `work` takes."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+def clocked(function: Callable[..., Completions], model: nn.Module, *arguments, **settings) -> Run:
+    """A run from a function of a model, work and more."""
+
+    def run(work: Work) -> tuple[float, Completions]:
+        torch.set_num_threads(N_THREADS)  # should another run have changed it
+        completions: Completions = []
+        seconds = timed(lambda: completions.extend(function(model, work, *arguments, **settings)))
+        return seconds, completions
+
+    return run
+
+
+def sampled(model: nn.Module, work: Work, rows: int, has_calculator: bool = True) -> Completions:
+    """Our greedy completions of all questions."""
+    scripted = model if work.scripts is None else ScriptedModel(model, work.prompts, work.scripts)
+    requests = [Request(prompt, str(number)) for number, prompt in enumerate(work.prompts)]
+    settings = Sampling(max_new_tokens=work.max_new_tokens, slots=rows)
+    new_override = work.text_format.calculator if has_calculator else None
+    done = dict(sample(scripted, requests, settings, work.text_format.end_id, new_override))
+    return [done[number].token_ids for number in range(len(requests))]
+
+
+def runs_of(sides: Sides, rows: int) -> Iterator[tuple[str, dict[str, Run]]]:
+    """Each contender's ways to complete all questions, of which the fastest is to be found where there are several."""
+    yield OURS, {"": clocked(sampled, sides.model, rows)}
+    yield OFF, {"": clocked(sampled, sides.model, rows, has_calculator=False)}
+    yield PEER, {"": clocked(peers.generate, sides.peer, rows, is_sorted=False)}
+    yield PEER_SORTED, {"": clocked(peers.generate, sides.peer, rows)}
+    yield ONE, {"": clocked(one_at_a_time, sides.peer)}
+    if sides.converted is not None:
+        yield CT2, translations(sides.converted, rows, {"float32", "bfloat16"})
+        yield CT2_INT8, translations(sides.converted, rows, {"int8"})
+
+
+def one_at_a_time(peer: transformers.PreTrainedModel, work: Work) -> Completions:
+    """A few questions, each by itself."""
+    return peers.one_at_a_time(peer, work.part(N_ONE_AT_A_TIME))
+
+
+def translations(converted: peers.CTranslate2, rows: int, compute_types: set[str]) -> dict[str, Run]:
+    """CTranslate2's ways: precision, workers times threads, what a batch is."""
+    ways = {}
+    for compute_type in sorted(compute_types & converted.compute_types):
+        for threads in dict.fromkeys([(1, N_THREADS), (N_THREADS, 1)]):
+            for batch_type, unit in (("examples", "questions"), ("tokens", "tokens")):
+                name = f"{compute_type}, {threads[0]} × {threads[1]} workers and threads, batches by {unit}"
+                way = {"threads": threads, "compute_type": compute_type, "batch_size": rows, "batch_type": batch_type}
+                ways[name] = partial(converted.translate, **way)
+    return ways
+
+
+def measure(rows: int, work: Work, runs: dict[str, dict[str, Run]], n_rounds: int, n_other: int) -> Measured:
+    """Choose each contender's way, then time all in turn, back and forth; what they wrote is compared every time.
+
+    Those of whom no bar speaks take part in the first `n_other` rounds.
+    """
+    measured = Measured(rows, work)
+    for name, ways in runs.items():
+        n_tokens = WAY_TOKENS if len(ways) > 1 else PROBE_TOKENS  # to choose by, or to warm up
+        seconds = {way: run(work.part(2 * rows, n_tokens))[0] for way, run in ways.items()}
+        measured.ways[name] = min(seconds, key=seconds.get)
+        if len(ways) > 1:
+            measured.remarks.append(f"{name}: {measured.ways[name]}.")
+    written: dict[str, Completions] = {}
+    for number in range(n_rounds):
+        order = [name for name in runs if number < n_other or name not in NO_BARS]
+        order = order if number % 2 == 0 else order[::-1]
+        for name in order:
+            seconds, written[name] = runs[name][measured.ways[name]](work)
+            measured.rates.setdefault(name, []).append(sum(map(len, written[name])) / seconds)
+            print(f"  round {number + 1}, {name}: {seconds:.1f} s", file=sys.stderr, flush=True)
+        measured.n_tokens = sum(map(len, written[OURS]))
+        remarks = compare(work, written)
+    measured.remarks += [f"{rows} rows: {remark}" for remark in remarks]
+    return measured
+
+
+def compare(work: Work, written: dict[str, Completions]) -> list[str]:
+    """How many completions are as they should be, in words; RuntimeError where a script was not followed."""
+    remarks = []
+    for name, completions in written.items():
+        if work.scripts is None:
+            expected = written.get(OFF if name in (CT2, CT2_INT8) else OURS)
+            n_same = sum(found == ours for found, ours in zip(completions, expected or [], strict=False))
+            if expected is not None and name not in (OURS, OFF):
+                remarks.append(f"{name}: {n_same} of {len(completions)} completions are ours, token for token.")
+        elif name in (CT2, CT2_INT8):
+            if [*map(len, completions)] != [*map(len, work.scripts)]:
+                raise RuntimeError(f"{name}: a completion has not its script's length")
+        elif completions != work.scripts[: len(completions)]:
+            raise RuntimeError(f"{name}: a completion is not its script")
+    return remarks
+
+
+def table(found: list[Measured]) -> str:
+    """A line for each number of rows, a column for each contender."""
+    columns = [*dict.fromkeys(name for measured in found for name in measured.rates)]
+    heads = ["rows", "questions", "tokens", "rounds", *columns]
+    if OFF in columns:
+        heads.insert(heads.index(OFF) + 1, "costs")
+    lines = []
+    for measured in sorted(found, key=lambda measured: measured.rows):
+        counts = [measured.rows, len(measured.work.prompts), measured.n_tokens, len(measured.rates[OURS])]
+        line = [f"{number:,}" for number in counts]
+        for name in columns:
+            is_there = name in measured.rates
+            rate = f"{median(measured.rates[name]):,.0f}" if is_there else "–"
+            is_peer = is_there and name not in (OURS, OFF)
+            line.append(f"{rate} ({measured.times_slower(name):.1f}×)" if is_peer else rate)
+            if name == OFF:
+                costs = measured.calculator_costs() if is_there else []
+                line.append(f"{median(costs):+.1%} [{min(costs):+.1%}, {max(costs):+.1%}]" if costs else "–")
+        lines.append(line)
+    return markdown(heads, lines)
+
+
+def bar_rows(found: dict[Part, tuple[list[Measured], list[str]]], bars: dict) -> Iterator[list[str]]:
+    """Every bar that was measured: what it is of, how high it is, what was found, and whether that is enough."""
+    for part, (all_measured, _) in found.items():
+        for measured in all_measured:
+            height = bars.get((part.model, measured.rows))
+            if height is None:
+                continue
+            for group, least in (((PEER, PEER_SORTED), height), ((CT2,), CT2_BAR)):
+                if times := [measured.times_slower(name) for name in group if name in measured.rates]:
+                    title = f"{part.title}, {measured.rows} rows, times {group[0]} at its best"
+                    yield [title, f"≥ {least:g}×", f"{min(times):.2f}×", "reached" if min(times) >= least else "missed"]
+            if OFF in measured.rates:
+                cost = median(measured.calculator_costs())
+                reached = "reached" if cost <= CALCULATOR_BAR else "missed"
+                title = f"{part.title}, {measured.rows} rows, what the calculator costs"
+                yield [title, f"≤ {CALCULATOR_BAR:.0%}", f"{cost:+.1%}", reached]
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,0 +1,166 @@
+"""Models of true shape whose rows say what a script has: sampling's work at real lengths, without trained weights.
+
+`ScriptedModel` puts a great number on one logit a row and step, where the row's script stands, and leaves everything
+else to the model: it computes as much as ever. Scripts are the gold rationales of GSM8K's test questions as the model
+would be trained to write them, so that lengths and annotations are real; the calculator forces the very ids that stand
+there.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.calculator_gsm8k import walk
+from minidpost import datasets
+from minidpost.answers import Example
+from minidpost.checkpoint import load_format, load_model
+from minidpost.commands import POSITIVE
+from minidpost.formats import Format, format_for
+from minidpost.hub import WEIGHTS_DIR
+from minidpost.layouts import layout_of, model_type, read_config
+from minidpost.tokenizer import load_tokenizer
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+EMBEDDED = {"tiny-t5": "tiny-t5-dpo-st", "tiny-llama": "tiny-llama"}  # name: directory of weights/
+SHAPES = {  # name: config, tokenizer, both in ../shared
+    "flan-t5-small": ("flan-t5-small", "t5"),
+    "flan-t5-base": ("flan-t5-base", "t5"),
+    "flan-t5-large": ("flan-t5-large", "t5"),
+    "flan-t5-xl": ("flan-t5-xl", "t5"),
+    "llama-3.2-1b": ("Llama-3.2-1B", "llama3"),
+    "llama-3-8b": ("Meta-Llama-3-8B", "llama3"),
+}
+MODELS = (*EMBEDDED, *SHAPES)
+CERTAIN = 1e4  # a logit beside which all others are nothing, and whose softmax is still a number
+
+
+class ScriptedCache:
+    """The model's cache, and where in the scripts each row stands."""
+
+    def __init__(self, cache, n_rows: int, device: torch.device):
+        self.cache = cache
+        self.pointer_B = torch.zeros(n_rows, dtype=torch.long, device=device)
+
+    @torch.inference_mode()
+    def copy_rows(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Make each target row an exact copy of its source row."""
+        self.cache.copy_rows(sources, targets)
+        self.pointer_B[list(targets)] = self.pointer_B[list(sources)]
+
+
+class ScriptedModel:
+    """A model for `sampler.sample` whose tokens are those of the prompt's script."""
+
+    def __init__(self, model: nn.Module, prompts: Sequence[tuple[int, ...]], scripts: Sequence[Sequence[int]]):
+        """Scripts are ids, the end id among them; no two may have the same prompt."""
+        self.model, self.device = model, next(model.parameters()).device
+        self.starts, ids = {}, []
+        for prompt, script in zip(prompts, scripts, strict=True):
+            self.starts[prompt] = len(ids)
+            ids += script
+        self.script_N = torch.tensor([*ids, 0], device=self.device)  # a row may be decoded once more behind its end
+
+    def parameters(self):
+        """Those of the model."""
+        return self.model.parameters()
+
+    def new_cache(self, rows: int, max_prompt: int, max_new: int) -> ScriptedCache:
+        """The model's, and a pointer a row."""
+        return ScriptedCache(self.model.new_cache(rows, max_prompt, max_new), rows, self.device)
+
+    @torch.inference_mode()
+    def prefill(self, cache: ScriptedCache, rows: Sequence[int], prompts: Sequence[tuple[int, ...]]) -> list[int]:
+        """The model's; the rows begin at the first id of their prompts' scripts."""
+        starts = [self.starts[tuple(prompt)] for prompt in prompts]
+        cache.pointer_B[list(rows)] = torch.tensor(starts, device=self.device)
+        return self.model.prefill(cache.cache, rows, prompts)
+
+    @torch.inference_mode()
+    def decode(self, cache: ScriptedCache, ids_B: Tensor) -> Tensor:
+        """The model's logits_BV, with the scripts' ids certain."""
+        logits_BV = self.model.decode(cache.cache, ids_B)
+        pointer_B = cache.pointer_B[: len(ids_B)]
+        logits_BV.scatter_(1, self.script_N[pointer_B, None], CERTAIN)
+        pointer_B += 1
+        return logits_BV
+
+
+@dataclass(frozen=True)
+class Work:
+    """Questions as a model reads them, what it is to say to each (None: what it says of itself), and its format."""
+
+    text_format: Format
+    prompts: list[tuple[int, ...]]
+    scripts: list[list[int]] | None
+    max_new_tokens: int
+
+    def part(self, n_questions: int, max_new_tokens: int | None = None) -> "Work":
+        """The first questions, completions cut at `max_new_tokens`."""
+        scripts = None if self.scripts is None else self.scripts[:n_questions]
+        limit = self.max_new_tokens if max_new_tokens is None else min(max_new_tokens, self.max_new_tokens)
+        return replace(self, prompts=self.prompts[:n_questions], scripts=scripts, max_new_tokens=limit)
+
+
+def scripted_work(text_format: Format, n_questions: int, shared: Path = SHARED) -> Work:
+    """The first questions whose gold rationale the calculator agrees with: GSM8K's test split, toy where it is not."""
+    path, prompts, scripts = shared / "data" / "gsm8k" / "test.jsonl", [], []
+    if path.is_file():
+        rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        examples = [Example(row["question"], "", row["answer"]) for row in rows]
+    else:
+        examples = datasets.load("toy", "test")
+    for example in examples:
+        prompt = tuple(text_format.prompt_ids(example.question))
+        agrees = all(forced == standing for forced, standing in walk(text_format, example.rationale))
+        if agrees and prompt not in prompts:
+            prompts.append(prompt)
+            scripts.append(text_format.target_ids(example.rationale))
+        if len(prompts) == n_questions:
+            break
+    return Work(text_format, prompts, scripts, max(map(len, scripts)))
+
+
+def natural_work(text_format: Format, n_questions: int, max_new_tokens: int) -> Work:
+    """Toy questions, to which the model says what it will."""
+    examples = [*datasets.load("toy", "test"), *datasets.load("toy", "longer")][:n_questions]
+    prompts = [tuple(text_format.prompt_ids(example.question)) for example in examples]
+    return Work(text_format, prompts, None, max_new_tokens)
+
+
+def model_names(text: str) -> list[str]:
+    """A flag's type: names of models, or directories, with commas between."""
+    for name in text.split(","):
+        if name not in MODELS and not (Path(name) / "config.json").is_file():
+            known = f"a directory with a config.json or one of {', '.join(MODELS)}"
+            raise argparse.ArgumentTypeError(f"{known} is expected, found {name!r}")
+    return text.split(",")
+
+
+def row_counts(text: str) -> list[int]:
+    """A flag's type: whole numbers above 0 with commas between, in order."""
+    return sorted({*map(POSITIVE, text.split(","))})
+
+
+def open_shape(
+    name: str, dtype: torch.dtype, device: str, shared: Path = SHARED, seed: int = 0
+) -> tuple[nn.Module, Format]:
+    """A model in eval mode and how it writes: a directory's or an embedded one's weights, else a shape's random ones.
+
+    UserError: a broken directory, `shared` without the shape's config or tokenizer.
+    """
+    if name not in SHAPES:
+        directory = WEIGHTS_DIR / EMBEDDED[name] if name in EMBEDDED else Path(name)
+        return load_model(directory, dtype, device), load_format(directory)
+    config_name, tokenizer_name = SHAPES[name]
+    config_dir, tokenizer_dir = shared / "configs" / config_name, shared / "tokenizers" / tokenizer_name
+    text_format = format_for(model_type(config_dir), load_tokenizer(tokenizer_dir))
+    config = read_config(config_dir)
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = layout_of(config).model(config).initialise()
+    return model.to(dtype).eval(), text_format

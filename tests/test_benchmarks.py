@@ -1,0 +1,205 @@
+"""The benchmarks that need nothing but time: scripted rows say their scripts, peers say what we say, scripts run."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from llama_oracle import LLAMA_SHAPES, random_llama
+from t5_oracle import SHAPES, random_t5
+
+from benchmarks import peers, sampling, scaling
+from benchmarks.scaling import Clocked, Limits, Rates, least_seconds, recipe_seconds
+from benchmarks.scripted import ScriptedModel, Work, natural_work, scripted_work
+from minidpost import sampler
+from minidpost.checkpoint import load_model
+from minidpost.files import UserError
+from minidpost.presets import T5 as T5_PRESET
+from minidpost.sampler import Request, Sampling, sample
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[1]
+END = 1
+MODELS = {"t5": lambda: random_t5(SHAPES["gated-untied"]), "llama": lambda: random_llama(LLAMA_SHAPES["grouped"])}
+
+
+class Interrupting:
+    """Forces the two ids that the script has behind each id 7."""
+
+    def __init__(self):
+        self.n_forced = 0
+
+    def push(self, token_id: int) -> list[int]:
+        forced = [8, 9] if token_id == 7 and not self.n_forced else []
+        self.n_forced = len(forced) or max(0, self.n_forced - 1)
+        return forced
+
+
+def scripts_with_forced_ids(n: int) -> list[list[int]]:
+    numbers = random.Random(0)
+    scripts = []
+    for _ in range(n):
+        parts = numbers.choices([[7, 8, 9], [2], [3, 4], [5, 6, 5]], k=numbers.randint(0, 12))
+        scripts.append([*(token_id for part in parts for token_id in part), END])
+    return scripts
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("name", MODELS)
+def test_scripted_rows_say_exactly_their_scripts(name, temperature, monkeypatch):
+    """Forced ids too, over several slots, refills, shelves and chunks; neighbours of one prompt as well."""
+    monkeypatch.setattr(sampler, "CHUNK", 30)
+    monkeypatch.setattr(sampler, "SHELF", 3)
+    scripts = scripts_with_forced_ids(20)
+    prompts = [tuple(random.Random(i).choices(range(2, 80), k=1 + i % 7)) for i in range(20)]
+    assert len(set(prompts)) == 20
+    model = ScriptedModel(MODELS[name](), prompts, scripts)
+    requests = [Request(prompt, str(i), k) for i, prompt in enumerate(prompts) for k in range(2)]
+    settings = Sampling(temperature, max_new_tokens=50, slots=4)
+    done = dict(sample(model, requests, settings, END, Interrupting))
+    assert [done[i].token_ids for i in range(40)] == [script for script in scripts for _ in range(2)]
+    assert [done[i].forced for i in range(40)] == [[t in (8, 9) for t in s] for s in scripts for _ in range(2)]
+    assert sum(sum(completion.forced) for completion in done.values()) > 50
+
+
+def test_scripts_are_gold_rationales_that_the_calculator_agrees_with(tiny_format, tmp_path):
+    """Without the shared folder they are the embedded world's."""
+    work = scripted_work(tiny_format, 5, tmp_path)
+    assert len(work.prompts) == len(set(work.prompts)) == 5
+    assert all(script[-1] == tiny_format.end_id and "<<" in tiny_format.text(script) for script in work.scripts)
+    assert work.max_new_tokens == max(map(len, work.scripts))
+
+
+def test_scripts_from_gsm8k(shared, tiny_format):
+    rationale = tiny_format.text(scripted_work(tiny_format, 1, shared).scripts[0])
+    assert rationale.endswith("#### 18")  # the first test question's answer
+
+
+@pytest.mark.parametrize("is_natural", [True, False])
+def test_transformers_says_what_we_say(tiny_format, is_natural):
+    """In batches and a question at a time, keys and values kept across the calculator's stops."""
+    model = load_model(ROOT / "weights" / "tiny-t5-dpo-st")
+    work = natural_work(tiny_format, 6, 60) if is_natural else scripted_work(tiny_format, 6, ROOT / "nowhere")
+    scripted = model if is_natural else ScriptedModel(model, work.prompts, work.scripts)
+    requests = [Request(prompt, str(i)) for i, prompt in enumerate(work.prompts)]
+    settings = Sampling(max_new_tokens=work.max_new_tokens, slots=4)
+    done = dict(sample(scripted, requests, settings, tiny_format.end_id, tiny_format.calculator))
+    assert sum(sum(completion.forced) for completion in done.values()) > 10
+    ours, peer = [done[i].token_ids for i in range(6)], peers.twin(model)
+    assert peers.generate(peer, work, 4) == ours
+    assert peers.generate(peer, work, 4, is_sorted=False) == ours
+    assert peers.one_at_a_time(peer, work.part(3)) == ours[:3]
+
+
+def test_llamas_twin_is_padded_in_front(tiny_format):
+    model, scripts = MODELS["llama"](), [[3, 4, END], [5, END], [6, 7, 8, 9, END]]
+    prompts = [(2, 3, 4, 5), (3,), (4, 4)]
+    peer = peers.twin(model)
+    ids_BT, mask_BT = torch.tensor([[0, 0, 5, 6]]), torch.tensor([[0, 0, 1, 1]])
+    with torch.inference_mode():
+        padded = peer(ids_BT, attention_mask=mask_BT, position_ids=torch.tensor([[0, 0, 0, 1]])).logits[0, -1]
+        torch.testing.assert_close(padded, model(torch.tensor([[5, 6]]))[0, -1], rtol=1e-4, atol=1e-5)
+    work = Work(tiny_format, prompts, scripts, 8)
+    assert peers.generate(peer, work, 2) == scripts
+    assert peers.one_at_a_time(peer, work) == scripts
+
+
+def test_steps_are_clocked_in_every_cache():
+    model, prompts = MODELS["t5"](), [(2, 3), (3, 4, 5)]
+    clocked = Clocked(model, prompts, [[4] * 12, [5] * 12])
+    list(sample(clocked, [Request(p, str(p)) for p in prompts], Sampling(max_new_tokens=12, slots=2), END))
+    assert clocked.n_caches.value == 1 and clocked.n_rows_C[0] == 2
+    assert (clocked.began_CT[0][1:] > clocked.began_CT[0][:-1]).all()
+    clocked.began_CT[0], clocked.began_CT[1] = range(12), [2 * i for i in range(12)]
+    clocked.n_rows_C[1], clocked.n_caches.value = 6, 2  # as of another process: 6 rows in 2 s beside 2 rows in 1 s
+    assert clocked.step_seconds(3, 4) == pytest.approx(8 / (2 / 1 + 6 / 2))
+
+
+def test_the_least_time_of_a_step_is_by_hand():
+    """gated-untied: D 24, H 3, K 5, F 40, V 97, 3 decoder layers."""
+    layer = 4 * 24 * 15 + 2 * 24 * 15 + 3 * 24 * 40 + 3 * 24  # own attention, queries and output to the prompt, …
+    n_weights = 3 * layer + 24 + 32 * 3 + 97 * 24
+    n_attended = 2 * 3 * (10 + 4 + 1)
+    memory, peak = least_seconds(MODELS["t5"](), rows=2, n_prompt=10, position=4, limits=Limits(100.0, 1000.0))
+    assert memory == pytest.approx(4 * (n_weights + 2 * 15 * n_attended) / 100)
+    assert peak == pytest.approx((2 * 2 * n_weights + 4 * 15 * n_attended) / 1000)
+
+
+def test_the_recipes_time_adds_up():
+    stages = recipe_seconds(Rates(sampling=1000.0, sft=500.0, dpo=250.0), T5_PRESET)
+    assert stages["SFT, warm-up"] == pytest.approx(8 * 6705 * (61 + 106) / 500)
+    assert stages["samples for DPO"] == pytest.approx(3 * 5 * 6705 * 106 / 1000)
+    assert stages["DPO, steps"] == pytest.approx(3 * 150 * 96 * 2 * (61 + 106) / 250)
+    assert stages["all"] == pytest.approx(sum(seconds for stage, seconds in stages.items() if stage != "all"))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a script's main with these arguments; what it printed."""
+
+    def run_main(script, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+        script.main()
+        return capsys.readouterr().out
+
+    return run_main
+
+
+@pytest.mark.parametrize("script", [sampling, scaling])
+def test_help_and_refusals(script, run, tmp_path):
+    with pytest.raises(SystemExit, match="0"):
+        run(script, "--help")
+    for wrong in (
+        ["--model", "nonsense"],
+        ["--rows", "0"],
+        ["--device", "nonsense"],
+        ["--output", tmp_path / "a/b.md"],
+    ):
+        with pytest.raises(UserError, match=wrong[0]):
+            run(script, *wrong)
+
+
+@pytest.mark.parametrize("script", [sampling, scaling])
+def test_a_refusal_is_one_line_and_status_2(script):
+    command = [sys.executable, script.__file__, "--dtype", "fp16"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    name = Path(script.__file__).name
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith(f"{name}: "), done.stderr
+
+
+def test_sampling_writes_a_table(run, tiny_model_dir, tmp_path):
+    output = tmp_path / "sampling.md"
+    flags = ["--rows", 2, "--questions", 4, "--rounds", 1, "--contenders", "off,transformers,one", "--output", output]
+    printed = run(sampling, "--model", tiny_model_dir, "--dtype", "fp32", *flags)
+    text = output.read_text(encoding="utf-8")
+    assert "| rows | questions | tokens | rounds | ours" in text and "| 2    | 4         |" in text
+    assert "GPU rows" in text and "not measured" in text and text in printed
+
+
+def test_scaling_writes_tables_and_a_figure(run, tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(scaling.PROBES, "cpu", (2**16, 64))
+    output = tmp_path / "scaling.md"
+    flags = ["--rows", "1,2", "--prompts", 4, "--length", 8, "--examples", 2, "--steps", 1, "--output", output]
+    printed = run(scaling, "--model", tiny_model_dir, *flags)
+    text = output.read_text(encoding="utf-8")
+    assert all(words in text for words in ("GB/s", "of the limit", "SFT, 2 examples", "DPO, 2 pairs", "Not measured."))
+    assert text in printed and output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bars_are_held_against_the_best_of_the_peers(tiny_format):
+    measured = sampling.Measured(64, Work(tiny_format, [(1,)], [[1]], 1))
+    measured.rates = {"ours": [90.0, 100.0, 110.0], "off": [90.0, 100.5, 120.0]}
+    measured.rates |= {
+        "transformers": [15.0],
+        "transformers, sorted": [18.0, 20.0, 27.5],
+        "CTranslate2": [45.0, 50.0, 55.0],
+    }
+    part = sampling.Part("tiny-t5", False, (64,))
+    rows = list(sampling.bar_rows({part: ([measured], [])}, sampling.BARS["cpu"]))
+    assert [row[1:] for row in rows] == [
+        ["≥ 5×", "5.00×", "reached"],
+        ["≥ 1.5×", "2.00×", "reached"],
+        ["≤ 1%", "+0.5%", "reached"],
+    ]
