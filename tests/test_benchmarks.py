@@ -169,6 +169,7 @@ def test_a_refusal_is_one_line_and_status_2(script):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith(f"{name}: "), done.stderr
 
 
+@pytest.mark.slow
 def test_sampling_writes_a_table(run, tiny_model_dir, tmp_path):
     output = tmp_path / "sampling.md"
     flags = ["--rows", 2, "--questions", 4, "--rounds", 1, "--contenders", "off,transformers,one", "--output", output]

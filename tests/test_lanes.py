@@ -80,11 +80,9 @@ def test_processes_end_with_a_killed_parent():
 
 
 @pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+def two_threads(monkeypatch):
+    """As far as the sampler can see."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -114,5 +112,5 @@ def test_large_models_little_work_and_single_threads_stay_in_one_process(two_thr
     monkeypatch.setattr(sampler, "SMALL", 100)
     assert sampler.lanes_for(model, settings, chunks) == 1
     monkeypatch.undo()
-    torch.set_num_threads(1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert sampler.lanes_for(model, settings, chunks) == 1
