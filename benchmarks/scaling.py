@@ -23,7 +23,8 @@ from random import Random
 from statistics import median
 from tempfile import TemporaryDirectory
 
-os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+if __name__ == "__main__":  # a program that imports this one keeps its own
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
 
 import torch
 from torch import Tensor, nn

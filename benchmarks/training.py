@@ -44,8 +44,9 @@ from random import Random
 from statistics import median
 from tempfile import TemporaryDirectory
 
-os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; no bars on either side
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
+if __name__ == "__main__":  # both are read by imports; a program that imports this one keeps its own
+    os.environ.setdefault("TQDM_DISABLE", "1")  # no bars on either side
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
 
 import torch
 import torch.nn.functional as F

@@ -100,7 +100,8 @@ try:
 except files.UserError as error:
     sys.exit(f"UserError: {error}")
 """
-    inherited = {key: value for key, value in os.environ.items() if not re.match(r"HF_|.*proxy", key, re.IGNORECASE)}
+    foreign = re.compile(r"HF_|TQDM_|.*proxy", re.IGNORECASE)
+    inherited = {key: value for key, value in os.environ.items() if not foreign.match(key)}
     hub_settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
     return subprocess.run(
         [sys.executable, "-c", program, name, str(folder / "weights")],
