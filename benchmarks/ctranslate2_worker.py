@@ -20,11 +20,16 @@ def main() -> None:
             translator = ctranslate2.Translator(**opened)
         options = order["options"]
         if (lengths := order["lengths"]) is not None:
-            options["callback"] = lambda result, lengths=lengths: result.step + 1 >= lengths[result.batch_id]
+            n_each = options.get("num_hypotheses", 1)
+
+            def is_at_its_end(result, lengths=lengths, n_each=n_each) -> bool:
+                return result.step + 1 >= lengths[result.batch_id * n_each + result.hypothesis_id]
+
+            options["callback"] = is_at_its_end
         started = time.perf_counter()
         results = translator.translate_batch(order["prompts"], beam_size=1, return_end_token=True, **options)
         seconds = time.perf_counter() - started
-        completions = [[*map(int, result.hypotheses[0])] for result in results]
+        completions = [[*map(int, ids)] for result in results for ids in result.hypotheses]
         print(json.dumps({"seconds": seconds, "completions": completions}), flush=True)
 
 

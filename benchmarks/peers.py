@@ -98,18 +98,26 @@ class ToolStop(transformers.StoppingCriteria):
 
 
 def generate(peer: transformers.PreTrainedModel, work: Work, n_rows: int, is_sorted: bool = True) -> list[list[int]]:
-    """Greedy completions of all questions with `generate` in batches, as they come or by length."""
+    """All completions with `generate` in batches, as they come or by length of the question.
+
+    The samples of a question are made of one prompt where a batch has room for all of them.
+    """
     order = sorted(range(len(work.prompts)), key=lambda number: len(work.prompts[number]) if is_sorted else number)
     completions: list[list[int]] = [[] for _ in order]
+    n_each = work.n_samples if n_rows % work.n_samples == 0 else 1
     for start in range(0, len(order), n_rows):
         numbers = order[start : start + n_rows]
-        inputs = padded(peer, [work.prompts[number] for number in numbers])
+        inputs = padded(peer, [work.prompts[number] for number in numbers[::n_each]])
         n_prompt = 1 if peer.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         processors = scripts_of(work, numbers, n_prompt, peer.device)
         processors.append(Calculator(work.text_format, len(numbers)))
         with torch.inference_mode():
             output_BT = peer.generate(
-                **inputs, **greedy(work), max_new_tokens=work.max_new_tokens, logits_processor=processors
+                **inputs,
+                **chosen_by(work),
+                num_return_sequences=n_each,
+                max_new_tokens=work.max_new_tokens,
+                logits_processor=processors,
             )
         for number, row in zip(numbers, output_BT[:, n_prompt:].tolist(), strict=True):
             completions[number] = ended(row, work.text_format.end_id)
@@ -138,9 +146,12 @@ def scripts_of(
     return transformers.LogitsProcessorList([Script(scripts, work.text_format.end_id, n_prompt, device)])
 
 
-def greedy(work: Work) -> dict:
-    """`generate`'s settings."""
-    return {"do_sample": False, "num_beams": 1, "eos_token_id": work.text_format.end_id, "pad_token_id": 0}
+def chosen_by(work: Work) -> dict:
+    """`generate`'s settings: greedy, or draws from the whole vocabulary."""
+    settings = {"num_beams": 1, "eos_token_id": work.text_format.end_id, "pad_token_id": 0}
+    if not work.temperature:
+        return settings | {"do_sample": False}
+    return settings | {"do_sample": True, "temperature": work.temperature, "top_k": 0, "top_p": 1.0}
 
 
 def ended(row: list[int], end_id: int) -> list[int]:
@@ -149,7 +160,7 @@ def ended(row: list[int], end_id: int) -> list[int]:
 
 
 def one_at_a_time(peer: transformers.PreTrainedModel, work: Work) -> list[list[int]]:
-    """Greedy completions, each by itself: `generate` runs to a tool call, the result is put behind it, and so on.
+    """Completions, each by itself: `generate` runs to a tool call, the result is put behind it, and so on.
 
     Keys and values (and the encoder's output) live on from one run to the next.
     """
@@ -172,7 +183,7 @@ def one_at_a_time(peer: transformers.PreTrainedModel, work: Work) -> list[list[i
             with torch.inference_mode():
                 output = peer.generate(
                     **inputs,
-                    **greedy(work),
+                    **chosen_by(work),
                     max_new_tokens=n_left,
                     past_key_values=keys_values,
                     logits_processor=processors,
@@ -221,20 +232,23 @@ class CTranslate2:
         lengths: list[int] | None = None,
         **options,
     ) -> tuple[float, list[list[int]]]:
-        """Seconds, and greedy completions without a calculator. `threads` are workers and the threads of each.
+        """Seconds, and completions without a calculator. `threads` are workers and the threads of each.
 
-        A batch is of `batch_size` questions, or ("tokens") of as many tokens as those have on average. A callback ends
-        each row at its length, as scripts have it, if not given.
+        A batch is of `batch_size` rows, or ("tokens") of as many tokens as those have on average. A callback ends each
+        row at its length, as scripts have it, if not given.
         """
+        batch_size = max(1, batch_size // work.n_samples)
         if batch_type == "tokens":
             batch_size *= sum(map(len, work.prompts)) // len(work.prompts)
+        if work.temperature:
+            options |= {"sampling_topk": 0, "sampling_temperature": work.temperature, "num_hypotheses": work.n_samples}
         if work.scripts is not None:
             lengths = [len(script) for script in work.scripts]
             options |= never_ending(work)
         options |= {"max_batch_size": batch_size, "batch_type": batch_type, "max_decoding_length": work.max_new_tokens}
         translator = {"model_path": str(self.directory), "compute_type": compute_type}
         translator |= dict(zip(("inter_threads", "intra_threads"), threads, strict=True))
-        prompts = [[*map(str, prompt)] for prompt in work.prompts]
+        prompts = [[*map(str, prompt)] for prompt in work.prompts[:: work.n_samples]]
         order = {"translator": translator, "prompts": prompts, "lengths": lengths, "options": options}
         self.worker.stdin.write(json.dumps(order) + "\n")
         self.worker.stdin.flush()

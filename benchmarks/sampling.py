@@ -1,19 +1,22 @@
 """Sampling with the calculator: ours against transformers, against a question at a time, and against CTranslate2.
 
-The same weights, the same questions, greedy. Every row says the gold rationale of its GSM8K question (the shapes have
-random weights, so a script decides what is said: one scatter a step for us and for transformers alike), so that lengths
-and annotations are real and the calculator forces what it would force. Every completion that is timed is compared
-with its script. In the part "its own completions" a trained model says what it will, to toy questions.
+The same weights, the same questions: one greedy completion of each, as in an evaluation, or eight samples drawn at
+temperature 0.7 from the whole vocabulary, as the method makes its labels. Every row says the gold rationale of its
+GSM8K question (the shapes have random weights, so a script decides what is said: one scatter a step for us and for
+transformers alike), so that lengths and annotations are real and the calculator forces what it would force; further
+samples of a question say other rationales, whose lengths scatter around the gold one's (log-normal, 0.25). Every
+completion that is timed is compared with its script. In the part "its own completions" a trained model says what it
+will, to toy questions.
 
 *ours* has the calculator on, *off* is the same without, and *costs* is what the calculator adds to the time of a token
 (in brackets the least and the most of all rounds). *transformers* is `generate` with a logits processor that keeps an
 automaton a row (ours), reads the last tokens in one transfer and touches only rows that are being forced, in batches of
-the questions as they come and of questions sorted by length. *One at a time* is what a library with a tool stop does:
-`generate` for one question, a stopping criterion at an annotation's `=`, the result put behind it, and on, keys and
-values kept; it is slow, so that a few questions stand for all. *CTranslate2* has no calculator; a callback stops each
-row where its script ends, whatever it has said. It runs as one worker of all threads and as workers of one thread
-each, in batches of `rows` questions and of as many tokens as those have on average, and as it was fastest in a trial
-it is measured. int8 changes what a model says.
+the questions as they come and of questions sorted by length; samples are `num_return_sequences` of one prompt. *One at
+a time* is what a library with a tool stop does: `generate` for one question, a stopping criterion at an annotation's
+`=`, the result put behind it, and on, keys and values kept; it is slow, so that a few questions stand for all.
+*CTranslate2* has no calculator; a callback stops each row where its script ends, whatever it has said. It runs as one
+worker of all threads and as workers of one thread each, in batches of `rows` completions and of as many tokens as their
+questions have on average, and as it was fastest in a trial it is measured. int8 changes what a model says.
 
 Numbers are tokens a second, medians of interleaved rounds; in parentheses ours divided by theirs, the median over the
 rounds. Contenders that no bar speaks of (batches as they come, one at a time, int8) take part in fewer of them.
@@ -71,7 +74,7 @@ BARS = {  # times transformers at its best
 }
 CT2_BAR, CALCULATOR_BAR = 1.5, 0.01  # times CTranslate2 at its best; share of a token's time
 N_ONE_AT_A_TIME = 4  # questions
-QUESTIONS_A_ROW = {"flan-t5-base": 2}  # of those that take long
+COMPLETIONS_A_ROW = {"tiny-t5": 6, "flan-t5-base": 2}  # more where they take little time, fewer where long
 PROBE_TOKENS, MAX_PROBE_ROWS = 8, 16  # where precisions are compared
 WAY_TOKENS = 24  # of each row, where CTranslate2's ways are compared
 N_THREADS = torch.get_num_threads()
@@ -87,10 +90,12 @@ class Part:
     model: str
     is_natural: bool
     counts: tuple[int, ...]
+    n_samples: int = 1
 
     @property
     def title(self) -> str:
-        return self.model + (", its own completions" if self.is_natural else "")
+        samples = f", {self.n_samples} samples a question" if self.n_samples > 1 else ""
+        return self.model + (", its own completions" if self.is_natural else samples)
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--rows", type=row_counts, metavar="NUMBERS", help="rows at once; default: from 1 to 128, or 256"
     )
+    samples = "of a question: one is greedy, several are drawn as the method does; default: 1,8"
+    parser.add_argument("--samples", type=row_counts, default=[1, 8], metavar="NUMBERS", help=samples)
     parser.add_argument("--questions", type=POSITIVE, metavar="N", help="default: some a row, 8 without scripts")
     parser.add_argument("--rounds", type=POSITIVE, default=5, metavar="N", help="at the rows of the bars; default: 5")
     others = "at other rows, and of contenders that no bar speaks of; default: 1"
@@ -188,7 +195,10 @@ def machine(options: argparse.Namespace) -> str:
 
 
 def parts(options: argparse.Namespace) -> list[Part]:
-    """What is to be measured. By default tiny-t5 also says what it will, at the rows of its bar."""
+    """What is to be measured. By default tiny-t5 also says what it will, at the rows of its bar.
+
+    So it is with all but the first number of samples, too.
+    """
     kind = torch.device(options.device).type
     bars = BARS[kind]
 
@@ -196,10 +206,12 @@ def parts(options: argparse.Namespace) -> list[Part]:
         return tuple(sorted(options.rows or ROWS[kind], key=lambda rows: ((name, rows) not in bars, rows)))
 
     if options.model is not None or options.natural:
-        models = options.model or [name for name, _ in bars]
-        return [Part(name, options.natural, counts(name)) for name in models]
+        models, several = options.model or [name for name, _ in bars], () if options.natural else options.samples
+        return [Part(name, options.natural, counts(name), n) for n in several or (1,) for name in models]
     own = [Part(name, True, (rows,)) for name, rows in bars if name == "tiny-t5"]
-    return own + [Part(name, False, counts(name)) for name, _ in bars]
+    one, *more = options.samples
+    at_bars = [Part(name, False, (rows,), n) for n in more for name, rows in bars]
+    return own + [Part(name, False, counts(name), one) for name, _ in bars] + at_bars
 
 
 def measure_part(part: Part, options: argparse.Namespace) -> tuple[list[Measured], list[str]]:
@@ -209,7 +221,7 @@ def measure_part(part: Part, options: argparse.Namespace) -> tuple[list[Measured
         sides, remarks = open_sides(part, options, Path(directory))
         for rows in part.counts:
             work = work_for(part, sides.text_format, rows, options)
-            print(f"{part.title}: {rows} rows, {len(work.prompts)} questions", file=sys.stderr, flush=True)
+            print(f"{part.title}: {rows} rows, {len(work.prompts)} completions", file=sys.stderr, flush=True)
             runs = {name: ways for name, ways in runs_of(sides, rows) if name in options.contenders}
             if found:  # the rest has been said at the first number of rows
                 known = {name: found[0].ways[name] for name in runs if name in EVERYWHERE}
@@ -232,11 +244,12 @@ def measure_part(part: Part, options: argparse.Namespace) -> tuple[list[Measured
 
 def work_for(part: Part, text_format: Format, rows: int, options: argparse.Namespace) -> Work:
     """Questions enough for rows to be refilled; fewer where the number of rows is not the telling one."""
-    a_row = 8 if part.is_natural else QUESTIONS_A_ROW.get(part.model, 3)
-    n_questions = options.questions or max(8, a_row * rows if rows == part.counts[0] else rows)
+    a_row = 8 if part.is_natural else COMPLETIONS_A_ROW.get(part.model, 3)
+    n_completions = max(8, a_row * rows if rows == part.counts[0] else rows)
+    n_questions = options.questions or -(-n_completions // part.n_samples)
     if part.is_natural:
         return natural_work(text_format, n_questions, TINY_T5.max_new_tokens)
-    return scripted_work(text_format, n_questions)
+    return scripted_work(text_format, n_questions, n_samples=part.n_samples)
 
 
 def open_sides(part: Part, options: argparse.Namespace, directory: Path) -> tuple[Sides, list[str]]:
@@ -279,10 +292,11 @@ def clocked(function: Callable[..., Completions], model: nn.Module, *arguments, 
 
 
 def sampled(model: nn.Module, work: Work, rows: int, has_calculator: bool = True) -> Completions:
-    """Our greedy completions of all questions."""
+    """All of our completions."""
     scripted = model if work.scripts is None else ScriptedModel(model, work.prompts, work.scripts)
-    requests = [Request(prompt, str(number)) for number, prompt in enumerate(work.prompts)]
-    settings = Sampling(max_new_tokens=work.max_new_tokens, slots=rows)
+    numbered = ((prompt, *divmod(number, work.n_samples)) for number, prompt in enumerate(work.prompts))
+    requests = [Request(prompt, str(question), sample) for prompt, question, sample in numbered]
+    settings = Sampling(work.temperature, max_new_tokens=work.max_new_tokens, slots=rows)
     new_override = work.text_format.calculator if has_calculator else None
     done = dict(sample(scripted, requests, settings, work.text_format.end_id, new_override))
     return [done[number].token_ids for number in range(len(requests))]
@@ -353,7 +367,7 @@ def compare(work: Work, written: dict[str, Completions]) -> list[str]:
             if expected is not None and name not in (OURS, OFF):
                 remarks.append(f"{name}: {n_same} of {len(completions)} completions are ours, token for token.")
         elif name in (CT2, CT2_INT8):
-            if [*map(len, completions)] != [*map(len, work.scripts)]:
+            if sorted(map(len, completions)) != sorted(map(len, work.scripts)):
                 raise RuntimeError(f"{name}: a completion has not its script's length")
         elif completions != work.scripts[: len(completions)]:
             raise RuntimeError(f"{name}: a completion is not its script")
@@ -363,7 +377,7 @@ def compare(work: Work, written: dict[str, Completions]) -> list[str]:
 def table(found: list[Measured]) -> str:
     """A line for each number of rows, a column for each contender."""
     columns = [*dict.fromkeys(name for measured in found for name in measured.rates)]
-    heads = ["rows", "questions", "tokens", "rounds", *columns]
+    heads = ["rows", "completions", "tokens", "rounds", *columns]
     if OFF in columns:
         heads.insert(heads.index(OFF) + 1, "costs")
     lines = []

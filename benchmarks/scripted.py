@@ -8,9 +8,12 @@ there.
 
 import argparse
 import json
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
+from random import Random
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +26,7 @@ from minidpost.commands import POSITIVE
 from minidpost.formats import Format, format_for
 from minidpost.hub import WEIGHTS_DIR
 from minidpost.layouts import layout_of, model_type, read_config
+from minidpost.presets import T5
 from minidpost.tokenizer import load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -36,6 +40,8 @@ SHAPES = {  # name: config, tokenizer, both in ../shared
     "llama-3-8b": ("Meta-Llama-3-8B", "llama3"),
 }
 MODELS = (*EMBEDDED, *SHAPES)
+TEMPERATURE = T5.temperature  # of samples
+SPREAD, LIBRARY = 0.25, 1000  # how the lengths of a question's samples scatter, and rationales they are taken from
 CERTAIN = 1e4  # a logit beside which all others are nothing, and whose softmax is still a number
 
 
@@ -45,23 +51,28 @@ class ScriptedCache:
     def __init__(self, cache, n_rows: int, device: torch.device):
         self.cache = cache
         self.pointer_B = torch.zeros(n_rows, dtype=torch.long, device=device)
+        self.starts: dict[int, Iterator[int]] = {}  # of prefilled rows: where the scripts of the next samples begin
 
     @torch.inference_mode()
     def copy_rows(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Make each target row an exact copy of its source row."""
+        """Make each target row a copy of its source row, or the next sample of its prompt."""
         self.cache.copy_rows(sources, targets)
         self.pointer_B[list(targets)] = self.pointer_B[list(sources)]
+        for source, target in zip(sources, targets, strict=True):
+            if source in self.starts:
+                self.pointer_B[target] = next(self.starts[source])
 
 
 class ScriptedModel:
     """A model for `sampler.sample` whose tokens are those of the prompt's script."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[tuple[int, ...]], scripts: Sequence[Sequence[int]]):
-        """Scripts are ids, the end id among them; no two may have the same prompt."""
+        """Scripts are ids, the end id among them; those of one prompt are said by its samples in turn."""
         self.model, self.device = model, next(model.parameters()).device
-        self.starts, ids = {}, []
+        self.starts: dict[tuple[int, ...], list[int]] = {}
+        ids = []
         for prompt, script in zip(prompts, scripts, strict=True):
-            self.starts[prompt] = len(ids)
+            self.starts.setdefault(prompt, []).append(len(ids))
             ids += script
         self.script_N = torch.tensor([*ids, 0], device=self.device)  # a row may be decoded once more behind its end
 
@@ -75,9 +86,9 @@ class ScriptedModel:
 
     @torch.inference_mode()
     def prefill(self, cache: ScriptedCache, rows: Sequence[int], prompts: Sequence[tuple[int, ...]]) -> list[int]:
-        """The model's; the rows begin at the first id of their prompts' scripts."""
-        starts = [self.starts[tuple(prompt)] for prompt in prompts]
-        cache.pointer_B[list(rows)] = torch.tensor(starts, device=self.device)
+        """The model's; whoever is copied from these rows begins at the first id of a script."""
+        for row, prompt in zip(rows, prompts, strict=True):
+            cache.starts[row] = cycle(self.starts[tuple(prompt)])
         return self.model.prefill(cache.cache, rows, prompts)
 
     @torch.inference_mode()
@@ -92,22 +103,35 @@ class ScriptedModel:
 
 @dataclass(frozen=True)
 class Work:
-    """Questions as a model reads them, what it is to say to each (None: what it says of itself), and its format."""
+    """Completions to be made: prompts, what is to be said to each (None: what the model will), and the model's format.
+
+    With several samples a question, its prompt stands there as often; they are drawn, single ones are greedy.
+    """
 
     text_format: Format
     prompts: list[tuple[int, ...]]
     scripts: list[list[int]] | None
     max_new_tokens: int
+    n_samples: int = 1
 
-    def part(self, n_questions: int, max_new_tokens: int | None = None) -> "Work":
-        """The first questions, completions cut at `max_new_tokens`."""
-        scripts = None if self.scripts is None else self.scripts[:n_questions]
+    def part(self, n_rows: int, max_new_tokens: int | None = None) -> "Work":
+        """The first questions, of about so many completions, which are cut at `max_new_tokens`."""
+        n_rows = -(-n_rows // self.n_samples) * self.n_samples
+        scripts = None if self.scripts is None else self.scripts[:n_rows]
         limit = self.max_new_tokens if max_new_tokens is None else min(max_new_tokens, self.max_new_tokens)
-        return replace(self, prompts=self.prompts[:n_questions], scripts=scripts, max_new_tokens=limit)
+        return replace(self, prompts=self.prompts[:n_rows], scripts=scripts, max_new_tokens=limit)
+
+    @property
+    def temperature(self) -> float:
+        """0 for single completions, the method's for samples."""
+        return TEMPERATURE if self.n_samples > 1 else 0.0
 
 
-def scripted_work(text_format: Format, n_questions: int, shared: Path = SHARED) -> Work:
-    """The first questions whose gold rationale the calculator agrees with: GSM8K's test split, toy where it is not."""
+def scripted_work(text_format: Format, n_questions: int, shared: Path = SHARED, n_samples: int = 1) -> Work:
+    """The first questions whose gold rationale the calculator agrees with: GSM8K's test split, toy where it is not.
+
+    A question's further samples say rationales of others, of the gold one's length times a random factor (log-normal).
+    """
     path, prompts, scripts = shared / "data" / "gsm8k" / "test.jsonl", [], []
     if path.is_file():
         rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
@@ -120,9 +144,21 @@ def scripted_work(text_format: Format, n_questions: int, shared: Path = SHARED) 
         if agrees and prompt not in prompts:
             prompts.append(prompt)
             scripts.append(text_format.target_ids(example.rationale))
-        if len(prompts) == n_questions:
+        if len(prompts) == max(n_questions, LIBRARY if n_samples > 1 else 0):
             break
-    return Work(text_format, prompts, scripts, max(map(len, scripts)))
+    if n_samples > 1:
+        prompts = [prompt for prompt in prompts[:n_questions] for _ in range(n_samples)]
+        scripts = [script for gold in scripts[:n_questions] for script in stand_ins(gold, scripts, n_samples)]
+    return Work(text_format, prompts, scripts, max(map(len, scripts)), n_samples)
+
+
+def stand_ins(gold: list[int], library: list[list[int]], n_samples: int) -> Iterator[list[int]]:
+    """A rationale, and others whose lengths scatter around its own."""
+    lengths, scatter = Random(len(gold)), sorted(library, key=len)
+    yield gold
+    for _ in range(n_samples - 1):
+        place = bisect_left(scatter, len(gold) * lengths.lognormvariate(0, SPREAD), key=len)
+        yield scatter[min(place, len(scatter) - 1)]
 
 
 def natural_work(text_format: Format, n_questions: int, max_new_tokens: int) -> Work:

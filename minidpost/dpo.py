@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidpost.batches import Encoded, collate, micro_batches, shuffled_steps
+from minidpost.files import read_json, write_json
 from minidpost.objectives import dpo_loss, log_probabilities
 from minidpost.optimizer import Schedule, StepLog, adamw, apply_step, autocast, checkpoint_activations, derived_seed
-from minidpost.resume import Checkpoint
+from minidpost.resume import Checkpoint, fingerprint, weights_fingerprint
+
+BIGGER = 4  # times the tokens of a micro-batch that is trained on: the reference's on a GPU
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,14 @@ def train_dpo(
     log_path: Path | None = None,
     stage: str = "dpo",
     checkpoint: Checkpoint | None = None,
+    reference_path: Path | None = None,
 ) -> None:
     """Train `model` in place, against itself as it is now. Each step's loss is the mean over the pairs of the step.
 
     The log has loss, lr, grad_norm, tokens_per_second, the mean log-probabilities of chosen and rejected completions
     (nats), the mean margin, and the share of pairs whose margin is positive. With a checkpoint, the training begins
-    where an earlier one of the same stage, settings and pairs was stopped.
+    where an earlier one of the same stage, settings and pairs was stopped. The file at `reference_path` keeps what the
+    reference gives, for other trainings from the same weights on the same pairs.
     """
     device = next(model.parameters()).device
     optimizer = adamw(model, settings.schedule)
@@ -75,7 +80,8 @@ def train_dpo(
     checkpoint = checkpoint or Checkpoint()
     first = checkpoint.restore(model, optimizer, stage, settings, pairs)
     if not first:  # later the model is no longer the reference
-        checkpoint.kept["reference_P2"] = reference_log_probabilities(model, pairs, settings.micro_batch_tokens, stage)
+        reference_P2 = kept_reference(model, pairs, settings.micro_batch_tokens, stage, reference_path)
+        checkpoint.kept["reference_P2"] = reference_P2
     reference_P2 = checkpoint.kept["reference_P2"]
     seed = derived_seed(settings.seed, stage, "order")
     order = shuffled_steps(len(pairs), settings.pairs_per_step, settings.steps, seed)
@@ -131,14 +137,43 @@ def pair_log_probabilities(model: nn.Module, pairs: Sequence[Pair]) -> Tensor:
     return log_probability_B[place_B2.to(device, non_blocking=True)]
 
 
+def kept_reference(model: nn.Module, pairs: Sequence[Pair], max_tokens: int, stage: str, path: Path | None) -> Tensor:
+    """`reference_log_probabilities`, from the file at `path` if it is whole and of these weights and pairs."""
+    if path is None:
+        return reference_log_probabilities(model, pairs, max_tokens, stage)
+    key = fingerprint(weights_fingerprint(model), max_tokens, pairs)
+    rows = _read_reference(path, key)
+    if rows is None:
+        rows = reference_log_probabilities(model, pairs, max_tokens, stage).tolist()
+        write_json(path, {"key": key, "checksum": fingerprint(rows), "log_probabilities": rows})
+    return torch.tensor(rows, dtype=_at_least_fp32(model)).view(-1, 2)
+
+
+def _read_reference(path: Path, key: str) -> list | None:
+    """A pair of numbers for each pair, or None where the file is not there, is broken or is of something else."""
+    try:
+        content = read_json(path)
+        rows = content["log_probabilities"]
+        return rows if (content["key"], content["checksum"]) == (key, fingerprint(rows)) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 @torch.no_grad()
 def reference_log_probabilities(model: nn.Module, pairs: Sequence[Pair], max_tokens: int, stage: str) -> Tensor:
     """log π_ref of every pair's (chosen, rejected), (P, 2), on the CPU."""
-    reference_P2 = torch.empty(len(pairs), 2, dtype=torch.promote_types(next(model.parameters()).dtype, torch.float32))
+    reference_P2 = torch.empty(len(pairs), 2, dtype=_at_least_fp32(model))
+    if next(model.parameters()).device.type != "cpu":  # where nothing is kept for gradients there is room for more
+        max_tokens *= BIGGER
     groups = list(groups_of_questions(model, pairs, range(len(pairs)), max_tokens))
     for group in tqdm(groups, desc=f"{stage} reference", unit="batch", leave=False):
         reference_P2[group] = pair_log_probabilities(model, [pairs[number] for number in group]).cpu()
     return reference_P2
+
+
+def _at_least_fp32(model: nn.Module) -> torch.dtype:
+    """The precision of log-probabilities."""
+    return torch.promote_types(next(model.parameters()).dtype, torch.float32)
 
 
 def measures(loss_B: Tensor, margin_B: Tensor, policy_B2: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidpost.kvcache import KVCache, Linear, attention, linear
+from minidpost.kvcache import KVCache, Linear, RMSNorm, attention, linear
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config)
-        self.feed_forward_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
     def forward(self, x_BTD: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor, mask_B1TT: Tensor | None) -> Tensor:
@@ -121,7 +121,7 @@ class Stack(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
 
 
 class Llama(nn.Module):

@@ -137,3 +137,12 @@ class Chunks:
 def fingerprint(*identity: object) -> str:
     """A hash of what stage, settings and data print as."""
     return hashlib.sha256(repr(identity).encode()).hexdigest()
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A hash of a model's parameters: names, precision and values."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minidpost.draws import draw, most_likely, nucleus
 from minidpost.lanes import side_by_side
 
 CHUNK = 1024  # requests that begin with empty slots; part of what a run's results depend on (in fp32, by rounding)
@@ -277,23 +278,13 @@ def choose(logits_BV: Tensor, uniform_B: Tensor | None, settings: Sampling) -> T
     The order is that of others' samplers: temperature, then top-k, then top-p (the fewest tokens that reach it).
     """
     if uniform_B is None:
-        if logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32:
-            return torch.from_numpy(logits_BV.numpy().argmax(-1))  # a tenth of torch's time
-        return logits_BV.argmax(-1)
+        return most_likely(logits_BV)
     scores_BV = (logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()) / settings.temperature
-    order_BV = None
+    if not settings.top_k and settings.top_p == 1:
+        return draw(scores_BV, uniform_B)
     if settings.top_k:
-        scores_BV, order_BV = scores_BV.topk(min(settings.top_k, scores_BV.shape[-1]), dim=-1)
-    elif settings.top_p < 1:
-        scores_BV, order_BV = scores_BV.sort(dim=-1, descending=True, stable=True)
-    cumulated_BV = scores_BV.softmax(-1).cumsum(-1)
-    reach_B1 = cumulated_BV[:, -1:]
-    if settings.top_p < 1:
-        last_B1 = torch.searchsorted(cumulated_BV, reach_B1 * settings.top_p).clamp(max=cumulated_BV.shape[-1] - 1)
-        reach_B1 = cumulated_BV.gather(-1, last_B1)
-    # Strictly below the reach, so that rounding never lets a draw fall behind the last token that has a probability.
-    below_B1 = torch.nextafter(reach_B1, torch.zeros_like(reach_B1))
-    target_B1 = torch.minimum(uniform_B[:, None].to(reach_B1.dtype) * reach_B1, below_B1)
-    chosen_B1 = torch.searchsorted(cumulated_BV, target_B1, right=True)
-    chosen_B1 = chosen_B1.clamp(max=scores_BV.shape[-1] - 1)  # where logits are NaN, the search ends behind the last
-    return (chosen_B1 if order_BV is None else order_BV.gather(-1, chosen_B1))[:, 0]
+        scores_BN, order_BN = scores_BV.topk(min(settings.top_k, scores_BV.shape[-1]), dim=-1)
+    else:
+        scores_BN, order_BN = scores_BV.sort(dim=-1, descending=True, stable=True)
+    chosen_B = draw(nucleus(scores_BN, settings.top_p) if settings.top_p < 1 else scores_BN, uniform_B)
+    return order_BN.gather(-1, chosen_B[:, None])[:, 0]

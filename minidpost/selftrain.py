@@ -199,7 +199,8 @@ class Run:
             if pairs:
                 settings = self.preset.dpo(len(pairs), self.seed)
                 log, checkpoint = directory / "log.jsonl", self.checkpoint(f"iteration-{number}/dpo")
-                train_dpo(model, pairs, settings, log, f"{number}/dpo", checkpoint)
+                reference = self.path(number) / "reference.json"
+                train_dpo(model, pairs, settings, log, f"{number}/dpo", checkpoint, reference)
                 n_source, n_target = token_counts(pairs)
                 epochs = settings.steps / -(-len(pairs) // settings.pairs_per_step)
                 flops = epochs * training_flops(size, n_source, n_target)

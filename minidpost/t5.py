@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidpost.kvcache import KVCache, Linear, PromptCache, attention, linear, mask_bias
+from minidpost.kvcache import KVCache, Linear, PromptCache, RMSNorm, attention, linear, mask_bias
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: T5Config):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config)
-        self.feed_forward_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -112,11 +112,11 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: T5Config):
         super().__init__()
-        self.self_attention_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.self_attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.self_attention = Attention(config)
-        self.cross_attention_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.cross_attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.cross_attention = Attention(config)
-        self.feed_forward_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -136,7 +136,7 @@ class Stack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layer_type(config) for _ in range(n_layers))
         self.relative_bias = nn.Embedding(config.n_buckets, config.n_heads)
-        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
 
 
 class T5Cache:

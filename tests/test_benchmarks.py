@@ -64,6 +64,20 @@ def test_scripted_rows_say_exactly_their_scripts(name, temperature, monkeypatch)
     assert sum(sum(completion.forced) for completion in done.values()) > 50
 
 
+def test_samples_of_a_question_say_its_scripts_in_turn(tiny_format, tmp_path):
+    """The gold rationale and others of like length; ours and transformers' do, in draws at the method's temperature."""
+    work = scripted_work(tiny_format, 3, tmp_path, n_samples=4)
+    assert len(work.prompts) == len(work.scripts) == 12 and len(set(work.prompts)) == 3 and work.temperature == 0.7
+    assert work.scripts[::4] == scripted_work(tiny_format, 3, tmp_path).scripts
+    assert all(0.3 < len(script) / len(work.scripts[i // 4 * 4]) < 3 for i, script in enumerate(work.scripts))
+    assert len({len(script) for script in work.scripts}) > 5
+    assert work.part(5).scripts == work.scripts[:8]
+    model = load_model(ROOT / "weights" / "tiny-t5-dpo-st")
+    assert sampling.sampled(model, work, 3) == work.scripts
+    for n_rows in (8, 6):  # prompts encoded once and as often as they stand there
+        assert peers.generate(peers.twin(model), work, n_rows) == work.scripts
+
+
 def test_scripts_are_gold_rationales_that_the_calculator_agrees_with(tiny_format, tmp_path):
     """Without the shared folder they are the embedded world's."""
     work = scripted_work(tiny_format, 5, tmp_path)
@@ -172,10 +186,24 @@ def test_a_refusal_is_one_line_and_status_2(script):
 @pytest.mark.slow
 def test_sampling_writes_a_table(run, tiny_model_dir, tmp_path):
     output = tmp_path / "sampling.md"
-    flags = ["--rows", 2, "--questions", 4, "--rounds", 1, "--contenders", "off,transformers,one", "--output", output]
+    flags = [
+        "--rows",
+        2,
+        "--questions",
+        4,
+        "--samples",
+        "1,2",
+        "--rounds",
+        1,
+        "--contenders",
+        "off,transformers,one",
+        "--output",
+        output,
+    ]
     printed = run(sampling, "--model", tiny_model_dir, "--dtype", "fp32", *flags)
     text = output.read_text(encoding="utf-8")
-    assert "| rows | questions | tokens | rounds | ours" in text and "| 2    | 4         |" in text
+    assert "| rows | completions | tokens | rounds | ours" in text and "| 2    | 4           |" in text
+    assert "2 samples a question" in text and "| 2    | 8           |" in text
     assert "GPU rows" in text and "not measured" in text and text in printed
 
 

@@ -3,6 +3,7 @@
 import math
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -152,6 +153,70 @@ def test_reference_log_probabilities_stand_in_the_order_of_the_pairs():
     for number, pair in enumerate(data):
         expected = [log_probability(model, sequence).item() for sequence in (pair.chosen, pair.rejected)]
         assert reference_P2[number].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """How many pairs each computation of a reference was of."""
+    counts, original = [], dpo.reference_log_probabilities
+    monkeypatch.setattr(
+        dpo,
+        "reference_log_probabilities",
+        lambda model, data, *rest: counts.append(len(data)) or original(model, data, *rest),
+    )
+    return counts
+
+
+def trained(data: list[Pair], path: Path | None, settings: DPOSettings = SETTINGS, scale: float = 1.0) -> dict:
+    """The weights after DPO from the tiny model, all of whose weights may be scaled before."""
+    model = tiny()
+    with torch.no_grad():
+        model.embedding.weight.mul_(scale)
+    train_dpo(model, data, settings, reference_path=path)
+    return weights(model)
+
+
+def assert_equal(found: dict, expected: dict) -> None:
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_a_kept_reference_is_used_again(tmp_path, computed):
+    """By a training with another β too; the bits are those of a training that keeps nothing."""
+    data, path = pairs(9), tmp_path / "reference.json"
+    others = replace(SETTINGS, beta=0.7)
+    expected = [trained(data, None), trained(data, None, others)]
+    computed.clear()
+    assert_equal(trained(data, path), expected[0])
+    assert_equal(trained(data, path), expected[0])
+    assert_equal(trained(data, path, others), expected[1])
+    assert computed == [9]
+
+
+def test_a_reference_of_other_weights_or_pairs_is_not_used(tmp_path, computed):
+    path, data = tmp_path / "reference.json", pairs(9)
+    others = [*data[:-1], replace(data[-1], rejected=replace(data[-1].rejected, target=(3, 1)))]
+    expected = {1.0: trained(others, None), 0.9: trained(data, None, scale=0.9)}
+    trained(data, path)
+    computed.clear()
+    assert_equal(trained(data, path, scale=0.9), expected[0.9])
+    assert_equal(trained(others, path), expected[1.0])
+    assert computed == [9, 9]
+
+
+@pytest.mark.parametrize("harm", ["cut", "emptied", "a digit", "a list", "not JSON"])
+def test_a_broken_reference_is_computed_again(harm, tmp_path, computed):
+    path, data = tmp_path / "reference.json", pairs(9)
+    expected = trained(data, path)
+    whole = path.read_text()
+    digit = next(i for i in range(whole.index("[") + 20, len(whole)) if whole[i] in "1234567")
+    broken = {
+        **{"cut": whole[: len(whole) // 2], "emptied": "", "a list": "[[1, 2]]", "not JSON": whole.replace(":", "")},
+        "a digit": whole[:digit] + str(int(whole[digit]) + 1) + whole[digit + 1 :],
+    }
+    path.write_text(broken[harm])
+    computed.clear()
+    assert_equal(trained(data, path), expected)
+    assert computed == [9] and path.read_text() == whole
 
 
 def test_micro_batches_change_nothing():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from t5_oracle import SHAPES, random_t5
 
-from minidpost.kvcache import KVCache, Linear, attention, mask_bias
+from minidpost.kvcache import KVCache, Linear, RMSNorm, attention, mask_bias
 from minidpost.t5 import T5
 
 torch.set_num_threads(1)
@@ -280,6 +280,21 @@ def test_products_of_few_rows_are_those_of_torch(shape):
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
     with torch.inference_mode():
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1.0, 1e4])
+def test_the_norm_is_torchs(dtype, scale):
+    """Of zeros and of numbers near epsilon too."""
+    torch.manual_seed(0)
+    norm = RMSNorm(96, 1e-6, dtype=dtype)
+    torch.nn.init.normal_(norm.weight)
+    x = (scale * torch.randn(5, 3, 96)).to(dtype).requires_grad_()
+    expected = torch.nn.functional.rms_norm(x, (96,), norm.weight, 1e-6)
+    assert torch.equal(norm(x), expected)
+    with torch.inference_mode():
+        tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 0}[dtype]
+        torch.testing.assert_close(norm(x), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_attention_of_one_query_is_torchs():
