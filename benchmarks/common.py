@@ -42,8 +42,9 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def write_result(path: Path, title: str, paragraphs: list[str]) -> None:
-    """Write a result as Markdown, and print it."""
+def write_result(path: Path, title: str, paragraphs: list[str], is_whole: bool = True) -> None:
+    """Write a result as Markdown, and print it if it is whole."""
     text = "\n\n".join([f"# {title}", *paragraphs]) + "\n"
     path.write_text(text, encoding="utf-8")
-    print(text)
+    if is_whole:
+        print(text)

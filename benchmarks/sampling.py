@@ -74,6 +74,7 @@ BARS = {  # times transformers at its best
 }
 CT2_BAR, CALCULATOR_BAR = 1.5, 0.01  # times CTranslate2 at its best; share of a token's time
 N_ONE_AT_A_TIME = 4  # questions
+SLOW, SLOW_ROWS = ("flan-t5-base",), (8, 32, 128)  # models that take long on a CPU, and rows for them
 COMPLETIONS_A_ROW = {"tiny-t5": 6, "flan-t5-base": 2}  # more where they take little time, fewer where long
 PROBE_TOKENS, MAX_PROBE_ROWS = 8, 16  # where precisions are compared
 WAY_TOKENS = 24  # of each row, where CTranslate2's ways are compared
@@ -130,8 +131,17 @@ class Measured:
 
 def main() -> None:
     options = parse()
-    found = {part: measure_part(part, options) for part in parts(options)}
+    wanted, found = parts(options), {}
+    for part in wanted:
+        found[part] = measure_part(part, options)
+        report(options, found, [other for other in wanted if other not in found])
+
+
+def report(options: argparse.Namespace, found: dict[Part, tuple[list[Measured], list[str]]], rest: list[Part]) -> None:
+    """Write what has been measured, and what has not."""
     text = [f"`{command_line()}` · {machine(options)}", *__doc__.strip().split("\n\n")[1:]]
+    if rest:
+        text.append(f"Not measured: {'; '.join(part.title for part in rest)}.")
     if options.device == "cpu":
         text.append("GPU rows (flan-t5-large, Llama-3.2-1B, Llama-3-8B): not measured; no GPU was at hand.")
         if peers.ctranslate2 is None:
@@ -140,7 +150,7 @@ def main() -> None:
         text += ["## The bars", markdown(["", "bar", "measured", ""], bars)]
     for part, (measured, remarks) in found.items():
         text += [f"## {part.title}", table(measured), "\n".join(f"- {remark}" for remark in remarks)]
-    write_result(options.output, "Sampling: ours, transformers, CTranslate2", text)
+    write_result(options.output, "Sampling: ours, transformers, CTranslate2", text, is_whole=not rest)
 
 
 def parse() -> argparse.Namespace:
@@ -197,21 +207,24 @@ def machine(options: argparse.Namespace) -> str:
 def parts(options: argparse.Namespace) -> list[Part]:
     """What is to be measured. By default tiny-t5 also says what it will, at the rows of its bar.
 
-    So it is with all but the first number of samples, too.
+    At those alone, too, all have more samples a question than in the first of their parts.
     """
     kind = torch.device(options.device).type
     bars = BARS[kind]
 
     def counts(name: str) -> tuple[int, ...]:
-        return tuple(sorted(options.rows or ROWS[kind], key=lambda rows: ((name, rows) not in bars, rows)))
+        known = SLOW_ROWS if name in SLOW else ROWS[kind]
+        return tuple(sorted(options.rows or known, key=lambda rows: ((name, rows) not in bars, rows)))
 
     if options.model is not None or options.natural:
         models, several = options.model or [name for name, _ in bars], () if options.natural else options.samples
         return [Part(name, options.natural, counts(name), n) for n in several or (1,) for name in models]
     own = [Part(name, True, (rows,)) for name, rows in bars if name == "tiny-t5"]
     one, *more = options.samples
-    at_bars = [Part(name, False, (rows,), n) for n in more for name, rows in bars]
-    return own + [Part(name, False, counts(name), one) for name, _ in bars] + at_bars
+    scripted = [
+        Part(name, False, (rows,) if n in more else counts(name), n) for name, rows in bars for n in (one, *more)
+    ]
+    return own + scripted
 
 
 def measure_part(part: Part, options: argparse.Namespace) -> tuple[list[Measured], list[str]]:

@@ -4,24 +4,25 @@ On a CPU the output matrix gives them id by id (see kvcache.linear), where reduc
 are an order of magnitude faster than an argmax or a cumulated sum along a row.
 """
 
-import numpy as np
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 64  # ids whose probabilities are summed before they are looked at one by one
+FEW = 4096  # ids of which it does not pay
 
 
 def most_likely(logits_BV: Tensor) -> Tensor:
     """The id of each row's greatest logit, of several that are equal the first; (B,)."""
     if logits_BV.device.type != "cpu" or logits_BV.dtype == torch.bfloat16:
         return logits_BV.argmax(-1)
-    if logits_BV.is_contiguous():
+    if logits_BV.is_contiguous() or logits_BV.shape[-1] <= FEW:
         return torch.from_numpy(logits_BV.numpy().argmax(-1))  # a tenth of torch's time
-    id_N, row_N = (logits_BV.T == logits_BV.amax(-1)).numpy().nonzero()
-    chosen_B = np.zeros(len(logits_BV), dtype=np.int64)
-    chosen_B[row_N[::-1]] = id_N[::-1]  # of several that are written the last counts, which is the first
-    return torch.from_numpy(chosen_B)
+    logits_BV = whole_blocks(logits_BV, -torch.inf)
+    block_B = most_likely(of_blocks(torch.amax, logits_BV).contiguous())
+    return block_B * BLOCK + most_likely(block(logits_BV, block_B))
 
 
 def nucleus(scores_BN: Tensor, top_p: float) -> Tensor:
@@ -32,26 +33,47 @@ def nucleus(scores_BN: Tensor, top_p: float) -> Tensor:
     return scores_BN.masked_fill(behind_BN, -torch.inf)
 
 
-def draw(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
+def draw(scores_BV: Tensor, uniform_B: Tensor, temperature: float = 1.0) -> Tensor:
     """Where each row's uniform number falls in the cumulated probabilities, (B,): first which block, then which id."""
-    n_ids, n_blocks = scores_BV.shape[-1], -(-scores_BV.shape[-1] // BLOCK)
-    weight_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)).exp_()
-    weight_BNK = F.pad(weight_BV, (0, n_blocks * BLOCK - n_ids)).unflatten(-1, (n_blocks, BLOCK))
-    cumulated_BN = weight_BNK.sum(-1).cumsum(-1)
-    target_B1 = below(cumulated_BN, uniform_B[:, None].to(cumulated_BN.dtype) * cumulated_BN[:, -1:])
-    block_B1 = place(cumulated_BN, target_B1)
-    before_B1 = F.pad(cumulated_BN, (1, 0)).gather(-1, block_B1)
-    inside_BK = weight_BNK[torch.arange(len(block_B1), device=block_B1.device), block_B1[:, 0]].cumsum(-1)
-    id_B1 = block_B1 * BLOCK + place(inside_BK, below(inside_BK, target_B1 - before_B1))
-    return id_B1[:, 0].clamp(max=n_ids - 1)  # where logits are NaN, the search ends behind the last
+    weight_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)).div_(temperature).exp_()  # one large tensor, not three
+    uniform_B = uniform_B.to(weight_BV.dtype)
+    if weight_BV.shape[-1] <= FEW:
+        cumulated_BV = weight_BV.cumsum(-1)
+        return place(cumulated_BV, uniform_B * cumulated_BV[:, -1])
+    weight_BV = whole_blocks(weight_BV, 0.0)
+    cumulated_BN = of_blocks(torch.sum, weight_BV).cumsum(-1)
+    target_B = uniform_B * cumulated_BN[:, -1]
+    block_B = place(cumulated_BN, target_B)
+    before_B = F.pad(cumulated_BN, (1, 0)).gather(-1, block_B[:, None])[:, 0]
+    id_B = block_B * BLOCK + place(block(weight_BV, block_B).cumsum(-1), target_B - before_B)
+    return id_B.clamp(max=scores_BV.shape[-1] - 1)  # where logits are NaN, the search ends behind the last
 
 
-def below(cumulated_BN: Tensor, target_B1: Tensor) -> Tensor:
-    """The targets, but strictly below the sum, so that rounding never puts one behind the last that has a weight."""
+def place(cumulated_BN: Tensor, target_B: Tensor) -> Tensor:
+    """The first place whose cumulated sum is above the target, (B,).
+
+    Targets are kept strictly below the whole sum, so that rounding never puts one behind the last that has a weight.
+    """
     sum_B1 = cumulated_BN[:, -1:]
-    return torch.minimum(target_B1, torch.nextafter(sum_B1, torch.zeros_like(sum_B1)))
+    target_B1 = torch.minimum(target_B[:, None], torch.nextafter(sum_B1, torch.zeros_like(sum_B1)))
+    found_B1 = torch.searchsorted(cumulated_BN, target_B1, right=True)
+    return found_B1[:, 0].clamp(max=cumulated_BN.shape[-1] - 1)
 
 
-def place(cumulated_BN: Tensor, target_B1: Tensor) -> Tensor:
-    """The first place whose cumulated sum is above the target."""
-    return torch.searchsorted(cumulated_BN, target_B1, right=True).clamp(max=cumulated_BN.shape[-1] - 1)
+def whole_blocks(x_BV: Tensor, value: float) -> Tensor:
+    """The rows, filled up to a multiple of BLOCK."""
+    gap = -x_BV.shape[-1] % BLOCK
+    return F.pad(x_BV, (0, gap), value=value) if gap else x_BV
+
+
+def of_blocks(reduce: Callable[..., Tensor], x_BV: Tensor) -> Tensor:
+    """What `reduce` makes of each block, (B, N), along the order in memory."""
+    if x_BV.stride(0) < x_BV.stride(1):
+        return reduce(x_BV.T.unflatten(0, (-1, BLOCK)), dim=1).T
+    return reduce(x_BV.unflatten(-1, (-1, BLOCK)), dim=-1)
+
+
+def block(x_BV: Tensor, block_B: Tensor) -> Tensor:
+    """One block of each row, (B, BLOCK)."""
+    row_B = torch.arange(len(block_B), device=block_B.device)
+    return x_BV.unflatten(-1, (-1, BLOCK))[row_B, block_B].contiguous()

@@ -279,12 +279,13 @@ def choose(logits_BV: Tensor, uniform_B: Tensor | None, settings: Sampling) -> T
     """
     if uniform_B is None:
         return most_likely(logits_BV)
-    scores_BV = (logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()) / settings.temperature
+    logits_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
     if not settings.top_k and settings.top_p == 1:
-        return draw(scores_BV, uniform_B)
+        return draw(logits_BV, uniform_B, settings.temperature)
     if settings.top_k:
-        scores_BN, order_BN = scores_BV.topk(min(settings.top_k, scores_BV.shape[-1]), dim=-1)
+        logits_BN, order_BN = logits_BV.topk(min(settings.top_k, logits_BV.shape[-1]), dim=-1)
     else:
-        scores_BN, order_BN = scores_BV.sort(dim=-1, descending=True, stable=True)
+        logits_BN, order_BN = logits_BV.sort(dim=-1, descending=True, stable=True)
+    scores_BN = logits_BN / settings.temperature
     chosen_B = draw(nucleus(scores_BN, settings.top_p) if settings.top_p < 1 else scores_BN, uniform_B)
     return order_BN.gather(-1, chosen_B[:, None])[:, 0]

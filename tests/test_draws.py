@@ -6,7 +6,7 @@ import torch
 from minidpost.draws import BLOCK, draw, most_likely, nucleus
 
 torch.set_num_threads(1)
-SIZES = [1, 7, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 1665, 32_128]
+SIZES = [1, 7, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 1665, 5000, 32_128]
 
 
 def id_by_id(logits_BV: torch.Tensor) -> torch.Tensor:
@@ -38,11 +38,21 @@ def test_a_draw_is_where_the_number_falls_in_the_cumulated_probabilities(size, d
         assert torch.equal(draw(layout, uniform_B)[is_clear_B], expected_B[is_clear_B])
 
 
-def test_even_probabilities_are_cut_exactly_at_the_borders():
-    """Each of 256 ids has 1/256, which adds up without rounding: a number on a border belongs to the id behind it."""
-    uniform_B = torch.arange(256, dtype=torch.float64) / 256
-    assert draw(torch.zeros(256, 256), uniform_B).tolist() == list(range(256))
-    assert draw(torch.zeros(256, 256), uniform_B + 2**-20).tolist() == list(range(256))
+@pytest.mark.parametrize("size", [256, 8192])
+def test_even_probabilities_are_cut_exactly_at_the_borders(size):
+    """They add up without rounding: a number on a border belongs to the id behind it."""
+    ids = [*range(0, size, size // 256), BLOCK - 1, BLOCK, BLOCK + 1, size - 1]
+    uniform_B = torch.tensor(ids, dtype=torch.float64) / size
+    assert draw(torch.zeros(len(ids), size), uniform_B).tolist() == ids
+    assert draw(torch.zeros(len(ids), size), uniform_B + 2**-20).tolist() == ids
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_large_rows_of_no_numbers_still_give_an_id(value):
+    logits_BV = id_by_id(torch.zeros(3, 5000))
+    logits_BV[0], logits_BV[1, 2] = value, value
+    for chosen_B in (draw(logits_BV, torch.full((3,), 0.999, dtype=torch.float64)), most_likely(logits_BV)):
+        assert chosen_B.min() >= 0 and chosen_B.max() < 5000
 
 
 def test_a_nucleus_keeps_scores_and_order():
