@@ -199,7 +199,7 @@ class Run:
             if pairs:
                 settings = self.preset.dpo(len(pairs), self.seed)
                 log, checkpoint = directory / "log.jsonl", self.checkpoint(f"iteration-{number}/dpo")
-                reference = self.path(number) / "reference.json"
+                reference = checkpoint.path.with_name("reference.json")
                 train_dpo(model, pairs, settings, log, f"{number}/dpo", checkpoint, reference)
                 n_source, n_target = token_counts(pairs)
                 epochs = settings.steps / -(-len(pairs) // settings.pairs_per_step)
