@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minidpost import sampler, selftrain
+from minidpost import dpo, sampler, selftrain
 from minidpost.answers import Example
 from minidpost.checkpoint import load_model
 from minidpost.evaluation import wilson
@@ -449,6 +449,21 @@ def test_a_sampling_that_was_killed_goes_on_with_the_first_missing_chunk(new_run
     assert begun[0] == (stage, 2)
     assert files_of(broken) == files_of(chunked)
     assert files_of(chunked).keys() == files_of(whole).keys()
+
+
+def test_a_reference_outlives_a_kill_before_the_first_step(new_run, script, monkeypatch):
+    script({("1/samples-dpo", TOM): ["Tom has 7.\n#### 7", "Tom has 8.\n#### 8"]})
+    whole = new_run(name="whole")
+    list(whole.iterations())
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "dpo_loss", None)  # TypeError
+        with pytest.raises(TypeError):
+            list(new_run(name="broken").iterations())
+    monkeypatch.setattr(dpo, "reference_log_probabilities", None)
+    broken = new_run(name="broken")
+    assert [path.name for path in broken.directory.progress("iteration-1/dpo").iterdir()] == ["reference.json"]
+    list(broken.iterations())
+    assert files_of(broken) == files_of(whole)
 
 
 # -- what goes in -----------------------------------------------------------------------------------------------------
