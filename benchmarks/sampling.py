@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import peers  # noqa: E402
-from benchmarks.common import RESULTS, command_line, machine_line, timed, write_result  # noqa: E402
+from benchmarks.common import DTYPES, RESULTS, command_line, machine_line, timed, write_result  # noqa: E402
 from benchmarks.scripted import (  # noqa: E402
     MODELS,
     ScriptedModel,
@@ -66,7 +66,6 @@ CONTENDERS = {  # as --contenders names them
 }
 EVERYWHERE = (OURS, PEER_SORTED, CT2)  # measured at every number of rows
 NO_BARS = (PEER, ONE, CT2_INT8)  # measured in fewer rounds
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROWS = {"cpu": (1, 8, 16, 32, 64, 128), "cuda": (1, 8, 16, 32, 64, 128, 256)}
 BARS = {  # times transformers at its best
     "cpu": {("tiny-t5", 64): 5.0, ("flan-t5-small", 32): 3.0, ("flan-t5-base", 32): 2.5},

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import RESULTS, command_line, machine_line, timed, write_result  # noqa: E402
+from benchmarks.common import DTYPES, RESULTS, command_line, machine_line, timed, write_result  # noqa: E402
 from benchmarks.scripted import (  # noqa: E402
     MODELS,
     ScriptedCache,
@@ -61,7 +61,6 @@ DEFAULT_MODELS = {
     "cpu": ["tiny-t5", "flan-t5-small", "flan-t5-base"],
     "cuda": ["flan-t5-small", "flan-t5-base", "flan-t5-large", "llama-3.2-1b", "llama-3-8b"],
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROBES = {"cpu": (2**26, 2048), "cuda": (2**28, 8192)}  # entries of an array, width of a matrix
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 PROMPTS = [16, 64, 128, 256, 512]

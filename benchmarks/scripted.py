@@ -147,18 +147,19 @@ def scripted_work(text_format: Format, n_questions: int, shared: Path = SHARED, 
         if len(prompts) == max(n_questions, LIBRARY if n_samples > 1 else 0):
             break
     if n_samples > 1:
+        by_length = sorted(scripts, key=len)
         prompts = [prompt for prompt in prompts[:n_questions] for _ in range(n_samples)]
-        scripts = [script for gold in scripts[:n_questions] for script in stand_ins(gold, scripts, n_samples)]
+        scripts = [script for gold in scripts[:n_questions] for script in stand_ins(gold, by_length, n_samples)]
     return Work(text_format, prompts, scripts, max(map(len, scripts)), n_samples)
 
 
-def stand_ins(gold: list[int], library: list[list[int]], n_samples: int) -> Iterator[list[int]]:
-    """A rationale, and others whose lengths scatter around its own."""
-    lengths, scatter = Random(len(gold)), sorted(library, key=len)
+def stand_ins(gold: list[int], by_length: list[list[int]], n_samples: int) -> Iterator[list[int]]:
+    """A rationale, and others, of those sorted by length, whose lengths scatter around its own."""
+    random = Random(len(gold))
     yield gold
     for _ in range(n_samples - 1):
-        place = bisect_left(scatter, len(gold) * lengths.lognormvariate(0, SPREAD), key=len)
-        yield scatter[min(place, len(scatter) - 1)]
+        place = bisect_left(by_length, len(gold) * random.lognormvariate(0, SPREAD), key=len)
+        yield by_length[min(place, len(by_length) - 1)]
 
 
 def natural_work(text_format: Format, n_questions: int, max_new_tokens: int) -> Work:
