@@ -143,8 +143,15 @@ class T5Cache:
     """What decoding remembers of each row: its own tokens, and its prompt as the cross-attention sees it."""
 
     def __init__(self, own: KVCache, prompt: PromptCache, bias_SH: Tensor):
+        """bias_SH is the decoder's position bias by distance, 0 … max_new − 1."""
         self.own, self.prompt = own, prompt
-        self.bias_SH = bias_SH  # the decoder's position bias by distance, 0 … max_new − 1
+        self.bias_HN = torch.cat([bias_SH.flip(0).T, torch.full_like(bias_SH.T, -math.inf)], dim=1)
+
+    def bias(self, n_rows: int) -> Tensor:
+        """Position bias of each of the first rows' own tokens and the next one, −inf behind, (B, H, 1, S)."""
+        max_new = self.bias_HN.shape[1] // 2
+        window_XHS = self.bias_HN.unfold(1, self.own.longest(n_rows) + 1, 1).transpose(0, 1)
+        return window_XHS.index_select(0, max_new - 1 - self.own.length_B[:n_rows])[:, :, None]
 
     @torch.inference_mode()
     def copy_rows(self, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -264,9 +271,7 @@ class T5(nn.Module):
     def decode(self, cache: T5Cache, ids_B: Tensor) -> Tensor:
         """Feed one token to each of the cache's first B rows, at the row's own position; logits_BV of what follows."""
         n_rows = len(ids_B)
-        slot_S = torch.arange(cache.own.longest(n_rows) + 1, device=ids_B.device)
-        distance_BS = (cache.own.length_B[:n_rows, None] - slot_S).clamp(min=0)
-        bias_BH1S = cache.bias_SH[distance_BS].transpose(1, 2)[:, :, None] + cache.own.bias(n_rows)
+        bias_BH1S = cache.bias(n_rows)
 
         def attend_own(layer: int, q_BH1K: Tensor, k_BH1K: Tensor, v_BH1K: Tensor) -> Tensor:
             k_BHSK, v_BHSK = cache.own.append(layer, k_BH1K, v_BH1K)
