@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -96,17 +96,17 @@ def sample(
         by_prompt(list(enumerate(requests[start : start + CHUNK], start=start)))
         for start in range(first_chunk * CHUNK, len(requests), CHUNK)
     ]
+    longest = max((len(request.prompt) for request in requests), default=0)
     n_lanes = lanes_for(model, settings, chunks)
     if n_lanes == 1:
-        for chunk in chunks:
-            yield from _sample_chunk(model, chunk, settings, end_id, new_override)
+        for _, done in _sample_chunks(model, chunks, settings, end_id, new_override, longest):
+            yield done
         return
 
     def lane(number: int) -> Iterator[tuple[int, tuple[int, Completion]]]:
         share = replace(settings, slots=-(-settings.slots // n_lanes))
-        for place, chunk in enumerate(chunks):
-            for done in _sample_chunk(model, chunk[number::n_lanes], share, end_id, new_override):
-                yield place, done
+        shares = [chunk[number::n_lanes] for chunk in chunks]
+        yield from _sample_chunks(model, shares, share, end_id, new_override, longest)
 
     yield from _in_order(
         side_by_side([partial(lane, number) for number in range(n_lanes)]),
@@ -145,11 +145,22 @@ def _in_order(done: Iterator[tuple[int, tuple[int, Completion]]], sizes: Sequenc
             current += 1
 
 
-def _sample_chunk(model, chunk, settings, end_id, new_override) -> Iterator[tuple[int, Completion]]:
+def _sample_chunks(model, chunks, settings, end_id, new_override, longest) -> Iterator[tuple[int, Any]]:
+    """(the chunk's number, what is done of it), with one cache for all where the model's can be cleared."""
+    most = max((sum(len(group) for group in chunk) for chunk in chunks), default=0)
+    cache, n_slots = None, min(settings.slots, most)
+    for number, chunk in enumerate(chunks):
+        if hasattr(cache, "clear"):
+            cache.clear()
+        else:
+            cache = model.new_cache(n_slots + SHELF, longest, settings.max_new_tokens)
+        for done in _sample_chunk(model, cache, chunk, settings, end_id, new_override):
+            yield number, done
+
+
+def _sample_chunk(model, cache, chunk, settings, end_id, new_override) -> Iterator[tuple[int, Completion]]:
     """Work off the groups of one chunk, beginning with empty slots."""
     n_slots = min(settings.slots, sum(len(group) for group in chunk))
-    longest = max(len(group[0][1].prompt) for group in chunk)
-    cache = model.new_cache(n_slots + SHELF, longest, settings.max_new_tokens)
     waiting = _prefilled(model, cache, n_slots, chunk)
     slots = Slots(n_slots, settings, end_id, new_override)
     for _ in range(n_slots):

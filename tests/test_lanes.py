@@ -102,6 +102,17 @@ def test_completions_are_those_of_one_process_chunk_by_chunk(temperature, two_th
     assert sorted(index for index, _ in late) == list(range(60, 70))
 
 
+def test_a_chunk_may_have_fewer_questions_than_there_are_lanes(two_threads, monkeypatch):
+    """65 questions in chunks of 64, say: one is left for two lanes."""
+    monkeypatch.setattr(sampler, "CHUNK", 8)
+    monkeypatch.setattr(sampler, "LANE", 4)
+    torch.manual_seed(3)
+    model = T5(T5Config(40, 16, 8, 24, 2, 2, 2)).initialise().eval()
+    requests = [Request((2 + i, 5), f"q{i}") for i in range(9)]
+    done = dict(sample(model, requests, Sampling(max_new_tokens=3, slots=8), 1))
+    assert sorted(done) == list(range(9))
+
+
 def test_large_models_little_work_and_single_threads_stay_in_one_process(two_threads, monkeypatch):
     model = T5(T5Config(40, 16, 8, 24, 2, 2, 2))
     chunks, settings = [[None] * 64], Sampling(slots=64)
