@@ -9,11 +9,12 @@ completion that is timed is compared with its script. In the part "its own compl
 will, to toy questions.
 
 *ours* has the calculator on, *off* is the same without, and *costs* is what the calculator adds to the time of a token
-(in brackets the least and the most of all rounds). *transformers* is `generate` with a logits processor that keeps an
-automaton a row (ours), reads the last tokens in one transfer and touches only rows that are being forced, in batches of
-the questions as they come and of questions sorted by length; samples are `num_return_sequences` of one prompt. *One at
-a time* is what a library with a tool stop does: `generate` for one question, a stopping criterion at an annotation's
-`=`, the result put behind it, and on, keys and values kept; it is slow, so that a few questions stand for all.
+(in brackets the least and the most of all rounds); on a GPU *plain* is ours without CUDA graphs. *transformers* is
+`generate` with a logits processor that keeps an automaton a row (ours), reads the last tokens in one transfer and
+touches only rows that are being forced, in batches of the questions as they come and of questions sorted by length;
+samples are `num_return_sequences` of one prompt. *One at a time* is what a library with a tool stop does: `generate`
+for one question, a stopping criterion at an annotation's `=`, the result put behind it, and on, keys and values kept;
+it is slow, so that a few questions stand for all.
 *CTranslate2* has no calculator; a callback stops each row where its script ends, whatever it has said. It runs as one
 worker of all threads and as workers of one thread each, in batches of `rows` completions and of as many tokens as their
 questions have on average, and as it was fastest in a trial it is measured. int8 changes what a model says.
@@ -53,19 +54,20 @@ from benchmarks.scripted import (  # noqa: E402
 from minidpost.commands import POSITIVE, Parser, device, run_command  # noqa: E402
 from minidpost.formats import Format  # noqa: E402
 from minidpost.generation import default_device  # noqa: E402
+from minidpost.graphs import plain_steps  # noqa: E402
 from minidpost.presets import TINY_T5  # noqa: E402
 from minidpost.report import markdown  # noqa: E402
 from minidpost.sampler import Request, Sampling, sample  # noqa: E402
 from minidpost.t5 import T5  # noqa: E402
 
-OURS, OFF, PEER, PEER_SORTED = "ours", "off", "transformers", "transformers, sorted"
+OURS, OFF, PLAIN, PEER, PEER_SORTED = "ours", "off", "plain", "transformers", "transformers, sorted"
 ONE, CT2, CT2_INT8 = "one at a time", "CTranslate2", "CTranslate2, int8"
 CONTENDERS = {  # as --contenders names them
-    **{"ours": (OURS,), "off": (OFF,), "transformers": (PEER, PEER_SORTED)},
+    **{"ours": (OURS,), "off": (OFF,), "plain": (PLAIN,), "transformers": (PEER, PEER_SORTED)},
     **{"one": (ONE,), "ctranslate2": (CT2, CT2_INT8)},
 }
 EVERYWHERE = (OURS, PEER_SORTED, CT2)  # measured at every number of rows
-NO_BARS = (PEER, ONE, CT2_INT8)  # measured in fewer rounds
+NO_BARS = (PLAIN, PEER, ONE, CT2_INT8)  # measured in fewer rounds
 ROWS = {"cpu": (1, 8, 16, 32, 64, 128), "cuda": (1, 8, 16, 32, 64, 128, 256)}
 BARS = {  # times transformers at its best
     "cpu": {("tiny-t5", 64): 5.0, ("flan-t5-small", 32): 3.0, ("flan-t5-base", 32): 2.5},
@@ -318,6 +320,8 @@ def runs_of(sides: Sides, rows: int) -> Iterator[tuple[str, dict[str, Run]]]:
     """Each contender's ways to complete all questions, of which the fastest is to be found where there are several."""
     yield OURS, {"": clocked(sampled, sides.model, rows)}
     yield OFF, {"": clocked(sampled, sides.model, rows, has_calculator=False)}
+    if next(sides.model.parameters()).is_cuda:
+        yield PLAIN, {"": plain_steps()(clocked(sampled, sides.model, rows))}
     yield PEER, {"": clocked(peers.generate, sides.peer, rows, is_sorted=False)}
     yield PEER_SORTED, {"": clocked(peers.generate, sides.peer, rows)}
     yield ONE, {"": clocked(one_at_a_time, sides.peer)}

@@ -53,6 +53,20 @@ class ScriptedCache:
         self.pointer_B = torch.zeros(n_rows, dtype=torch.long, device=device)
         self.starts: dict[int, Iterator[int]] = {}  # of prefilled rows: where the scripts of the next samples begin
 
+    @property
+    def runner(self):
+        """How the model's cache runs its steps."""
+        return self.cache.runner
+
+    @runner.setter
+    def runner(self, runner) -> None:
+        self.cache.runner = runner
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self.cache.clear()
+        self.starts.clear()
+
     @torch.inference_mode()
     def copy_rows(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Make each target row a copy of its source row, or the next sample of its prompt."""

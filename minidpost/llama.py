@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidpost.kvcache import KVCache, Linear, RMSNorm, attention, linear
+from minidpost.kvcache import KVCache, Linear, RMSNorm, attention, decoding_step, linear
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class Llama(nn.Module):
                 x_ND = layer.finish(x_ND, layer.attention.attend(*padded, None)[place])
         return [prompt[-1] for prompt in prompts]
 
-    @torch.inference_mode()
+    @decoding_step
     def decode(self, cache: KVCache, ids_B: Tensor) -> Tensor:
         """Feed one token to each of the cache's first B rows, at the row's own position; logits_BV of what follows."""
         n_rows = len(ids_B)
@@ -224,7 +224,6 @@ class Llama(nn.Module):
             q_BHK, k_BGK, v_BGK = layer.attention.project(layer.attention_norm(x_BD), *rotation)
             k_BGSK, v_BGSK = cache.append(index, k_BGK[:, :, None], v_BGK[:, :, None])
             x_BD = layer.finish(x_BD, layer.attention.attend_one(q_BHK, k_BGSK, v_BGSK, bias_B11S))
-        cache.advance(n_rows)
         return self.logits(self.stack.norm(x_BD))
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from minidpost.draws import draw, most_likely, nucleus
+from minidpost.graphs import use_graphs
 from minidpost.lanes import side_by_side
 
 CHUNK = 1024  # requests that begin with empty slots; part of what a run's results depend on (in fp32, by rounding)
@@ -154,6 +155,7 @@ def _sample_chunks(model, chunks, settings, end_id, new_override, longest) -> It
             cache.clear()
         else:
             cache = model.new_cache(n_slots + SHELF, longest, settings.max_new_tokens)
+            use_graphs(cache, next(model.parameters()).device)
         for done in _sample_chunk(model, cache, chunk, settings, end_id, new_override):
             yield number, done
 

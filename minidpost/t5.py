@@ -15,7 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidpost.kvcache import KVCache, Linear, PromptCache, RMSNorm, attention, linear, mask_bias
+from minidpost.kvcache import (
+    KVCache,
+    Linear,
+    PromptCache,
+    RMSNorm,
+    T5Cache,
+    attention,
+    decoding_step,
+    linear,
+    mask_bias,
+)
 
 
 @dataclass(frozen=True)
@@ -139,27 +149,6 @@ class Stack(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
 
 
-class T5Cache:
-    """What decoding remembers of each row: its own tokens, and its prompt as the cross-attention sees it."""
-
-    def __init__(self, own: KVCache, prompt: PromptCache, bias_SH: Tensor):
-        """bias_SH is the decoder's position bias by distance, 0 … max_new − 1."""
-        self.own, self.prompt = own, prompt
-        self.bias_HN = torch.cat([bias_SH.flip(0).T, torch.full_like(bias_SH.T, -math.inf)], dim=1)
-
-    def bias(self, n_rows: int) -> Tensor:
-        """Position bias of each of the first rows' own tokens and the next one, −inf behind, (B, H, 1, S)."""
-        max_new = self.bias_HN.shape[1] // 2
-        window_XHS = self.bias_HN.unfold(1, self.own.longest(n_rows) + 1, 1).transpose(0, 1)
-        return window_XHS.index_select(0, max_new - 1 - self.own.length_B[:n_rows])[:, :, None]
-
-    @torch.inference_mode()
-    def copy_rows(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Make each target row an exact copy of its source row."""
-        self.own.copy_rows(sources, targets)
-        self.prompt.copy_rows(sources, targets)
-
-
 class T5(nn.Module):
     """The encoder-decoder: `model(source_BS, source_mask_BS, target_BT) -> logits_BTV`."""
 
@@ -267,11 +256,10 @@ class T5(nn.Module):
         cache.own.set_lengths(rows, [0] * len(rows))
         return [self.config.start_id] * len(rows)
 
-    @torch.inference_mode()
+    @decoding_step
     def decode(self, cache: T5Cache, ids_B: Tensor) -> Tensor:
         """Feed one token to each of the cache's first B rows, at the row's own position; logits_BV of what follows."""
-        n_rows = len(ids_B)
-        bias_BH1S = cache.bias(n_rows)
+        bias_BH1S = cache.bias(len(ids_B))
 
         def attend_own(layer: int, q_BH1K: Tensor, k_BH1K: Tensor, v_BH1K: Tensor) -> Tensor:
             k_BHSK, v_BHSK = cache.own.append(layer, k_BH1K, v_BH1K)
@@ -280,7 +268,6 @@ class T5(nn.Module):
         x_B1D = self.embedding(ids_B)[:, None]
         for index, layer in enumerate(self.decoder.layers):
             x_B1D = layer(x_B1D, partial(attend_own, index), partial(cache.prompt.attend, index, scale=1.0))
-        cache.own.advance(n_rows)
         return self.logits(self.finished(x_B1D))[:, 0]
 
 

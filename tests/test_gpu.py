@@ -1,10 +1,13 @@
 """What only a CUDA device can show: bf16 sampling and training steps of a real shape. Run with `pytest -m gpu`."""
 
+import warnings
+
 import pytest
 import torch
 
 from minidpost.batches import Encoded
 from minidpost.dpo import DPOSettings, Pair, train_dpo
+from minidpost.graphs import plain_steps
 from minidpost.llama import Llama, LlamaConfig
 from minidpost.optimizer import Schedule, read_log
 from minidpost.sampler import Request, Sampling, sample
@@ -41,6 +44,19 @@ def test_sampling_in_bf16_gives_every_request_its_completion(model):
     done = dict(sample(model.to(torch.bfloat16), requests, settings, end_id=1))
     assert sorted(done) == list(range(20))
     assert all(1 <= len(completion.token_ids) <= 24 for completion in done.values())
+
+
+def test_recorded_steps_give_the_completions_of_plain_ones(model):
+    """In fp32, where hardly a draw lies within the rounding; a failure to record would be a warning, which fails."""
+    requests = [Request(s.prompt, str(i // 4), i % 4) for i, s in enumerate(sequences(40))]
+    settings = Sampling(temperature=0.7, max_new_tokens=100, slots=16)
+    with plain_steps():
+        expected = dict(sample(model, requests, settings, end_id=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = dict(sample(model, requests, settings, end_id=1))
+    same = sum(done[number].token_ids == expected[number].token_ids for number in expected)
+    assert same >= 0.95 * len(requests), f"{same} of {len(requests)} completions are the same"
 
 
 def test_sft_in_bf16_lowers_the_loss_and_keeps_fp32_weights(model, tmp_path):

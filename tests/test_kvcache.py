@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from llama_oracle import LLAMA_SHAPES, random_llama
 from t5_oracle import SHAPES, random_t5
 
 from minidpost.kvcache import KVCache, Linear, RMSNorm, attention, mask_bias
@@ -254,6 +255,25 @@ def test_prompts_are_kept_once_and_in_front():
     assert table_PR.shape == (8, 1), "the prompts that are read are not in front"
     assert bias_P11S.shape == (8, 1, 1, 4)
     torch.testing.assert_close(model.decode(cache, ids_B), decode_again(model, cache, ids_B), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_cleared_cache_is_as_good_as_new(family):
+    """To the bit, in spite of what its memory holds."""
+    model = random_t5(SHAPES["gated-untied"]) if family == "t5" else random_llama(LLAMA_SHAPES["grouped"])
+    used, fresh = (model.new_cache(12, max_prompt=6, max_new=5) for _ in range(2))
+    model.prefill(used, range(8, 12), [[7, 8, 9, 5, row + 2, 1] for row in range(4)])
+    for row in range(8):
+        used.copy_rows([8 + row * 7 % 4], [row])
+    for _ in range(5):
+        model.decode(used, torch.full((8,), 3))
+    used.clear()
+    for cache in (used, fresh):
+        model.prefill(cache, range(8, 11), [[5, row + 2, 1] for row in range(3)])
+        for row in range(8):
+            cache.copy_rows([8 + row % 3], [row])
+    for _ in range(5):
+        assert torch.equal(model.decode(used, torch.full((8,), 4)), model.decode(fresh, torch.full((8,), 4)))
 
 
 @torch.inference_mode()

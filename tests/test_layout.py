@@ -11,8 +11,8 @@ COMMANDS = ("train.py", "sample.py", "eval.py")
 # A module imports only from those above it.
 ORDER = """
     files calculator answers formats tokenizer toy datasets hub kvcache t5 llama layouts checkpoint lanes draws
-    sampler batches objectives optimizer resume sft dpo selection generation evaluation presets flops memory rundir
-    selftrain report commands
+    graphs sampler batches objectives optimizer resume sft dpo selection generation evaluation presets flops memory
+    rundir selftrain report commands
 """.split()
 MAX_LINES = {"t5.py": 300, "llama.py": 250, **dict.fromkeys(COMMANDS, 120)}
 FOREIGN = {"transformers", "trl", "accelerate", "lightning", "pytorch_lightning", "peft", "deepspeed", "pickle"}
@@ -49,13 +49,13 @@ def test_imports_go_one_way(path):
     assert own(path) <= set(above)
 
 
-@pytest.mark.parametrize("name", ["lanes", "draws", "kvcache", "calculator", "selection"])
+@pytest.mark.parametrize("name", ["lanes", "draws", "graphs", "kvcache", "calculator", "selection"])
 def test_some_modules_know_nothing_of_the_others(name):
     assert own(PACKAGE / f"{name}.py") == set()
 
 
 def test_the_sampler_knows_nothing_of_text_and_models():
-    assert own(PACKAGE / "sampler.py") == {"draws", "lanes"}
+    assert own(PACKAGE / "sampler.py") == {"draws", "graphs", "lanes"}
 
 
 def test_models_know_nothing_of_sampling():
