@@ -22,7 +22,7 @@ def main() -> None:
     options = parse_options()
     commands.check_output(options.output)
     sets = load_sets(options)
-    directory, model, text_format = commands.open_model(options.checkpoint, options.device)
+    directory, model, text_format = commands.open_model(options.checkpoint, options.device, options.dtype)
     results = [
         measure(model, text_format, name, examples, calculator, options)
         for name, examples in sets.items()

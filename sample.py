@@ -26,7 +26,7 @@ def main() -> None:
         questions = datasets.load_questions(options.input)
     else:
         questions = options.questions or [example.question for example in datasets.load("toy", "dev")[:N_SHOWN]]
-    _, model, text_format = commands.open_model(options.checkpoint, options.device)
+    _, model, text_format = commands.open_model(options.checkpoint, options.device, options.dtype)
     settings = Sampling(
         options.temperature, options.top_k, options.top_p, options.max_new_tokens, options.slots, options.seed
     )

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # as flags name them
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

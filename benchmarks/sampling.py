@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import peers  # noqa: E402
-from benchmarks.common import DTYPES, RESULTS, command_line, machine_line, timed, write_result  # noqa: E402
+from benchmarks.common import RESULTS, command_line, machine_line, timed, write_result  # noqa: E402
 from benchmarks.scripted import (  # noqa: E402
     MODELS,
     ScriptedModel,
@@ -53,7 +53,7 @@ from benchmarks.scripted import (  # noqa: E402
 )
 from minidpost.commands import POSITIVE, Parser, device, run_command  # noqa: E402
 from minidpost.formats import Format  # noqa: E402
-from minidpost.generation import default_device  # noqa: E402
+from minidpost.generation import DTYPES, default_device  # noqa: E402
 from minidpost.graphs import plain_steps  # noqa: E402
 from minidpost.presets import TINY_T5  # noqa: E402
 from minidpost.report import markdown  # noqa: E402

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import DTYPES, RESULTS, command_line, machine_line, timed, write_result  # noqa: E402
+from benchmarks.common import RESULTS, command_line, machine_line, timed, write_result  # noqa: E402
 from benchmarks.scripted import (  # noqa: E402
     MODELS,
     ScriptedCache,
@@ -47,7 +47,7 @@ from minidpost.commands import NOT_NEGATIVE, POSITIVE, Parser, device, run_comma
 from minidpost.dpo import Pair, train_dpo  # noqa: E402
 from minidpost.files import staged_file  # noqa: E402
 from minidpost.flops import count, model_size, training_flops  # noqa: E402
-from minidpost.generation import default_device  # noqa: E402
+from minidpost.generation import DTYPES, default_device  # noqa: E402
 from minidpost.memory import available_bytes, training_bytes  # noqa: E402
 from minidpost.optimizer import read_log  # noqa: E402
 from minidpost.presets import T5 as T5_PRESET  # noqa: E402

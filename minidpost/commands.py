@@ -14,7 +14,7 @@ from torch import nn
 from minidpost.checkpoint import load_format, load_model
 from minidpost.files import UserError, no_room
 from minidpost.formats import Format
-from minidpost.generation import default_device, sampling_dtype
+from minidpost.generation import DTYPES, default_device, sampling_dtype
 from minidpost.hub import find_model
 from minidpost.resume import Terminated, interrupt
 
@@ -96,6 +96,8 @@ def model_parser(description: str) -> Parser:
     parser.add_argument("--slots", type=POSITIVE, default=64, metavar="N", help="rows decoded at once (default: 64)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device", type=device, default=default_device())
+    precision = "of weights and sums; bf16 pays on a GPU or on a CPU with AMX (default: bf16 on CUDA, else fp32)"
+    parser.add_argument("--dtype", choices=DTYPES, help=precision)
     return parser
 
 
@@ -142,11 +144,11 @@ def check_output(path: Path | None) -> None:
         raise UserError(f"--output {path}: {parent} is no directory that can be written to")
 
 
-def open_model(checkpoint: str | None, device: str) -> tuple[Path, nn.Module, Format]:
+def open_model(checkpoint: str | None, device: str, dtype: str | None = None) -> tuple[Path, nn.Module, Format]:
     """The model of a directory or a name, and how it writes; by default the newest fine-tuned one under runs/."""
     directory = find_model(checkpoint) if checkpoint is not None else default_checkpoint()
     text_format = load_format(directory)  # before the weights, which take longer to read
-    return directory, load_model(directory, sampling_dtype(device), device), text_format
+    return directory, load_model(directory, DTYPES[dtype] if dtype else sampling_dtype(device), device), text_format
 
 
 def default_checkpoint() -> Path:

@@ -14,6 +14,7 @@ from minidpost.files import UserError
 from minidpost.formats import Format
 from minidpost.sampler import Completion, Request, Sampling, sample
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # as flags name them
 MAX_PROMPT_TOKENS = 1024  # a question longer than this is refused, never cut
 
 

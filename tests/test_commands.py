@@ -24,7 +24,7 @@ import pytest
 import torch
 
 import sample as sample_command
-from minidpost import toy
+from minidpost import commands, toy
 from minidpost.batches import Encoded
 from minidpost.checkpoint import load_model, save_model
 from minidpost.commands import MAX_MESSAGE, one_line
@@ -587,6 +587,21 @@ def test_ctrl_c_ends_quietly_and_leaves_no_half_stage(tiny_model_dir, tmp_path):
     assert (stage.with_name("sft.progress") / "checkpoint.safetensors").is_file()
 
 
+@pytest.mark.parametrize("flags, dtype", [((), torch.float32), (("--dtype", "bf16"), torch.bfloat16)])
+def test_weights_have_the_precision_asked_for(call, knowing_model_dir, monkeypatch, flags, dtype):
+    loaded, load = [], load_model
+
+    def observed(*arguments):
+        loaded.append(load(*arguments))
+        return loaded[-1]
+
+    monkeypatch.setattr(commands, "load_model", observed)
+    for command in (["sample.py", TOM], ["eval.py", "--tasks", "toy", "--limit", 2, "--calculator", "on"]):
+        outcome = call(*command, "--checkpoint", knowing_model_dir, "--max-new-tokens", 5, *flags)
+        assert outcome.status == 0, outcome.err
+    assert [next(model.parameters()).dtype for model in loaded] == [dtype, dtype]
+
+
 # -- mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -637,6 +652,7 @@ MISTAKES = [
     ("sample.py How? --input one.jsonl", "from the command line or from --input"),
     ("sample.py How? --samples 3", "--samples 3 needs a --temperature above 0"),
     ("sample.py How? --samples 0", "argument --samples: a whole number from 1 to 1,000,000 is expected, found '0'"),
+    ("sample.py How? --dtype fp16", "argument --dtype: invalid choice: 'fp16' (choose from"),
     ("sample.py How? --slots 0", "argument --slots: a whole number from 1 to"),
     ("sample.py How? --slots 2.5", "argument --slots: a whole number from 1 to 1,000,000 is expected, found '2.5'"),
     ("sample.py How? --max-new-tokens 0", "argument --max-new-tokens: a whole number from 1 to"),
