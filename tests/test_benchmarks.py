@@ -3,6 +3,8 @@
 import random
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 from llama_oracle import LLAMA_SHAPES, random_llama
 from t5_oracle import SHAPES, random_t5
 
-from benchmarks import peers, sampling, scaling
+from benchmarks import peers, profiling, sampling, scaling
+from benchmarks.profiling import profile
 from benchmarks.scaling import Clocked, Limits, Rates, least_seconds, recipe_seconds
 from benchmarks.scripted import ScriptedModel, Work, natural_work, scripted_work
 from minidpost import sampler
@@ -18,6 +21,7 @@ from minidpost.checkpoint import load_model
 from minidpost.files import UserError
 from minidpost.presets import T5 as T5_PRESET
 from minidpost.sampler import Request, Sampling, sample
+from minidpost.t5 import T5
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,6 +219,34 @@ def test_scaling_writes_tables_and_a_figure(run, tiny_model_dir, tmp_path, monke
     text = output.read_text(encoding="utf-8")
     assert all(words in text for words in ("GB/s", "of the limit", "SFT, 2 examples", "DPO, 2 pairs", "Not measured."))
     assert text in printed and output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_profile_tells_all_of_the_time_once(run, tiny_model_dir, tmp_path, monkeypatch):
+    clocks, decode = [], T5.decode
+    monkeypatch.setattr(profiling, "profile", lambda *arguments: clocks.append(profile(*arguments)) or clocks[-1])
+    output = tmp_path / "profiling.md"
+    printed = run(profiling, "--model", tiny_model_dir, "--rows", 4, "--questions", 6, "--output", output)
+    assert T5.decode is decode, "a clock is left behind"
+    seconds = clocks[0].seconds
+    assert set(seconds) == {part for _, _, part in (*profiling.PARTS, profiling.STEP)} | {profiling.REST}
+    assert all(spent > 0 for spent in seconds.values())
+    assert "| norms " in output.read_text(encoding="utf-8") and output.read_text(encoding="utf-8") in printed
+
+
+def test_clocks_leave_out_what_is_clocked_inside(monkeypatch):
+    now = [0.0]
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = profiling.Clock()
+    inner = clock.around(partial(spend, 5), "inner")
+    outer = clock.around(lambda: (inner(), spend(2), inner()), "outer")
+    clock.around(lambda: (outer(), spend(1)), profiling.PREFILL)()
+    assert clock.seconds == {profiling.PREFILL: 13}
+    outer()
+    assert clock.seconds == {profiling.PREFILL: 13, "inner": 10, "outer": 2}
 
 
 def test_bars_are_held_against_the_best_of_the_peers(tiny_format):

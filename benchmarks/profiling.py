@@ -1,0 +1,173 @@
+"""Where the time of sampling goes, part by part.
+
+The work is that of `sampling.py`: GSM8K's questions, every row says a gold rationale, calculator on, greedy. The parts
+are clocked as they call each other, each without what it calls; the clocks themselves take a microsecond a call. Of a
+small model one process with one thread is clocked, as it works beside others of its kind, alone; larger ones have all
+threads. *Products* are what the model's matrices take; *attention* is what keys and values take, of the row's own
+tokens and of its prompt; the rest is what a step costs besides.
+"""
+
+import argparse
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.common import RESULTS, command_line, machine_line, write_result  # noqa: E402
+from benchmarks.scripted import ScriptedModel, Work, model_names, open_shape, scripted_work  # noqa: E402
+from minidpost import kvcache, sampler, t5  # noqa: E402
+from minidpost.commands import POSITIVE, Parser, run_command  # noqa: E402
+from minidpost.files import UserError  # noqa: E402
+from minidpost.report import markdown  # noqa: E402
+from minidpost.sampler import LANE, SMALL, Request, Sampling, Slots, sample  # noqa: E402
+
+N_THREADS = torch.get_num_threads()
+PREFILL, REST = "prefill: encoder, keys and values of the prompts", "everything else"
+PARTS = [  # what is clocked: owner, attribute, part
+    (t5.T5, "prefill", PREFILL),
+    (t5.FeedForward, "forward", "products: feed-forward"),
+    (t5.Attention, "forward", "products: queries, keys, values, outputs"),
+    (t5.Attention, "keys_values", "products: queries, keys, values, outputs"),
+    (t5.T5, "logits", "products: output matrix"),
+    (t5, "attention", "attention: own tokens"),
+    (kvcache, "attention", "attention: prompts"),
+    (kvcache.PromptCache, "attend", "which rows share a prompt"),
+    (kvcache.KVCache, "append", "writing keys and values"),
+    (kvcache.RMSNorm, "forward", "norms"),
+    (kvcache.T5Cache, "bias", "position biases and mask"),
+    (sampler, "choose", "choice of ids"),
+    (Slots, "emit", "tokens, calculator, rows that come and go"),
+    (Slots, "start", "tokens, calculator, rows that come and go"),
+    (Slots, "close", "tokens, calculator, rows that come and go"),
+]
+STEP = (t5.T5, "decode", "sums, calls between the parts")
+
+
+class Clock:
+    """Seconds of each part, without those of the parts that it calls."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.n_steps = self.n_tokens = 0
+        self.open: list[tuple[str, float]] = []  # parts that are at work, and what others in them have taken so far
+
+    def around(self, function: Callable, part: str) -> Callable:
+        """The function, clocked; within the prefill nothing is told apart."""
+
+        def clocked(*arguments, **options):
+            if self.open and self.open[-1][0] == PREFILL:
+                return function(*arguments, **options)
+            self.open.append((part, 0.0))
+            started = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                spent = time.perf_counter() - started
+                self.seconds[part] += spent - self.open.pop()[1]
+                if self.open:
+                    self.open[-1] = self.open[-1][0], self.open[-1][1] + spent
+
+        return clocked
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, all parts are clocked, and what belongs to none is everything else."""
+        with ExitStack() as stack:
+            for owner, name, part in (*PARTS, STEP):
+                stack.enter_context(patch.object(owner, name, self.around(getattr(owner, name), part)))
+            started = time.perf_counter()
+            yield
+            self.seconds[REST] = time.perf_counter() - started - sum(self.seconds.values())
+
+
+def main() -> None:
+    options = parse()
+    text = [f"`{command_line()}` · {machine_line()}", *__doc__.strip().split("\n\n")[1:]]
+    for name in options.model:
+        model, text_format = open_shape(name, torch.float32, "cpu")
+        if not isinstance(model, t5.T5):
+            raise UserError(f"--model {name}: only T5 is taken apart here")
+        is_small = sum(weight.numel() for weight in model.parameters()) < SMALL
+        torch.set_num_threads(1 if is_small else N_THREADS)
+        work = scripted_work(text_format, options.questions or 3 * options.rows)
+        clock = profile(model, work, options.rows)
+        print(f"{name}: {clock.n_tokens:,} tokens", file=sys.stderr, flush=True)
+        text += [f"## {name}, {options.rows} rows", table(clock), summary(clock, work)]
+    write_result(options.output, "Where the time of a decoding step goes", text)
+
+
+def parse() -> argparse.Namespace:
+    """The command line; UserError for what is wrong with it."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    models = ["tiny-t5", "flan-t5-small", "flan-t5-base"]
+    parser.add_argument(
+        "--model", type=model_names, default=models, metavar="NAMES", help=f"default: {','.join(models)}"
+    )
+    parser.add_argument("--rows", type=POSITIVE, default=32, metavar="N", help="slots of the process (default: 32)")
+    parser.add_argument("--questions", type=POSITIVE, metavar="N", help="default: 3 a row")
+    parser.add_argument("--output", type=Path, default=RESULTS / "profiling.md")
+    options = parser.parse_args()
+    if not options.output.absolute().parent.is_dir():
+        parser.error(f"--output {options.output}: its directory does not exist")
+    return options
+
+
+def profile(model: t5.T5, work: Work, rows: int) -> Clock:
+    """Complete all questions, the first few of them twice: once before the clock runs."""
+    settings = Sampling(max_new_tokens=work.max_new_tokens, slots=rows)
+    requests = [Request(prompt, str(number)) for number, prompt in enumerate(work.prompts)]
+    scripted = ScriptedModel(model, work.prompts, work.scripts)
+
+    def completed(requests: list[Request], settings: Sampling) -> int:
+        done = sample(scripted, requests, settings, work.text_format.end_id, work.text_format.calculator)
+        return sum(len(completion.token_ids) for _, completion in done)
+
+    clock = Clock()
+    with patch.object(sampler, "LANE", max(LANE, rows + 1)):  # one process
+        completed(requests[: rows // 2], Sampling(max_new_tokens=8, slots=rows))
+        with clock.running(), patch.object(ScriptedModel, "decode", counted(clock, ScriptedModel.decode)):
+            clock.n_tokens = completed(requests, settings)
+    return clock
+
+
+def counted(clock: Clock, decode: Callable) -> Callable:
+    """The function, which counts its calls as steps."""
+
+    def step(*arguments):
+        clock.n_steps += 1
+        return decode(*arguments)
+
+    return step
+
+
+def table(clock: Clock) -> str:
+    """A line a part, in the order of a step: milliseconds a step, share of the whole."""
+    whole = sum(clock.seconds.values())
+    lines = []
+    for part in dict.fromkeys([*(part for _, _, part in (*PARTS, STEP)), REST]):
+        seconds = clock.seconds[part]
+        lines.append([part, f"{1000 * seconds / clock.n_steps:.2f}", f"{seconds / whole:.0%}"])
+    lines.append(["together", f"{1000 * whole / clock.n_steps:.2f}", ""])
+    return markdown(["part", "ms a step", "share"], lines)
+
+
+def summary(clock: Clock, work: Work) -> str:
+    """What was done."""
+    n_rows, rate = clock.n_tokens / clock.n_steps, clock.n_tokens / sum(clock.seconds.values())
+    prompt, script = (sum(map(len, texts)) / len(texts) for texts in (work.prompts, work.scripts))
+    return (
+        f"{len(work.prompts)} completions, {clock.n_tokens:,} tokens in {clock.n_steps:,} steps, on average "
+        f"{n_rows:.1f} rows, prompts of {prompt:.0f} and completions of {script:.0f} tokens; {rate:,.0f} tokens/s."
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
