@@ -217,9 +217,9 @@ class PromptCache:
         n_prompts, longest = bias_P11S.shape[0], bias_P11S.shape[-1]
         keys_PHSK = self.store.keys_LBHSK[layer, :n_prompts, :, :longest]
         values_PHSK = self.store.values_LBHSK[layer, :n_prompts, :, :longest]
-        q_PHRK = q_BH1K[:, :, 0][table_PR].transpose(1, 2)
-        y_PHRK = attention(q_PHRK, keys_PHSK, values_PHSK, bias_P11S, scale)
-        return y_PHRK.transpose(1, 2).flatten(0, 1)[position_B][:, :, None]
+        q_PRHK = q_BH1K[:, :, 0].index_select(0, table_PR.flatten()).unflatten(0, table_PR.shape)
+        y_PHRK = attention(q_PRHK.transpose(1, 2), keys_PHSK, values_PHSK, bias_P11S, scale)
+        return y_PHRK.transpose(1, 2).flatten(0, 1).index_select(0, position_B)[:, :, None]
 
     def arrangement(self, n_rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """How the first `n_rows` rows read the prompts at the front, which it brings there.
