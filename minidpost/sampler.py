@@ -7,6 +7,7 @@ neighbours nor on the number of slots nor on the order of work. Requests are wor
 slots. All samples of one question share one prefill. One device-to-host transfer a step: the ids.
 
 With a small model on a CPU the slots are divided into lanes, one process each, to which a chunk's questions are dealt.
+On a GPU steps are launched as a whole (see graphs); a cache that can be cleared serves all chunks.
 What all rows share in a step is done for all at once; only rows whose token can matter are looked at one by one.
 """
 
