@@ -10,10 +10,11 @@ tokens and of its prompt; the rest is what a step costs besides.
 import argparse
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import mean
 from unittest.mock import patch
 
 import torch
@@ -22,12 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import RESULTS, command_line, machine_line, write_result  # noqa: E402
-from benchmarks.scripted import ScriptedModel, Work, model_names, open_shape, scripted_work  # noqa: E402
+from benchmarks.scripted import Work, model_names, open_shape, sampled, scripted_work  # noqa: E402
 from minidpost import kvcache, sampler, t5  # noqa: E402
 from minidpost.commands import POSITIVE, Parser, run_command  # noqa: E402
 from minidpost.files import UserError  # noqa: E402
 from minidpost.report import markdown  # noqa: E402
-from minidpost.sampler import LANE, SMALL, Request, Sampling, Slots, sample  # noqa: E402
+from minidpost.sampler import SMALL, Slots  # noqa: E402
 
 N_THREADS = torch.get_num_threads()
 PREFILL, REST = "prefill: encoder, keys and values of the prompts", "everything else"
@@ -56,7 +57,8 @@ class Clock:
 
     def __init__(self):
         self.seconds: dict[str, float] = defaultdict(float)
-        self.n_steps = self.n_tokens = 0
+        self.n_calls: Counter[str] = Counter()
+        self.n_tokens = 0
         self.open: list[tuple[str, float]] = []  # parts that are at work, and what others in them have taken so far
 
     def around(self, function: Callable, part: str) -> Callable:
@@ -65,6 +67,7 @@ class Clock:
         def clocked(*arguments, **options):
             if self.open and self.open[-1][0] == PREFILL:
                 return function(*arguments, **options)
+            self.n_calls[part] += 1
             self.open.append((part, 0.0))
             started = time.perf_counter()
             try:
@@ -76,6 +79,11 @@ class Clock:
                     self.open[-1] = self.open[-1][0], self.open[-1][1] + spent
 
         return clocked
+
+    @property
+    def n_steps(self) -> int:
+        """How often the model decoded."""
+        return self.n_calls[STEP[2]]
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -122,30 +130,11 @@ def parse() -> argparse.Namespace:
 
 def profile(model: t5.T5, work: Work, rows: int) -> Clock:
     """Complete all questions, the first few of them twice: once before the clock runs."""
-    settings = Sampling(max_new_tokens=work.max_new_tokens, slots=rows)
-    requests = [Request(prompt, str(number)) for number, prompt in enumerate(work.prompts)]
-    scripted = ScriptedModel(model, work.prompts, work.scripts)
-
-    def completed(requests: list[Request], settings: Sampling) -> int:
-        done = sample(scripted, requests, settings, work.text_format.end_id, work.text_format.calculator)
-        return sum(len(completion.token_ids) for _, completion in done)
-
     clock = Clock()
-    with patch.object(sampler, "LANE", max(LANE, rows + 1)):  # one process
-        completed(requests[: rows // 2], Sampling(max_new_tokens=8, slots=rows))
-        with clock.running(), patch.object(ScriptedModel, "decode", counted(clock, ScriptedModel.decode)):
-            clock.n_tokens = completed(requests, settings)
+    sampled(model, work.part(rows // 2, max_new_tokens=8), rows)
+    with clock.running():
+        clock.n_tokens = sum(map(len, sampled(model, work, rows)))
     return clock
-
-
-def counted(clock: Clock, decode: Callable) -> Callable:
-    """The function, which counts its calls as steps."""
-
-    def step(*arguments):
-        clock.n_steps += 1
-        return decode(*arguments)
-
-    return step
 
 
 def table(clock: Clock) -> str:
@@ -162,7 +151,7 @@ def table(clock: Clock) -> str:
 def summary(clock: Clock, work: Work) -> str:
     """What was done."""
     n_rows, rate = clock.n_tokens / clock.n_steps, clock.n_tokens / sum(clock.seconds.values())
-    prompt, script = (sum(map(len, texts)) / len(texts) for texts in (work.prompts, work.scripts))
+    prompt, script = (mean(map(len, texts)) for texts in (work.prompts, work.scripts))
     return (
         f"{len(work.prompts)} completions, {clock.n_tokens:,} tokens in {clock.n_steps:,} steps, on average "
         f"{n_rows:.1f} rows, prompts of {prompt:.0f} and completions of {script:.0f} tokens; {rate:,.0f} tokens/s."

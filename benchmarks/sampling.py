@@ -43,12 +43,12 @@ from benchmarks import peers  # noqa: E402
 from benchmarks.common import RESULTS, command_line, machine_line, timed, write_result  # noqa: E402
 from benchmarks.scripted import (  # noqa: E402
     MODELS,
-    ScriptedModel,
     Work,
     model_names,
     natural_work,
     open_shape,
     row_counts,
+    sampled,
     scripted_work,
 )
 from minidpost.commands import POSITIVE, Parser, device, run_command  # noqa: E402
@@ -57,7 +57,6 @@ from minidpost.generation import DTYPES, default_device  # noqa: E402
 from minidpost.graphs import plain_steps  # noqa: E402
 from minidpost.presets import TINY_T5  # noqa: E402
 from minidpost.report import markdown  # noqa: E402
-from minidpost.sampler import Request, Sampling, sample  # noqa: E402
 from minidpost.t5 import T5  # noqa: E402
 
 OURS, OFF, PLAIN, PEER, PEER_SORTED = "ours", "off", "plain", "transformers", "transformers, sorted"
@@ -303,17 +302,6 @@ def clocked(function: Callable[..., Completions], model: nn.Module, *arguments, 
         return seconds, completions
 
     return run
-
-
-def sampled(model: nn.Module, work: Work, rows: int, has_calculator: bool = True) -> Completions:
-    """All of our completions."""
-    scripted = model if work.scripts is None else ScriptedModel(model, work.prompts, work.scripts)
-    numbered = ((prompt, *divmod(number, work.n_samples)) for number, prompt in enumerate(work.prompts))
-    requests = [Request(prompt, str(question), sample) for prompt, question, sample in numbered]
-    settings = Sampling(work.temperature, max_new_tokens=work.max_new_tokens, slots=rows)
-    new_override = work.text_format.calculator if has_calculator else None
-    done = dict(sample(scripted, requests, settings, work.text_format.end_id, new_override))
-    return [done[number].token_ids for number in range(len(requests))]
 
 
 def runs_of(sides: Sides, rows: int) -> Iterator[tuple[str, dict[str, Run]]]:

@@ -27,6 +27,7 @@ from minidpost.formats import Format, format_for
 from minidpost.hub import WEIGHTS_DIR
 from minidpost.layouts import layout_of, model_type, read_config
 from minidpost.presets import T5
+from minidpost.sampler import Request, Sampling, sample
 from minidpost.tokenizer import load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -181,6 +182,17 @@ def natural_work(text_format: Format, n_questions: int, max_new_tokens: int) -> 
     examples = [*datasets.load("toy", "test"), *datasets.load("toy", "longer")][:n_questions]
     prompts = [tuple(text_format.prompt_ids(example.question)) for example in examples]
     return Work(text_format, prompts, None, max_new_tokens)
+
+
+def sampled(model: nn.Module, work: Work, rows: int, has_calculator: bool = True) -> list[list[int]]:
+    """All of our completions, ids in the order of the work."""
+    scripted = model if work.scripts is None else ScriptedModel(model, work.prompts, work.scripts)
+    numbered = ((prompt, *divmod(number, work.n_samples)) for number, prompt in enumerate(work.prompts))
+    requests = [Request(prompt, str(question), sample) for prompt, question, sample in numbered]
+    settings = Sampling(work.temperature, max_new_tokens=work.max_new_tokens, slots=rows)
+    new_override = work.text_format.calculator if has_calculator else None
+    done = dict(sample(scripted, requests, settings, work.text_format.end_id, new_override))
+    return [done[number].token_ids for number in range(len(requests))]
 
 
 def model_names(text: str) -> list[str]:

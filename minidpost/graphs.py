@@ -7,7 +7,7 @@ or belongs to rows that nobody looks at. Not used on a CPU, which needs no launc
 """
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -43,13 +43,10 @@ class Graphs:
     def __init__(self, record: Callable[[Callable[[Tensor], Tensor], Tensor], Recorded]):
         """`record` runs a step for the given ids and gives what can be repeated; RuntimeError where it cannot be."""
         self.record = record
-        self.recorded: dict[Hashable, Recorded] = {}
-        self.has_failed = False
+        self.recorded: dict[tuple[int, ...], Recorded] = {}
 
     def run(self, step: Callable[[FixedCache, Tensor], Tensor], cache: FixedCache, ids_B: Tensor) -> Tensor:
         """What `step(cache, ids_B)` gives, logits_BV; they are overwritten by the next step."""
-        if self.has_failed:
-            return step(cache, ids_B)
         n_rows, shape = len(ids_B), cache.fix(len(ids_B))
         if shape not in self.recorded:
             feed_B = torch.zeros(shape[0], dtype=ids_B.dtype, device=ids_B.device)
@@ -58,8 +55,7 @@ class Graphs:
                 self.recorded[shape] = self.record(partial(step, cache), feed_B)
             except RuntimeError as error:
                 warnings.warn(f"no CUDA graphs, decoding will be slower ({error})", stacklevel=2)
-                self.has_failed = True
-                self.recorded.clear()
+                cache.runner = None
                 cache.release()
                 return step(cache, ids_B)
         recorded = self.recorded[shape]

@@ -278,13 +278,13 @@ class PromptCache:
 
     def release(self) -> None:
         """A step has its true sizes again."""
-        self.arranged_for = self.fixed_for = 0
+        self.arranged_for = 0
 
     def clear(self) -> None:
         """Forget all prompts."""
         self.store.clear()
         self.place_B = np.arange(len(self.place_B))
-        self.arranged_for = self.fixed_for = 0
+        self.arranged_for = 0
 
     def bring_forward(self, read: np.ndarray) -> None:
         """Exchange prompts if those that are read are scattered; a few others among them cost less than moving."""

@@ -98,7 +98,7 @@ def sample(
         by_prompt(list(enumerate(requests[start : start + CHUNK], start=start)))
         for start in range(first_chunk * CHUNK, len(requests), CHUNK)
     ]
-    longest = max((len(request.prompt) for request in requests), default=0)
+    longest = max((len(request.prompt) for request in requests), default=0)  # of all, done or not: caches stay alike
     n_lanes = lanes_for(model, settings, chunks)
     if n_lanes == 1:
         for _, done in _sample_chunks(model, chunks, settings, end_id, new_override, longest):
