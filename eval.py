@@ -7,24 +7,24 @@ from pathlib import Path
 
 from torch import nn
 
-from minidpost import commands, datasets
-from minidpost.answers import Example
-from minidpost.evaluation import greedy_accuracy, sampled_scores
-from minidpost.files import write_json
-from minidpost.formats import Format
-from minidpost.report import markdown
-from minidpost.sampler import Sampling
+from minidpost import cli
+from minidpost.data import datasets
+from minidpost.data.example import Example
+from minidpost.sampling.sampler import SamplingSettings
+from minidpost.selftraining.evaluation import greedy_accuracy, sampled_scores
+from minidpost.storage import markdown_table, write_json
+from minidpost.text.templates import Template
 
 CALCULATORS = {"on": (True,), "off": (False,), "both": (True, False)}
 
 
 def main() -> None:
     options = parse_options()
-    commands.check_output(options.output)
+    cli.check_output(options.output)
     sets = load_sets(options)
-    directory, model, text_format = commands.open_model(options.checkpoint, options.device, options.dtype)
+    directory, model, template = cli.open_model(options.checkpoint, options.device, options.dtype)
     results = [
-        measure(model, text_format, name, examples, calculator, options)
+        measure(model, template, name, examples, calculator, options)
         for name, examples in sets.items()
         for calculator in CALCULATORS[options.calculator]
     ]
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = commands.model_parser(__doc__)
+    parser = cli.model_parser(__doc__)
     parser.add_argument(
         "--tasks", type=names, default=["toy"], metavar="NAME,…", help=f"{', '.join(datasets.SPLITS)} (default: toy)"
     )
@@ -42,11 +42,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--calculator", choices=CALCULATORS, default="both", help="default: both")
     parser.add_argument("--pass-at", type=counts, default=(), metavar="K,…", help="pass@k for each k")
     parser.add_argument("--maj-at", type=counts, default=(), metavar="K,…", help="maj@k for each k")
-    parser.add_argument("--limit", type=commands.POSITIVE, metavar="N", help="only the first N questions of every set")
+    parser.add_argument("--limit", type=cli.POSITIVE, metavar="N", help="only the first N questions of every set")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON to write beside the table")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where datasets lie or are fetched to")
     parser.add_argument(
-        "--temperature", type=commands.TEMPERATURE, default=0.7, metavar="T", help="of pass@k and maj@k (default: 0.7)"
+        "--temperature", type=cli.TEMPERATURE, default=0.7, metavar="T", help="of pass@k and maj@k (default: 0.7)"
     )
     options = parser.parse_args()
     if not options.temperature and max([1, *options.pass_at, *options.maj_at]) > 1:
@@ -61,7 +61,7 @@ def names(text: str) -> list[str]:
 
 def counts(text: str) -> list[int]:
     """A flag's type: values of k between commas."""
-    return sorted({commands.POSITIVE(k) for k in text.split(",")})
+    return sorted({cli.POSITIVE(k) for k in text.split(",")})
 
 
 def load_sets(options: argparse.Namespace) -> dict[str, list[Example]]:
@@ -78,22 +78,22 @@ def load_sets(options: argparse.Namespace) -> dict[str, list[Example]]:
 
 def measure(
     model: nn.Module,
-    text_format: Format,
+    template: Template,
     name: str,
     examples: Sequence[Example],
     calculator: bool,
     options: argparse.Namespace,
 ) -> dict:
     """One entry of the results: a set of questions, with or without calculator."""
-    settings = Sampling(
+    settings = SamplingSettings(
         options.temperature, max_new_tokens=options.max_new_tokens, slots=options.slots, seed=options.seed
     )
     label = f"{name}, calculator {'on' if calculator else 'off'}"
     result = {"task": name, "calculator": calculator, "n": len(examples)}
-    result["accuracy"] = asdict(greedy_accuracy(model, text_format, examples, settings, calculator, label))
+    result["accuracy"] = asdict(greedy_accuracy(model, template, examples, settings, calculator, label))
     if options.pass_at or options.maj_at:
         passed, majority = sampled_scores(
-            model, text_format, examples, settings, options.pass_at, options.maj_at, calculator, f"{label}, sampled"
+            model, template, examples, settings, options.pass_at, options.maj_at, calculator, f"{label}, sampled"
         )
         result["pass_at"] = {str(k): asdict(score) for k, score in passed.items()}
         result["maj_at"] = {str(k): asdict(score) for k, score in majority.items()}
@@ -109,8 +109,8 @@ def table(results: Sequence[dict]) -> str:
         scores = [result["accuracy"], *(result[kind][k] for kind, k in sampled)]
         shown = [f"{s['value']:.1%} ({100 * s['low']:.1f}–{100 * s['high']:.1f})" for s in scores]
         rows.append([result["task"], "on" if result["calculator"] else "off", f"{result['n']:,}", *shown])
-    return markdown(heads, rows)
+    return markdown_table(heads, rows)
 
 
 if __name__ == "__main__":
-    commands.run_command(main)
+    cli.run_command(main)

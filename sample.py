@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from minidpost import commands, datasets
-from minidpost.answers import extract_answer
-from minidpost.files import write_jsonl
-from minidpost.formats import Format
-from minidpost.generation import Generated, generate
-from minidpost.sampler import Sampling
+from minidpost import cli
+from minidpost.data import datasets
+from minidpost.sampling.generate import Generated, generate
+from minidpost.sampling.sampler import SamplingSettings
+from minidpost.storage import write_jsonl
+from minidpost.text.grading import extract_answer
+from minidpost.text.templates import Template
 
 N_SHOWN = 5  # toy dev questions that are answered where none is given
 BOLD, PLAIN = "\x1b[1;36m", "\x1b[0m"
@@ -21,34 +22,34 @@ ANNOTATION = re.compile(r"<<(?:[^<>]*=)?([^<>]*)>>")  # `<<48/2=24>>`, the group
 
 def main() -> None:
     options = parse_options()
-    commands.check_output(options.output)
+    cli.check_output(options.output)
     if options.input:
         questions = datasets.load_questions(options.input)
     else:
         questions = options.questions or [example.question for example in datasets.load("toy", "dev")[:N_SHOWN]]
-    _, model, text_format = commands.open_model(options.checkpoint, options.device, options.dtype)
-    settings = Sampling(
+    _, model, template = cli.open_model(options.checkpoint, options.device, options.dtype)
+    settings = SamplingSettings(
         options.temperature, options.top_k, options.top_p, options.max_new_tokens, options.slots, options.seed
     )
     calculator = not options.no_calculator
-    completions = list(generate(model, text_format, questions, settings, options.samples, calculator))
+    completions = list(generate(model, template, questions, settings, options.samples, calculator))
     completions.sort(key=lambda done: (done.index, done.sample))
     if options.output:
         write_jsonl(options.output, (row(questions[done.index], done) for done in completions))
         print(f"{len(completions):,} completions of {len(questions):,} questions: {options.output}")
     else:
-        show(questions, completions, text_format)
+        show(questions, completions, template)
 
 
 def parse_options() -> argparse.Namespace:
-    parser = commands.model_parser(__doc__)
+    parser = cli.model_parser(__doc__)
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"default: {N_SHOWN} of the toy dev set")
     parser.add_argument("--input", metavar="FILE", help="JSONL with `question`, text with one a line, or - for either")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSONL to write instead of showing completions")
-    parser.add_argument("--samples", type=commands.POSITIVE, default=1, metavar="N", help="completions a question")
-    parser.add_argument("--temperature", type=commands.TEMPERATURE, default=0.0, metavar="T", help="default: 0, greedy")
-    parser.add_argument("--top-k", type=commands.NOT_NEGATIVE, default=0, metavar="K", help="default: 0, all tokens")
-    parser.add_argument("--top-p", type=commands.SHARE, default=1.0, metavar="P", help="default: 1, all tokens")
+    parser.add_argument("--samples", type=cli.POSITIVE, default=1, metavar="N", help="completions a question")
+    parser.add_argument("--temperature", type=cli.TEMPERATURE, default=0.0, metavar="T", help="default: 0, greedy")
+    parser.add_argument("--top-k", type=cli.NOT_NEGATIVE, default=0, metavar="K", help="default: 0, all tokens")
+    parser.add_argument("--top-p", type=cli.SHARE, default=1.0, metavar="P", help="default: 1, all tokens")
     parser.add_argument("--no-calculator", action="store_true", help="let the model do its own arithmetic")
     options = parser.parse_args()
     if options.samples > 1 and not options.temperature:
@@ -73,7 +74,7 @@ def row(question: str, done: Generated) -> dict:
     }
 
 
-def show(questions: Sequence[str], completions: Sequence[Generated], text_format: Format) -> None:
+def show(questions: Sequence[str], completions: Sequence[Generated], template: Template) -> None:
     """Print every question and, indented, its completions; on a terminal calculator results stand out."""
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for done in completions:
@@ -81,17 +82,17 @@ def show(questions: Sequence[str], completions: Sequence[Generated], text_format
             print(f"\n{printable(questions[done.index])}" if done.index else printable(questions[0]))
         text = printable(done.text)
         if colours:
-            text = highlighted(text, forced_annotations(done, text_format))
+            text = highlighted(text, forced_annotations(done, template))
         print("    " + text.replace("\n", "\n    "))
         if done.completion.finish_reason == "length":
             print(f"    (cut after {len(done.completion.token_ids)} tokens)")
 
 
-def forced_annotations(done: Generated, text_format: Format) -> set[int]:
+def forced_annotations(done: Generated, template: Template) -> set[int]:
     """Which annotations of a completion, counted from 0, the calculator filled in."""
     ids, forced = done.completion.token_ids, [*done.completion.forced, False]
     ends = [i + 1 for i in range(len(ids)) if forced[i] and not forced[i + 1]]
-    texts = [text_format.text(ids[:end]) for end in ends]
+    texts = [template.text(ids[:end]) for end in ends]
     return {len(ANNOTATION.findall(text)) - 1 for text in texts if text.endswith(">>")}
 
 
@@ -109,4 +110,4 @@ def printable(text: str) -> str:
 
 
 if __name__ == "__main__":
-    commands.run_command(main)
+    cli.run_command(main)

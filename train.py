@@ -6,18 +6,18 @@ import warnings
 from pathlib import Path
 from random import Random
 
-from minidpost import datasets
-from minidpost.checkpoint import empty_model
-from minidpost.commands import MAX_COUNT, MINUTES, Parser, device, run_command
-from minidpost.files import UserError
-from minidpost.generation import default_device, sampling_dtype
-from minidpost.hub import EMBEDDED, PUBLISHED, find_model
-from minidpost.layouts import model_type, read_config
-from minidpost.memory import check_memory
-from minidpost.presets import METHODS, preset_for
-from minidpost.report import write_report
-from minidpost.rundir import RunDirectory, model_hash
-from minidpost.selftrain import Data, Run
+from minidpost.cli import MAX_COUNT, MINUTES, Parser, device, run_command
+from minidpost.data import datasets
+from minidpost.errors import UserError
+from minidpost.models.hf_config import model_type, read_config
+from minidpost.models.hub import BUNDLED, PUBLISHED, find_model
+from minidpost.models.weights import empty_model
+from minidpost.precision import default_device, sampling_dtype
+from minidpost.selftraining.algorithm import Data, Run
+from minidpost.selftraining.estimates import check_memory
+from minidpost.selftraining.presets import METHODS, preset_for
+from minidpost.selftraining.report import write_report
+from minidpost.selftraining.run_directory import RunDirectory, model_hash
 
 SETTINGS = ("model", "method", "data", "unlabelled", "limit", "seed", "no_calculator")  # what makes a run the same run
 OVERRIDES = {  # flags that replace one setting of the preset
@@ -60,7 +60,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument(
-        "--model", default="tiny-t5", help=f"{', '.join([*EMBEDDED, *PUBLISHED])}, or a directory (default: tiny-t5)"
+        "--model", default="tiny-t5", help=f"{', '.join([*BUNDLED, *PUBLISHED])}, or a directory (default: tiny-t5)"
     )
     parser.add_argument("--method", default="dpo-st", choices=METHODS)
     parser.add_argument("--data", default="toy", help="toy, gsm8k, or a JSONL file of question, rationale, answer")

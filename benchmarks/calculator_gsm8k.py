@@ -16,11 +16,12 @@ from decimal import Decimal
 from importlib.metadata import version
 from pathlib import Path
 
-from minidpost.answers import parse_number
-from minidpost.calculator import evaluate
-from minidpost.files import UserError, staged_file
-from minidpost.formats import Format, Tokenizer, format_for
-from minidpost.tokenizer import load_tokenizer
+from minidpost.errors import UserError
+from minidpost.storage import staged_file
+from minidpost.text.calculator import evaluate_expression
+from minidpost.text.grading import parse_number
+from minidpost.text.templates import Template, Tokenizer, template_for
+from minidpost.text.tokenizer import load_tokenizer
 
 SPLITS = ("train", "test")
 TOKENIZERS = {"t5": "t5", "llama2": "llama", "llama3": "llama"}  # directory: model type
@@ -48,7 +49,7 @@ def annotations(rationale: str) -> list[tuple[str, str]]:
 
 def verdict(expression: str, human: str) -> str:
     """How the calculator's result compares with the human's: one of `VERDICTS`."""
-    printed, number = evaluate(expression), parse_number(human)
+    printed, number = evaluate_expression(expression), parse_number(human)
     if printed is None:
         return NO_VALUE
     if printed == human:
@@ -60,24 +61,24 @@ def verdict(expression: str, human: str) -> str:
     return DECIMALS if number.as_tuple().exponent < -2 else OTHER
 
 
-def walk(text_format: Format, rationale: str) -> list[tuple[list[int], list[int]]]:
+def walk(template: Template, rationale: str) -> list[tuple[list[int], list[int]]]:
     """The automaton along a rationale's target: at each trigger, the forced ids and as many that stand there."""
-    ids = text_format.target_ids(rationale)
-    automaton = text_format.calculator()
+    ids = template.target_ids(rationale)
+    automaton = template.calculator()
     forced_at = [(position, automaton.push(token_id)) for position, token_id in enumerate(ids, start=1)]
     return [(forced, ids[position : position + len(forced)]) for position, forced in forced_at if forced]
 
 
-def measure(rationales: list[str], text_format: Format) -> tuple[Counter, Counter, list[str]]:
+def measure(rationales: list[str], template: Template) -> tuple[Counter, Counter, list[str]]:
     """Counts of verdicts, counts of what the automaton did at each annotation, and a line for every disagreement."""
     verdicts, walked, disagreements = Counter(), Counter(), []
     for rationale in rationales:
-        triggers = iter(walk(text_format, rationale))
+        triggers = iter(walk(template, rationale))
         for expression, human in annotations(rationale):
             found = verdict(expression, human)
             verdicts[found] += 1
             if found not in AGREE:
-                disagreements.append(f"`{expression}={human}`: {evaluate(expression)} ({found})")
+                disagreements.append(f"`{expression}={human}`: {evaluate_expression(expression)} ({found})")
             if found == NO_VALUE:
                 walked[NOT_FORCED] += 1
             else:
@@ -96,10 +97,10 @@ def read_rationales(data_dir: Path, split: str) -> list[str]:
     return [json.loads(line)["answer"] for line in path.open(encoding="utf-8")]
 
 
-def n_seams(rationales: list[str], text_format: Format, tokenizer: Tokenizer) -> int:
+def n_seams(rationales: list[str], template: Template, tokenizer: Tokenizer) -> int:
     """How many rationales have other ids than their target tokenised at once, behind a line break."""
     return sum(
-        text_format.target_ids(rationale)[:-1] != tokenizer.encode(text_format.target(rationale), continued=True)
+        template.target_ids(rationale)[:-1] != tokenizer.encode(template.target(rationale), continued=True)
         for rationale in rationales
     )
 
@@ -117,8 +118,8 @@ def table(title: str, rows: tuple[str, ...], counts: list[Counter]) -> str:
 
 def section(name: str, tokenizer: Tokenizer, rationales: dict[str, list[str]]) -> str:
     """What the automaton does along the targets of one tokenizer."""
-    text_format = format_for(TOKENIZERS[name], tokenizer)
-    walked = [measure(rationales[split], text_format)[1] for split in SPLITS]
+    template = template_for(TOKENIZERS[name], tokenizer)
+    walked = [measure(rationales[split], template)[1] for split in SPLITS]
     counts = sum(walked, Counter())
     n_triggered, n_equal = counts.total() - counts[NOT_FORCED], counts[FORCED_EQUAL]
     lines = [
@@ -127,7 +128,7 @@ def section(name: str, tokenizer: Tokenizer, rationales: dict[str, list[str]]) -
     ]
     if TOKENIZERS[name] == "llama":
         everything = [rationale for split in SPLITS for rationale in rationales[split]]
-        differing = n_seams(everything, text_format, tokenizer)
+        differing = n_seams(everything, template, tokenizer)
         n_all = f"{len(everything):,} rationales"
         lines.append(f"Seams between forced and other ids: {differing:,} of {n_all} have other ids than without seams.")
     outcomes = tuple(outcome for outcome in OUTCOMES if counts[outcome])
@@ -146,7 +147,7 @@ def main() -> None:
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    t5_format = format_for("t5", tokenizers["t5"])
+    t5_format = template_for("t5", tokenizers["t5"])
     verdicts, _, disagreements = zip(*(measure(rationales[split], t5_format) for split in SPLITS), strict=True)
     sections = [section(name, tokenizer, rationales) for name, tokenizer in tokenizers.items()]
     report = f"""# The calculator on GSM8K

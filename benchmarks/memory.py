@@ -19,11 +19,11 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from minidpost.batches import Batch, Encoded, collate  # noqa: E402
-from minidpost.llama import Llama, LlamaConfig  # noqa: E402
-from minidpost.objectives import LOGITS_AT_ONCE, log_probabilities, sft_loss, token_log_probabilities  # noqa: E402
-from minidpost.optimizer import Schedule, adamw, apply_step, checkpoint_activations  # noqa: E402
-from minidpost.report import markdown  # noqa: E402
+from minidpost.models.llama import Llama, LlamaConfig  # noqa: E402
+from minidpost.storage import markdown_table  # noqa: E402
+from minidpost.training.batching import Batch, TokenizedExample, collate  # noqa: E402
+from minidpost.training.losses import LOGITS_AT_ONCE, log_probabilities, sft_loss, token_log_probabilities  # noqa: E402
+from minidpost.training.optim import Schedule, adamw, apply_step, enable_activation_checkpointing  # noqa: E402
 
 VOCABULARY, ROWS, PROMPT, TARGET = 128_256, 4, 256, 384
 WAYS = {
@@ -54,7 +54,7 @@ def main() -> None:
     text = [f"# {__doc__.splitlines()[0].rstrip('.')}", "", f"`{command}` · {machine}", ""]
     text += [*__doc__.split("\n\n", 1)[1].strip().split("\n"), ""]
     text += [f"Width {options.width}, {options.layers} layers, activation checkpointing on.", ""]
-    text += [markdown(["way", "peak of the step over rest"], rows), ""]
+    text += [markdown_table(["way", "peak of the step over rest"], rows), ""]
     options.output.write_text("\n".join(text), encoding="utf-8")
     print("\n".join(text))
 
@@ -66,11 +66,11 @@ def measure(way, width: int, n_layers: int) -> int:
         VOCABULARY, width, 3 * width, n_layers, n_heads=4, n_kv_heads=2, d_head=width // 4, bos_id=1, eos_id=2
     )
     model = Llama(config).initialise().train()
-    checkpoint_activations(model)
+    enable_activation_checkpointing(model)
     optimizer = adamw(model, Schedule(1e-4))
     ids = torch.randint(VOCABULARY, (ROWS, PROMPT + TARGET)).tolist()
-    batch = collate([Encoded(tuple(row[:PROMPT]), tuple(row[PROMPT:])) for row in ids], None, "cpu")
-    small = collate([Encoded((1, 2), (3, 4))], None, "cpu")
+    batch = collate([TokenizedExample(tuple(row[:PROMPT]), tuple(row[PROMPT:])) for row in ids], None, "cpu")
+    small = collate([TokenizedExample((1, 2), (3, 4))], None, "cpu")
 
     def step(batch: Batch) -> None:
         sft_loss(way(model, batch), len(batch.position_N)).backward()

@@ -19,12 +19,12 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.scripted import CERTAIN, Work
-from minidpost.batches import pad
-from minidpost.calculator import Automaton
-from minidpost.checkpoint import set_parameter
-from minidpost.formats import Format
-from minidpost.layouts import config_json, layout_of
-from minidpost.t5 import T5
+from minidpost.models.hf_config import config_json, mapping_for
+from minidpost.models.t5 import T5
+from minidpost.models.weights import set_parameter
+from minidpost.text.calculator import Automaton
+from minidpost.text.templates import Template
+from minidpost.training.batching import pad
 
 try:
     import ctranslate2
@@ -44,7 +44,7 @@ def twin(model: nn.Module) -> transformers.PreTrainedModel:
     kind = transformers.T5ForConditionalGeneration if is_t5 else transformers.LlamaForCausalLM
     with torch.device("meta"):
         peer = kind(kind.config_class(**{key: value for key, value in hf.items() if key != "torch_dtype"}))
-    for ours, theirs in layout_of(config).names(config):
+    for ours, theirs in mapping_for(config).names(config):
         set_parameter(peer, theirs, weights[ours])
     if is_t5:
         peer.encoder.embed_tokens.weight = peer.decoder.embed_tokens.weight = peer.shared.weight
@@ -58,8 +58,8 @@ def twin(model: nn.Module) -> transformers.PreTrainedModel:
 class Calculator(transformers.LogitsProcessor):
     """Forces the calculator's results in a batch: an automaton (ours) a row, one transfer of the last tokens a step."""
 
-    def __init__(self, text_format: Format, n_rows: int):
-        self.automata = [text_format.calculator() for _ in range(n_rows)]
+    def __init__(self, template: Template, n_rows: int):
+        self.automata = [template.calculator() for _ in range(n_rows)]
         self.pending: list[deque[int]] = [deque() for _ in range(n_rows)]
         self.started = False
 
@@ -78,8 +78,8 @@ class Calculator(transformers.LogitsProcessor):
 class Script(transformers.LogitsProcessor):
     """Makes each row say its script, by one scatter a step as in ScriptedModel."""
 
-    def __init__(self, scripts: Sequence[Sequence[int]], end_id: int, n_prompt: int, device: torch.device):
-        self.script_BT, self.n_prompt = pad([[*script, end_id] for script in scripts], end_id).to(device), n_prompt
+    def __init__(self, scripts: Sequence[Sequence[int]], eos_id: int, n_prompt: int, device: torch.device):
+        self.script_BT, self.n_prompt = pad([[*script, eos_id] for script in scripts], eos_id).to(device), n_prompt
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         position = input_ids.shape[1] - self.n_prompt
@@ -110,7 +110,7 @@ def generate(peer: transformers.PreTrainedModel, work: Work, n_rows: int, is_sor
         inputs = padded(peer, [work.prompts[number] for number in numbers[::n_each]])
         n_prompt = 1 if peer.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         processors = scripts_of(work, numbers, n_prompt, peer.device)
-        processors.append(Calculator(work.text_format, len(numbers)))
+        processors.append(Calculator(work.template, len(numbers)))
         with torch.inference_mode():
             output_BT = peer.generate(
                 **inputs,
@@ -120,7 +120,7 @@ def generate(peer: transformers.PreTrainedModel, work: Work, n_rows: int, is_sor
                 logits_processor=processors,
             )
         for number, row in zip(numbers, output_BT[:, n_prompt:].tolist(), strict=True):
-            completions[number] = ended(row, work.text_format.end_id)
+            completions[number] = ended(row, work.template.eos_id)
     return completions
 
 
@@ -143,20 +143,20 @@ def scripts_of(
     if work.scripts is None:
         return transformers.LogitsProcessorList()
     scripts = [work.scripts[number] for number in numbers]
-    return transformers.LogitsProcessorList([Script(scripts, work.text_format.end_id, n_prompt, device)])
+    return transformers.LogitsProcessorList([Script(scripts, work.template.eos_id, n_prompt, device)])
 
 
 def chosen_by(work: Work) -> dict:
     """`generate`'s settings: greedy, or draws from the whole vocabulary."""
-    settings = {"num_beams": 1, "eos_token_id": work.text_format.end_id, "pad_token_id": 0}
+    settings = {"num_beams": 1, "eos_token_id": work.template.eos_id, "pad_token_id": 0}
     if not work.temperature:
         return settings | {"do_sample": False}
     return settings | {"do_sample": True, "temperature": work.temperature, "top_k": 0, "top_p": 1.0}
 
 
-def ended(row: list[int], end_id: int) -> list[int]:
+def ended(row: list[int], eos_id: int) -> list[int]:
     """A completion without what pads it."""
-    return row[: row.index(end_id) + 1] if end_id in row else row
+    return row[: row.index(eos_id) + 1] if eos_id in row else row
 
 
 def one_at_a_time(peer: transformers.PreTrainedModel, work: Work) -> list[list[int]]:
@@ -166,7 +166,7 @@ def one_at_a_time(peer: transformers.PreTrainedModel, work: Work) -> list[list[i
     """
     completions = []
     for number, prompt in enumerate(work.prompts):
-        inputs, stop = padded(peer, [prompt]), ToolStop(work.text_format.calculator())
+        inputs, stop = padded(peer, [prompt]), ToolStop(work.template.calculator())
         if peer.config.is_encoder_decoder:
             start_id = peer.config.decoder_start_token_id
             prefix, ids_1T = "decoder_", torch.tensor([[start_id]], device=peer.device)
@@ -267,4 +267,4 @@ class CTranslate2:
 
 def never_ending(work: Work) -> dict:
     """The option that keeps CTranslate2 from ending a row by itself."""
-    return {"suppress_sequences": [[str(work.text_format.end_id)]]}
+    return {"suppress_sequences": [[str(work.template.eos_id)]]}

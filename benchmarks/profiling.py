@@ -24,11 +24,12 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import RESULTS, command_line, machine_line, write_result  # noqa: E402
 from benchmarks.scripted import Work, model_names, open_shape, sampled, scripted_work  # noqa: E402
-from minidpost import kvcache, sampler, t5  # noqa: E402
-from minidpost.commands import POSITIVE, Parser, run_command  # noqa: E402
-from minidpost.files import UserError  # noqa: E402
-from minidpost.report import markdown  # noqa: E402
-from minidpost.sampler import SMALL, Slots  # noqa: E402
+from minidpost.cli import POSITIVE, Parser, run_command  # noqa: E402
+from minidpost.errors import UserError  # noqa: E402
+from minidpost.models import kvcache, layers, t5  # noqa: E402
+from minidpost.sampling import sampler  # noqa: E402
+from minidpost.sampling.sampler import MAX_PARAMETERS_FOR_WORKERS, Slots  # noqa: E402
+from minidpost.storage import markdown_table  # noqa: E402
 
 N_THREADS = torch.get_num_threads()
 PREFILL, REST = "prefill: encoder, keys and values of the prompts", "everything else"
@@ -40,9 +41,9 @@ PARTS = [  # what is clocked: owner, attribute, part
     (t5.T5, "logits", "products: output matrix"),
     (t5, "attention", "attention: own tokens"),
     (kvcache, "attention", "attention: prompts"),
-    (kvcache.PromptCache, "attend", "which rows share a prompt"),
+    (kvcache.SharedPromptCache, "attend", "which rows share a prompt"),
     (kvcache.KVCache, "append", "writing keys and values"),
-    (kvcache.RMSNorm, "forward", "norms"),
+    (layers.RMSNorm, "forward", "norms"),
     (kvcache.T5Cache, "bias", "position biases and mask"),
     (sampler, "choose", "choice of ids"),
     (Slots, "emit", "tokens, calculator, rows that come and go"),
@@ -100,12 +101,12 @@ def main() -> None:
     options = parse()
     text = [f"`{command_line()}` · {machine_line()}", *__doc__.strip().split("\n\n")[1:]]
     for name in options.model:
-        model, text_format = open_shape(name, torch.float32, "cpu")
+        model, template = open_shape(name, torch.float32, "cpu")
         if not isinstance(model, t5.T5):
             raise UserError(f"--model {name}: only T5 is taken apart here")
-        is_small = sum(weight.numel() for weight in model.parameters()) < SMALL
+        is_small = sum(weight.numel() for weight in model.parameters()) < MAX_PARAMETERS_FOR_WORKERS
         torch.set_num_threads(1 if is_small else N_THREADS)
-        work = scripted_work(text_format, options.questions or 3 * options.rows)
+        work = scripted_work(template, options.questions or 3 * options.rows)
         clock = profile(model, work, options.rows)
         print(f"{name}: {clock.n_tokens:,} tokens", file=sys.stderr, flush=True)
         text += [f"## {name}, {options.rows} rows", table(clock), summary(clock, work)]
@@ -145,7 +146,7 @@ def table(clock: Clock) -> str:
         seconds = clock.seconds[part]
         lines.append([part, f"{1000 * seconds / clock.n_steps:.2f}", f"{seconds / whole:.0%}"])
     lines.append(["together", f"{1000 * whole / clock.n_steps:.2f}", ""])
-    return markdown(["part", "ms a step", "share"], lines)
+    return markdown_table(["part", "ms a step", "share"], lines)
 
 
 def summary(clock: Clock, work: Work) -> str:

@@ -51,13 +51,13 @@ from benchmarks.scripted import (  # noqa: E402
     sampled,
     scripted_work,
 )
-from minidpost.commands import POSITIVE, Parser, device, run_command  # noqa: E402
-from minidpost.formats import Format  # noqa: E402
-from minidpost.generation import DTYPES, default_device  # noqa: E402
-from minidpost.graphs import plain_steps  # noqa: E402
-from minidpost.presets import TINY_T5  # noqa: E402
-from minidpost.report import markdown  # noqa: E402
-from minidpost.t5 import T5  # noqa: E402
+from minidpost.cli import POSITIVE, Parser, device, run_command  # noqa: E402
+from minidpost.models.t5 import T5  # noqa: E402
+from minidpost.precision import DTYPES, default_device  # noqa: E402
+from minidpost.sampling.cuda_graphs import plain_steps  # noqa: E402
+from minidpost.selftraining.presets import TINY_T5  # noqa: E402
+from minidpost.storage import markdown_table  # noqa: E402
+from minidpost.text.templates import Template  # noqa: E402
 
 OURS, OFF, PLAIN, PEER, PEER_SORTED = "ours", "off", "plain", "transformers", "transformers, sorted"
 ONE, CT2, CT2_INT8 = "one at a time", "CTranslate2", "CTranslate2, int8"
@@ -103,7 +103,7 @@ class Part:
 class Sides:
     """One model as each side has it: ours and transformers' in the precision that is faster there."""
 
-    text_format: Format
+    template: Template
     model: nn.Module
     peer: transformers.PreTrainedModel
     converted: peers.CTranslate2 | None
@@ -147,7 +147,7 @@ def report(options: argparse.Namespace, found: dict[Part, tuple[list[Measured], 
         if peers.ctranslate2 is None:
             text.append("CTranslate2: not measured; it is not installed here (`pip install ctranslate2`).")
     if bars := [*bar_rows(found, BARS[torch.device(options.device).type])]:
-        text += ["## The bars", markdown(["", "bar", "measured", ""], bars)]
+        text += ["## The bars", markdown_table(["", "bar", "measured", ""], bars)]
     for part, (measured, remarks) in found.items():
         text += [f"## {part.title}", table(measured), "\n".join(f"- {remark}" for remark in remarks)]
     write_result(options.output, "Sampling: ours, transformers, CTranslate2", text, is_whole=not rest)
@@ -233,7 +233,7 @@ def measure_part(part: Part, options: argparse.Namespace) -> tuple[list[Measured
     with TemporaryDirectory() as directory:
         sides, remarks = open_sides(part, options, Path(directory))
         for rows in part.counts:
-            work = work_for(part, sides.text_format, rows, options)
+            work = work_for(part, sides.template, rows, options)
             print(f"{part.title}: {rows} rows, {len(work.prompts)} completions", file=sys.stderr, flush=True)
             runs = {name: ways for name, ways in runs_of(sides, rows) if name in options.contenders}
             if found:  # the rest has been said at the first number of rows
@@ -255,27 +255,27 @@ def measure_part(part: Part, options: argparse.Namespace) -> tuple[list[Measured
     return found, remarks + [remark for measured in found for remark in measured.remarks]
 
 
-def work_for(part: Part, text_format: Format, rows: int, options: argparse.Namespace) -> Work:
+def work_for(part: Part, template: Template, rows: int, options: argparse.Namespace) -> Work:
     """Questions enough for rows to be refilled; fewer where the number of rows is not the telling one."""
     a_row = 8 if part.is_natural else COMPLETIONS_A_ROW.get(part.model, 3)
     n_completions = max(8, a_row * rows if rows == part.counts[0] else rows)
     n_questions = options.questions or -(-n_completions // part.n_samples)
     if part.is_natural:
-        return natural_work(text_format, n_questions, TINY_T5.max_new_tokens)
-    return scripted_work(text_format, n_questions, n_samples=part.n_samples)
+        return natural_work(template, n_questions, TINY_T5.max_new_tokens)
+    return scripted_work(template, n_questions, n_samples=part.n_samples)
 
 
 def open_sides(part: Part, options: argparse.Namespace, directory: Path) -> tuple[Sides, list[str]]:
     """The model on all sides, and what was found of precisions where there are two to choose from."""
     models = {}
     for dtype in options.dtype:
-        models[dtype], text_format = open_shape(part.model, DTYPES[dtype], options.device)
+        models[dtype], template = open_shape(part.model, DTYPES[dtype], options.device)
     twins = {dtype: peers.twin(model) for dtype, model in models.items()}
     converted, remarks = None, []
     if CT2 in options.contenders and peers.ctranslate2 and "fp32" in models and options.device == "cpu":
         converted = peers.CTranslate2(twins["fp32"], directory) if isinstance(models["fp32"], T5) else None
     rows = part.counts[0]
-    probe = scripted_work(text_format, min(rows, MAX_PROBE_ROWS)).part(rows, PROBE_TOKENS)
+    probe = scripted_work(template, min(rows, MAX_PROBE_ROWS)).part(rows, PROBE_TOKENS)
     chosen = []
     for side, runs in (
         ("ours", {dtype: clocked(sampled, model, rows) for dtype, model in models.items()}),
@@ -289,7 +289,7 @@ def open_sides(part: Part, options: argparse.Namespace, directory: Path) -> tupl
             remarks.append(
                 f"Precision, {side}: {chosen[-1]} ({found}; {len(probe.prompts)} prompts, {PROBE_TOKENS} tokens each)."
             )
-    return Sides(text_format, models[chosen[0]], twins[chosen[1]], converted), remarks
+    return Sides(template, models[chosen[0]], twins[chosen[1]], converted), remarks
 
 
 def clocked(function: Callable[..., Completions], model: nn.Module, *arguments, **settings) -> Run:
@@ -397,7 +397,7 @@ def table(found: list[Measured]) -> str:
                 costs = measured.calculator_costs() if is_there else []
                 line.append(f"{median(costs):+.1%} [{min(costs):+.1%}, {max(costs):+.1%}]" if costs else "–")
         lines.append(line)
-    return markdown(heads, lines)
+    return markdown_table(heads, lines)
 
 
 def bar_rows(found: dict[Part, tuple[list[Measured], list[str]]], bars: dict) -> Iterator[list[str]]:

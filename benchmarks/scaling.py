@@ -42,20 +42,24 @@ from benchmarks.scripted import (  # noqa: E402
     row_counts,
     scripted_work,
 )
-from minidpost.batches import Encoded  # noqa: E402
-from minidpost.commands import NOT_NEGATIVE, POSITIVE, Parser, device, run_command  # noqa: E402
-from minidpost.dpo import Pair, train_dpo  # noqa: E402
-from minidpost.files import staged_file  # noqa: E402
-from minidpost.flops import count, model_size, training_flops  # noqa: E402
-from minidpost.generation import DTYPES, default_device  # noqa: E402
-from minidpost.memory import available_bytes, training_bytes  # noqa: E402
-from minidpost.optimizer import read_log  # noqa: E402
-from minidpost.presets import T5 as T5_PRESET  # noqa: E402
-from minidpost.presets import Preset, preset_for  # noqa: E402
-from minidpost.report import markdown  # noqa: E402
-from minidpost.sampler import Request, Sampling, sample  # noqa: E402
-from minidpost.sft import train_sft  # noqa: E402
-from minidpost.t5 import T5  # noqa: E402
+from minidpost.cli import NOT_NEGATIVE, POSITIVE, Parser, device, run_command  # noqa: E402
+from minidpost.models.t5 import T5  # noqa: E402
+from minidpost.precision import DTYPES, default_device  # noqa: E402
+from minidpost.sampling.sampler import Request, SamplingSettings, sample  # noqa: E402
+from minidpost.selftraining.estimates import (  # noqa: E402  # noqa: E402
+    available_bytes,
+    count,
+    model_size,
+    training_bytes,
+    training_flops,
+)
+from minidpost.selftraining.presets import T5 as T5_PRESET  # noqa: E402
+from minidpost.selftraining.presets import Preset, preset_for  # noqa: E402
+from minidpost.storage import markdown_table, staged_file  # noqa: E402
+from minidpost.training.batching import TokenizedExample  # noqa: E402
+from minidpost.training.dpo import PreferencePair, train_dpo  # noqa: E402
+from minidpost.training.optim import read_log  # noqa: E402
+from minidpost.training.sft import train_sft  # noqa: E402
 
 DEFAULT_MODELS = {
     "cpu": ["tiny-t5", "flan-t5-small", "flan-t5-base"],
@@ -235,13 +239,13 @@ def least_seconds(model: nn.Module, rows: int, n_prompt: int, position: int, lim
 
 def measure_decoding(scaling: Scaling, limits: Limits, options: argparse.Namespace) -> None:
     """Clock the steps of one model over rows, over positions and over prompt lengths."""
-    model, text_format = open_shape(scaling.name, DTYPES[options.dtype], options.device)
-    end_id, at_rows = text_format.end_id, min(AT_ROWS, options.rows[-1])
+    model, template = open_shape(scaling.name, DTYPES[options.dtype], options.device)
+    eos_id, at_rows = template.eos_id, min(AT_ROWS, options.rows[-1])
 
     def points(rows: int, n_prompt: int, firsts: Sequence[int]) -> list[Point]:
         print(f"{scaling.name}: {rows} rows, prompts of {n_prompt}, to {firsts[-1]}", file=sys.stderr, flush=True)
         n_steps = min(WINDOW, options.length)
-        clocked = clocked_sampling(model, end_id, rows, n_prompt, firsts[-1] + n_steps + 1)
+        clocked = clocked_sampling(model, eos_id, rows, n_prompt, firsts[-1] + n_steps + 1)
         found = []
         for first in firsts:
             middle = first + n_steps // 2
@@ -257,14 +261,14 @@ def measure_decoding(scaling: Scaling, limits: Limits, options: argparse.Namespa
     scaling.by_prompt = [point for n_prompt in options.prompts for point in points(at_rows, n_prompt, [usual])]
 
 
-def clocked_sampling(model: nn.Module, end_id: int, rows: int, n_prompt: int, n_new: int) -> Clocked:
+def clocked_sampling(model: nn.Module, eos_id: int, rows: int, n_prompt: int, n_new: int) -> Clocked:
     """A clocked model behind the decoding of so many rows, all of one length."""
     random, n_ids = Random(0), model.config.vocab_size
-    ids = [token_id for token_id in range(n_ids) if token_id != end_id]
+    ids = [token_id for token_id in range(n_ids) if token_id != eos_id]
     prompts = [tuple(random.choices(ids, k=n_prompt)) for _ in range(rows)]
     clocked = Clocked(model, prompts, [random.choices(ids, k=n_new) for _ in range(rows)])
     requests = [Request(prompt, str(number)) for number, prompt in enumerate(prompts)]
-    for _ in sample(clocked, requests, Sampling(max_new_tokens=n_new, slots=rows), end_id):
+    for _ in sample(clocked, requests, SamplingSettings(max_new_tokens=n_new, slots=rows), eos_id):
         pass
     return clocked
 
@@ -274,16 +278,21 @@ def clocked_sampling(model: nn.Module, end_id: int, rows: int, n_prompt: int, n_
 
 def measure_training(scaling: Scaling, limits: Limits, options: argparse.Namespace) -> tuple[float, float] | None:
     """Steps of SFT and DPO on GSM8K's rationales; tokens a second of both, None where memory does not suffice."""
-    model, text_format = open_shape(scaling.name, torch.float32, options.device)
+    model, template = open_shape(scaling.name, torch.float32, options.device)
     preset = preset_for(scaling.name, "t5" if isinstance(model, T5) else "llama", "dpo-st")
     free = available_bytes(options.device)
     if free is not None and training_bytes(model, preset) > free:
         scaling.training.append([scaling.name, "does not fit into memory", *["–"] * 4])
         return None
     n, n_steps = options.examples, options.steps + 1  # the first is to warm up
-    work = scripted_work(text_format, n)
-    sequences = [Encoded(prompt, tuple(script)) for prompt, script in zip(work.prompts, work.scripts, strict=True)]
-    pairs = [Pair(s, Encoded(s.prompt, sequences[number - 1].target)) for number, s in enumerate(sequences)]
+    work = scripted_work(template, n)
+    sequences = [
+        TokenizedExample(prompt, tuple(script)) for prompt, script in zip(work.prompts, work.scripts, strict=True)
+    ]
+    pairs = [
+        PreferencePair(s, TokenizedExample(s.prompt, sequences[number - 1].target))
+        for number, s in enumerate(sequences)
+    ]
     sft = replace(preset.sft(0), epochs=n_steps, examples_per_step=len(sequences))
     dpo = replace(preset.dpo(len(pairs), 0), steps=n_steps, pairs_per_step=len(pairs))
     n_source = sum(len(sequence.prompt) for sequence in sequences)
@@ -308,12 +317,12 @@ def measure_training(scaling: Scaling, limits: Limits, options: argparse.Namespa
 
 def sampling_rate(options: argparse.Namespace, n_questions: int = 256) -> float:
     """Tokens a second when sampling as the recipe does: several a question, at its temperature, with calculator."""
-    model, text_format = open_shape(RECIPE_MODEL, DTYPES[options.dtype], options.device)
-    work, n_tokens = scripted_work(text_format, n_questions), 0
+    model, template = open_shape(RECIPE_MODEL, DTYPES[options.dtype], options.device)
+    work, n_tokens = scripted_work(template, n_questions), 0
     scripted = ScriptedModel(model, work.prompts, work.scripts)
     requests = [Request(p, str(i), k) for i, p in enumerate(work.prompts) for k in range(T5_PRESET.dpo_samples)]
     started = time.perf_counter()
-    for _, completion in sample(scripted, requests, T5_PRESET.sampling(0), text_format.end_id, text_format.calculator):
+    for _, completion in sample(scripted, requests, T5_PRESET.sampling(0), template.eos_id, template.calculator):
         n_tokens += len(completion.token_ids)
     return n_tokens / (time.perf_counter() - started)
 
@@ -359,14 +368,14 @@ def report(
     text += [f"## Prompt, {at_rows}", table(found, "by_prompt", "n_prompt")]
     if training := [line for scaling in found for line in scaling.training]:
         heads = ["", "step", "seconds", "tokens/s", "TFLOP", "share of peak"]
-        text += ["## Training", markdown(heads, training)]
+        text += ["## Training", markdown_table(heads, training)]
     text.append(f"## The paper's recipe, {RECIPE_MODEL}, one GPU")
     if recipe is None:
         text.append("Not measured.")
     else:
         text += [
             " ".join(recipe_seconds.__doc__.split()),
-            markdown(["stage", "hours"], [[stage, f"{seconds / 3600:.2f}"] for stage, seconds in recipe.items()]),
+            markdown_table(["stage", "hours"], [[stage, f"{seconds / 3600:.2f}"] for stage, seconds in recipe.items()]),
         ]
     if options.device == "cpu":
         text.append("GPU rows (flan-t5-large, Llama-3.2-1B, Llama-3-8B): not measured; no GPU was at hand.")
@@ -382,7 +391,7 @@ def table(found: list[Scaling], what: str, column: str) -> str:
             shares = [point.memory_seconds, point.peak_seconds, point.limit]
             line = [scaling.name, str(getattr(point, column)), *cells(1000 * point.seconds, point.rows / point.seconds)]
             lines.append(line + [f"{share / point.seconds:.0%}" for share in shares])
-    return markdown(heads, lines)
+    return markdown_table(heads, lines)
 
 
 def draw(found: list[Scaling], path: Path, options: argparse.Namespace) -> None:

@@ -19,19 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.calculator_gsm8k import walk
-from minidpost import datasets
-from minidpost.answers import Example
-from minidpost.checkpoint import load_format, load_model
-from minidpost.commands import POSITIVE
-from minidpost.formats import Format, format_for
-from minidpost.hub import WEIGHTS_DIR
-from minidpost.layouts import layout_of, model_type, read_config
-from minidpost.presets import T5
-from minidpost.sampler import Request, Sampling, sample
-from minidpost.tokenizer import load_tokenizer
+from minidpost.cli import POSITIVE
+from minidpost.data import datasets
+from minidpost.data.example import Example
+from minidpost.models.hf_config import mapping_for, model_type, read_config
+from minidpost.models.hub import WEIGHTS_DIR
+from minidpost.models.weights import load_model, load_template
+from minidpost.sampling.sampler import Request, SamplingSettings, sample
+from minidpost.selftraining.presets import T5
+from minidpost.text.templates import Template, template_for
+from minidpost.text.tokenizer import load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-EMBEDDED = {"tiny-t5": "tiny-t5-dpo-st", "tiny-llama": "tiny-llama"}  # name: directory of weights/
+BUNDLED = {"tiny-t5": "tiny-t5-dpo-st", "tiny-llama": "tiny-llama"}  # name: directory of weights/
 SHAPES = {  # name: config, tokenizer, both in ../shared
     "flan-t5-small": ("flan-t5-small", "t5"),
     "flan-t5-base": ("flan-t5-base", "t5"),
@@ -40,7 +40,7 @@ SHAPES = {  # name: config, tokenizer, both in ../shared
     "llama-3.2-1b": ("Llama-3.2-1B", "llama3"),
     "llama-3-8b": ("Meta-Llama-3-8B", "llama3"),
 }
-MODELS = (*EMBEDDED, *SHAPES)
+MODELS = (*BUNDLED, *SHAPES)
 TEMPERATURE = T5.temperature  # of samples
 SPREAD, LIBRARY = 0.25, 1000  # how the lengths of a question's samples scatter, and rationales they are taken from
 CERTAIN = 1e4  # a logit beside which all others are nothing, and whose softmax is still a number
@@ -123,7 +123,7 @@ class Work:
     With several samples a question, its prompt stands there as often; they are drawn, single ones are greedy.
     """
 
-    text_format: Format
+    template: Template
     prompts: list[tuple[int, ...]]
     scripts: list[list[int]] | None
     max_new_tokens: int
@@ -142,7 +142,7 @@ class Work:
         return TEMPERATURE if self.n_samples > 1 else 0.0
 
 
-def scripted_work(text_format: Format, n_questions: int, shared: Path = SHARED, n_samples: int = 1) -> Work:
+def scripted_work(template: Template, n_questions: int, shared: Path = SHARED, n_samples: int = 1) -> Work:
     """The first questions whose gold rationale the calculator agrees with: GSM8K's test split, toy where it is not.
 
     A question's further samples say rationales of others, of the gold one's length times a random factor (log-normal).
@@ -154,34 +154,34 @@ def scripted_work(text_format: Format, n_questions: int, shared: Path = SHARED, 
     else:
         examples = datasets.load("toy", "test")
     for example in examples:
-        prompt = tuple(text_format.prompt_ids(example.question))
-        agrees = all(forced == standing for forced, standing in walk(text_format, example.rationale))
+        prompt = tuple(template.prompt_ids(example.question))
+        agrees = all(forced == standing for forced, standing in walk(template, example.rationale))
         if agrees and prompt not in prompts:
             prompts.append(prompt)
-            scripts.append(text_format.target_ids(example.rationale))
+            scripts.append(template.target_ids(example.rationale))
         if len(prompts) == max(n_questions, LIBRARY if n_samples > 1 else 0):
             break
     if n_samples > 1:
-        by_length = sorted(scripts, key=len)
+        length_buckets = sorted(scripts, key=len)
         prompts = [prompt for prompt in prompts[:n_questions] for _ in range(n_samples)]
-        scripts = [script for gold in scripts[:n_questions] for script in stand_ins(gold, by_length, n_samples)]
-    return Work(text_format, prompts, scripts, max(map(len, scripts)), n_samples)
+        scripts = [script for gold in scripts[:n_questions] for script in stand_ins(gold, length_buckets, n_samples)]
+    return Work(template, prompts, scripts, max(map(len, scripts)), n_samples)
 
 
-def stand_ins(gold: list[int], by_length: list[list[int]], n_samples: int) -> Iterator[list[int]]:
+def stand_ins(gold: list[int], length_buckets: list[list[int]], n_samples: int) -> Iterator[list[int]]:
     """A rationale, and others, of those sorted by length, whose lengths scatter around its own."""
     random = Random(len(gold))
     yield gold
     for _ in range(n_samples - 1):
-        place = bisect_left(by_length, len(gold) * random.lognormvariate(0, SPREAD), key=len)
-        yield by_length[min(place, len(by_length) - 1)]
+        place = bisect_left(length_buckets, len(gold) * random.lognormvariate(0, SPREAD), key=len)
+        yield length_buckets[min(place, len(length_buckets) - 1)]
 
 
-def natural_work(text_format: Format, n_questions: int, max_new_tokens: int) -> Work:
+def natural_work(template: Template, n_questions: int, max_new_tokens: int) -> Work:
     """Toy questions, to which the model says what it will."""
     examples = [*datasets.load("toy", "test"), *datasets.load("toy", "longer")][:n_questions]
-    prompts = [tuple(text_format.prompt_ids(example.question)) for example in examples]
-    return Work(text_format, prompts, None, max_new_tokens)
+    prompts = [tuple(template.prompt_ids(example.question)) for example in examples]
+    return Work(template, prompts, None, max_new_tokens)
 
 
 def sampled(model: nn.Module, work: Work, rows: int, has_calculator: bool = True) -> list[list[int]]:
@@ -189,9 +189,9 @@ def sampled(model: nn.Module, work: Work, rows: int, has_calculator: bool = True
     scripted = model if work.scripts is None else ScriptedModel(model, work.prompts, work.scripts)
     numbered = ((prompt, *divmod(number, work.n_samples)) for number, prompt in enumerate(work.prompts))
     requests = [Request(prompt, str(question), sample) for prompt, question, sample in numbered]
-    settings = Sampling(work.temperature, max_new_tokens=work.max_new_tokens, slots=rows)
-    new_override = work.text_format.calculator if has_calculator else None
-    done = dict(sample(scripted, requests, settings, work.text_format.end_id, new_override))
+    settings = SamplingSettings(work.temperature, max_new_tokens=work.max_new_tokens, slots=rows)
+    new_override = work.template.calculator if has_calculator else None
+    done = dict(sample(scripted, requests, settings, work.template.eos_id, new_override))
     return [done[number].token_ids for number in range(len(requests))]
 
 
@@ -211,19 +211,19 @@ def row_counts(text: str) -> list[int]:
 
 def open_shape(
     name: str, dtype: torch.dtype, device: str, shared: Path = SHARED, seed: int = 0
-) -> tuple[nn.Module, Format]:
+) -> tuple[nn.Module, Template]:
     """A model in eval mode and how it writes: a directory's or an embedded one's weights, else a shape's random ones.
 
     UserError: a broken directory, `shared` without the shape's config or tokenizer.
     """
     if name not in SHAPES:
-        directory = WEIGHTS_DIR / EMBEDDED[name] if name in EMBEDDED else Path(name)
-        return load_model(directory, dtype, device), load_format(directory)
+        directory = WEIGHTS_DIR / BUNDLED[name] if name in BUNDLED else Path(name)
+        return load_model(directory, dtype, device), load_template(directory)
     config_name, tokenizer_name = SHAPES[name]
     config_dir, tokenizer_dir = shared / "configs" / config_name, shared / "tokenizers" / tokenizer_name
-    text_format = format_for(model_type(config_dir), load_tokenizer(tokenizer_dir))
+    template = template_for(model_type(config_dir), load_tokenizer(tokenizer_dir))
     config = read_config(config_dir)
     torch.manual_seed(seed)
     with torch.device(device):
-        model = layout_of(config).model(config).initialise()
-    return model.to(dtype).eval(), text_format
+        model = mapping_for(config).model(config).initialise()
+    return model.to(dtype).eval(), template

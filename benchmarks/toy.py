@@ -1,4 +1,4 @@
-"""The method on the embedded world: SFT, ST and DPO-ST over several seeds, with intervals.
+"""The method on the toy world: SFT, ST and DPO-ST over several seeds, with intervals.
 
 Each run is `python train.py --method M --seed S`. A method's model is that of the iteration with the best accuracy on
 dev; every number in the tables is from the test sets, which chose nothing. Intervals (95 %) are bootstraps over test
@@ -21,13 +21,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from minidpost import toy  # noqa: E402
-from minidpost.answers import is_correct  # noqa: E402
-from minidpost.checkpoint import load_format, load_model  # noqa: E402
-from minidpost.evaluation import completions_by_question, pass_at_k  # noqa: E402
-from minidpost.presets import TINY_T5  # noqa: E402
-from minidpost.report import markdown  # noqa: E402
-from minidpost.sampler import Sampling  # noqa: E402
+from minidpost.data import toy  # noqa: E402
+from minidpost.models.weights import load_model, load_template  # noqa: E402
+from minidpost.sampling.sampler import SamplingSettings  # noqa: E402
+from minidpost.selftraining.evaluation import completions_by_question, pass_at_k  # noqa: E402
+from minidpost.selftraining.presets import TINY_T5  # noqa: E402
+from minidpost.storage import markdown_table  # noqa: E402
+from minidpost.text.grading import is_correct  # noqa: E402
 
 METHODS = ("st", "dpo-st")
 SAMPLES = 10
@@ -76,7 +76,7 @@ def report(directories: dict, seeds: list[int], model: str, command: str) -> str
             for calculator in (True, False) if split == "test" else (True,):
                 outcomes = [outcomes_of(models[method, seed], split, calculator) for seed in seeds]
                 right[method, split, calculator] = np.array(outcomes)
-    lines = ["# The embedded world: does self-training help, and does DPO help it?", ""]
+    lines = ["# The toy world: does self-training help, and does DPO help it?", ""]
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     world = f"{toy.SIZES['train']} labelled and {toy.SIZES['unlabelled']} unlabelled questions"
     lines += [f"`python benchmarks/toy.py {command}` · {machine}, torch {torch.__version__} · {model}, {world}, seeds"]
@@ -93,21 +93,26 @@ def report(directories: dict, seeds: list[int], model: str, command: str) -> str
         cells = [interval(right[method, split, True]) for split in toy.TEST_SPLITS]
         iterations = "0" if method == "sft" else ", ".join(str(chosen[method, seed]) for seed in seeds)
         rows.append([method, *cells, interval(right[method, "test", False]), iterations])
-    lines += [markdown(heads, rows), "", "## Differences on toy/test, in points", ""]
+    lines += [markdown_table(heads, rows), "", "## Differences on toy/test, in points", ""]
     rows = []
     for a, b in (("st", "sft"), ("dpo-st", "sft"), ("dpo-st", "st")):
         rows.append([f"{a} − {b}", difference(right[a, "test", True] - right[b, "test", True])])
     for method in ("sft", *METHODS):
         gain = right[method, "test", True] - right[method, "test", False]
         rows.append([f"{method}: calculator on − off", difference(gain)])
-    lines += [markdown(["difference", "points"], rows), "", "## Before and after the first DPO step, toy/test", ""]
+    lines += [
+        markdown_table(["difference", "points"], rows),
+        "",
+        "## Before and after the first DPO step, toy/test",
+        "",
+    ]
     before = [sampled(models["sft", seed]) for seed in seeds]
     after = [sampled(directories["dpo-st", seed] / "iteration-1" / "dpo") for seed in seeds]
     rows = []
     for k in (1, SAMPLES):
         old, new = (np.array([[pass_at_k(SAMPLES, c, k) for c in row] for row in rows_]) for rows_ in (before, after))
         rows.append([f"pass@{k}", interval(old), interval(new), difference(new - old)])
-    lines += [markdown(["", "SFT (iteration 0)", "after DPO", "difference, points"], rows), ""]
+    lines += [markdown_table(["", "SFT (iteration 0)", "after DPO", "difference, points"], rows), ""]
     lines += ["## Every run", "", *every_run(directories), ""]
     return "\n".join(lines)
 
@@ -120,18 +125,18 @@ def best_iteration(directory: Path) -> int:
 
 def outcomes_of(checkpoint: Path, split: str, calculator: bool) -> list[float]:
     """1.0 for each question of a test set that the greedy completion gets right."""
-    settings = Sampling(max_new_tokens=TINY_T5.max_new_tokens, slots=TINY_T5.slots)
-    model, text_format, examples = load_model(checkpoint), load_format(checkpoint), toy.examples(split)
-    texts = completions_by_question(model, text_format, examples, settings, 1, calculator, split)
+    settings = SamplingSettings(max_new_tokens=TINY_T5.max_new_tokens, slots=TINY_T5.slots)
+    model, template, examples = load_model(checkpoint), load_template(checkpoint), toy.examples(split)
+    texts = completions_by_question(model, template, examples, settings, 1, calculator, split)
     return [float(is_correct(text, example.answer)) for (text,), example in zip(texts, examples, strict=True)]
 
 
 def sampled(checkpoint: Path) -> list[int]:
     """How many of ten samples are right, for each test question."""
-    settings = Sampling(max_new_tokens=TINY_T5.max_new_tokens, slots=TINY_T5.slots)
+    settings = SamplingSettings(max_new_tokens=TINY_T5.max_new_tokens, slots=TINY_T5.slots)
     settings = replace(settings, temperature=TINY_T5.temperature)
-    model, text_format, examples = load_model(checkpoint), load_format(checkpoint), toy.examples("test")
-    texts = completions_by_question(model, text_format, examples, settings, SAMPLES, True, "pass@k")
+    model, template, examples = load_model(checkpoint), load_template(checkpoint), toy.examples("test")
+    texts = completions_by_question(model, template, examples, settings, SAMPLES, True, "pass@k")
     return [sum(is_correct(text, e.answer) for text in row) for row, e in zip(texts, examples, strict=True)]
 
 

@@ -55,21 +55,22 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import RESULTS, command_line, machine_line, timed, write_result  # noqa: E402
-from minidpost import datasets  # noqa: E402
-from minidpost.answers import Example, is_correct  # noqa: E402
-from minidpost.batches import Encoded, shuffled_steps, within_limits  # noqa: E402
-from minidpost.checkpoint import load_format, load_model  # noqa: E402
-from minidpost.commands import POSITIVE, Parser, run_command  # noqa: E402
-from minidpost.dpo import DPOSettings, Pair, train_dpo  # noqa: E402
-from minidpost.files import UserError, read_json, write_json  # noqa: E402
-from minidpost.formats import Format  # noqa: E402
-from minidpost.generation import generate  # noqa: E402
-from minidpost.optimizer import Schedule, adamw, read_log  # noqa: E402
-from minidpost.presets import Preset, preset_for  # noqa: E402
-from minidpost.report import markdown  # noqa: E402
-from minidpost.selection import Candidates, preference_pairs  # noqa: E402
-from minidpost.selftrain import encoded  # noqa: E402
-from minidpost.sft import SFTSettings, train_sft  # noqa: E402
+from minidpost.cli import POSITIVE, Parser, run_command  # noqa: E402
+from minidpost.data import datasets  # noqa: E402
+from minidpost.data.example import Example  # noqa: E402
+from minidpost.errors import UserError  # noqa: E402
+from minidpost.models.weights import load_model, load_template  # noqa: E402
+from minidpost.sampling.generate import generate  # noqa: E402
+from minidpost.selftraining.algorithm import encoded  # noqa: E402
+from minidpost.selftraining.presets import Preset, preset_for  # noqa: E402
+from minidpost.selftraining.selection import Candidates, preference_pairs  # noqa: E402
+from minidpost.storage import markdown_table, read_json, write_json  # noqa: E402
+from minidpost.text.grading import is_correct  # noqa: E402
+from minidpost.text.templates import Template  # noqa: E402
+from minidpost.training.batching import TokenizedExample, drop_too_long, epoch_steps  # noqa: E402
+from minidpost.training.dpo import DPOSettings, PreferencePair, train_dpo  # noqa: E402
+from minidpost.training.optim import Schedule, adamw, read_log  # noqa: E402
+from minidpost.training.sft import SFTSettings, train_sft  # noqa: E402
 from tools import random_model  # noqa: E402
 
 SEED = 0
@@ -105,8 +106,8 @@ class Material:
 
     sft_model: Path
     dpo_model: Path
-    examples: list[Encoded]
-    pairs: list[Pair]
+    examples: list[TokenizedExample]
+    pairs: list[PreferencePair]
     sft: SFTSettings
     dpo: DPOSettings
     scratch: Path
@@ -181,14 +182,14 @@ def prepare(name: str, plan: Plan, shared: Path, scratch: Path) -> Material:
         base = policy = scratch / name
         random_model.make(shared / "configs" / name, shared / "tokenizers" / "t5", base, SEED, None)
         source = "gsm8k" if (shared / "data" / "gsm8k" / "train.jsonl").is_file() else "toy"
-    text_format, preset = load_format(base), preset_for(name, "t5", "dpo-st")
+    template, preset = load_template(base), preset_for(name, "t5", "dpo-st")
     labelled = datasets.load(source, "train", shared / "data")
     labelled = Random(SEED).sample(labelled, min(len(labelled), MAX_QUESTIONS))
-    gold = gold_sequences(labelled, text_format, preset)
+    gold = gold_sequences(labelled, template, preset)
     examples = list(gold.values())[:n_examples]
     if name == "tiny-t5":
         pool = [*labelled, *datasets.load("toy", "unlabelled")[: MAX_QUESTIONS - len(labelled)]]
-        all_pairs = sampled_pairs(policy, pool, gold, text_format, preset)
+        all_pairs = sampled_pairs(policy, pool, gold, template, preset)
     else:
         all_pairs = stand_in_pairs(list(gold.values()))
     if len(examples) < n_examples or len(all_pairs) < n_pairs:
@@ -196,7 +197,7 @@ def prepare(name: str, plan: Plan, shared: Path, scratch: Path) -> Material:
             f"{name}: {n_examples} examples and {n_pairs} pairs are asked for, {source} has {len(gold)} and "
             f"{len(all_pairs)}; take fewer --steps or --per-step"
         )
-    steps = shuffled_steps(len(all_pairs), plan.pairs, plan.dpo_steps, SEED)
+    steps = epoch_steps(len(all_pairs), plan.pairs, plan.dpo_steps, SEED)
     pairs = [all_pairs[number] for numbers in steps for number in numbers]
     sft = replace(preset.sft(SEED), epochs=1, examples_per_step=plan.examples)
     dpo = replace(preset.dpo(n_pairs, SEED), steps=plan.dpo_steps * plan.dpo_epochs, pairs_per_step=plan.pairs)
@@ -205,7 +206,7 @@ def prepare(name: str, plan: Plan, shared: Path, scratch: Path) -> Material:
     return Material(base, policy, examples, pairs, sft, dpo, scratch, data)
 
 
-def described(examples: list[Encoded], pairs: list[Pair], all_pairs: list[Pair]) -> str:
+def described(examples: list[TokenizedExample], pairs: list[PreferencePair], all_pairs: list[PreferencePair]) -> str:
     """The data in words."""
     completions = {sequence for pair in pairs for sequence in pair.sequences}
     prompts = {pair.chosen.prompt for pair in pairs}
@@ -215,35 +216,37 @@ def described(examples: list[Encoded], pairs: list[Pair], all_pairs: list[Pair])
     )
 
 
-def mean_tokens(sequences: Collection[Encoded]) -> str:
+def mean_tokens(sequences: Collection[TokenizedExample]) -> str:
     """Mean lengths of prompts and targets, in words."""
     n_prompt, n_target = (sum(len(getattr(s, part)) for s in sequences) for part in ("prompt", "target"))
     return f"mean tokens: question {n_prompt / len(sequences):.0f}, rationale {n_target / len(sequences):.0f}"
 
 
-def gold_sequences(labelled: list[Example], text_format: Format, preset: Preset) -> dict[str, Encoded]:
+def gold_sequences(labelled: list[Example], template: Template, preset: Preset) -> dict[str, TokenizedExample]:
     """The labelled set as ids, by question: what the tokenizer can write and the preset's lengths allow."""
     gold = {}
     for example in labelled:
-        sequence = encoded(text_format, example.question, text_format.target_ids(example.rationale))
-        survives = text_format.survives(text_format.target(example.rationale))
-        if survives and within_limits([sequence], preset.max_source, preset.max_target):
+        sequence = encoded(template, example.question, template.target_ids(example.rationale))
+        survives = template.round_trips(template.target(example.rationale))
+        if survives and drop_too_long([sequence], preset.max_source, preset.max_target):
             gold[example.question] = sequence
     return gold
 
 
-def sampled_pairs(policy: Path, pool: list[Example], gold: dict, text_format: Format, preset: Preset) -> list[Pair]:
+def sampled_pairs(
+    policy: Path, pool: list[Example], gold: dict, template: Template, preset: Preset
+) -> list[PreferencePair]:
     """Pairs as the method makes them: samples of the policy, graded, chosen by our rules."""
     known = [Candidates(gold[e.question].target if e.question in gold else None) for e in pool]
     questions = [example.question for example in pool]
-    for done in generate(load_model(policy), text_format, questions, preset.sampling(SEED), SAMPLES):
+    for done in generate(load_model(policy), template, questions, preset.sampling(SEED), SAMPLES):
         right = is_correct(done.text, pool[done.index].answer)
         (known[done.index].right if right else known[done.index].wrong).append(tuple(done.completion.token_ids))
-    prompts = [tuple(text_format.prompt_ids(question)) for question in questions]
+    prompts = [tuple(template.prompt_ids(question)) for question in questions]
     return [pair for prompt, candidates in zip(prompts, known, strict=True) for pair in pairs_of(prompt, candidates)]
 
 
-def stand_in_pairs(gold: list[Encoded]) -> list[Pair]:
+def stand_in_pairs(gold: list[TokenizedExample]) -> list[PreferencePair]:
     """Pairs of real rationales where no model is at hand that could sample: see the head of this file."""
     random, pairs = Random(SEED), []
     for sequence in gold:
@@ -256,10 +259,12 @@ def stand_in_pairs(gold: list[Encoded]) -> list[Pair]:
     return pairs
 
 
-def pairs_of(prompt: tuple[int, ...], candidates: Candidates) -> list[Pair]:
+def pairs_of(prompt: tuple[int, ...], candidates: Candidates) -> list[PreferencePair]:
     """The pairs of one question."""
     chosen = preference_pairs(candidates)
-    return [Pair(Encoded(prompt, winner), Encoded(prompt, loser)) for winner, loser, _ in chosen]
+    return [
+        PreferencePair(TokenizedExample(prompt, winner), TokenizedExample(prompt, loser)) for winner, loser, _ in chosen
+    ]
 
 
 # -- the peers --------------------------------------------------------------------------------------------------------
@@ -496,7 +501,7 @@ def race(ways: dict[str, Callable[[], Callable[[], object]]], n_rounds: int, n_t
         ratio = median(seconds[name] / seconds["ours"] for seconds in rounds)
         rows.append([name, f"{middle:.2f}", f"{n_tokens / middle:,.0f}", f"{ratio:.2f}×"])
     each = ", ".join(" / ".join(f"{seconds[name]:.2f}" for name in ways) for seconds in rounds)
-    return [markdown(["", "seconds", "tokens/s", "time of ours"], rows), f"Rounds, in seconds: {each}"]
+    return [markdown_table(["", "seconds", "tokens/s", "time of ours"], rows), f"Rounds, in seconds: {each}"]
 
 
 if __name__ == "__main__":

@@ -1,3 +1,1 @@
 """DPO-augmented self-training (Wang, Li, Lu, ACL 2024, arXiv 2407.18248), written out in PyTorch."""
-
-__version__ = "0.1.0"

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from minidpost.checkpoint import save_model
-from minidpost.formats import T5Format
-from minidpost.t5 import T5, T5Config
-from minidpost.tokenizer import load_tokenizer
+from minidpost.models.t5 import T5, T5Config
+from minidpost.models.weights import save_model
+from minidpost.text.templates import T5Template
+from minidpost.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,14 +23,14 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_format() -> T5Format:
-    """How a T5 with the embedded vocabulary writes."""
-    return T5Format(load_tokenizer(ROOT / "weights" / "tiny-t5"))
+def tiny_template() -> T5Template:
+    """How a T5 with the bundled vocabulary writes."""
+    return T5Template(load_tokenizer(ROOT / "weights" / "tiny-t5"))
 
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory) -> Path:
-    """A checkpoint of random weights, one layer of width 16, with the embedded vocabulary."""
+    """A checkpoint of random weights, one layer of width 16, with the bundled vocabulary."""
     tokenizer = load_tokenizer(ROOT / "weights" / "tiny-t5")
     torch.manual_seed(0)
     model = T5(T5Config(tokenizer.vocab_size, 16, 8, 24, 2, 1, 1, dropout=0.1)).initialise()

@@ -3,8 +3,8 @@
 import torch
 import transformers
 
-from minidpost.layouts import llama_names, write_llama
-from minidpost.llama import Llama, LlamaConfig, RopeScaling
+from minidpost.models.hf_config import llama_names, write_llama
+from minidpost.models.llama import Llama, LlamaConfig, RopeScaling
 
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_positions=64)
 LLAMA_SHAPES = {

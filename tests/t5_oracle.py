@@ -4,8 +4,8 @@ import torch
 import transformers
 from torch import nn
 
-from minidpost.layouts import t5_names
-from minidpost.t5 import T5, T5Config
+from minidpost.models.hf_config import t5_names
+from minidpost.models.t5 import T5, T5Config
 
 SHAPES = {
     # Flan and v1.1; heads × d_kv is 15 where d_model is 24.

@@ -16,12 +16,12 @@ from benchmarks import peers, profiling, sampling, scaling
 from benchmarks.profiling import profile
 from benchmarks.scaling import Clocked, Limits, Rates, least_seconds, recipe_seconds
 from benchmarks.scripted import ScriptedModel, Work, natural_work, scripted_work
-from minidpost import sampler
-from minidpost.checkpoint import load_model
-from minidpost.files import UserError
-from minidpost.presets import T5 as T5_PRESET
-from minidpost.sampler import Request, Sampling, sample
-from minidpost.t5 import T5
+from minidpost.errors import UserError
+from minidpost.models.t5 import T5
+from minidpost.models.weights import load_model
+from minidpost.sampling import sampler
+from minidpost.sampling.sampler import Request, SamplingSettings, sample
+from minidpost.selftraining.presets import T5 as T5_PRESET
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,24 +55,24 @@ def scripts_with_forced_ids(n: int) -> list[list[int]]:
 def test_scripted_rows_say_exactly_their_scripts(name, temperature, monkeypatch):
     """Forced ids too, over several slots, refills, shelves and chunks; neighbours of one prompt as well."""
     monkeypatch.setattr(sampler, "CHUNK", 30)
-    monkeypatch.setattr(sampler, "SHELF", 3)
+    monkeypatch.setattr(sampler, "PREFILL_BATCH", 3)
     scripts = scripts_with_forced_ids(20)
     prompts = [tuple(random.Random(i).choices(range(2, 80), k=1 + i % 7)) for i in range(20)]
     assert len(set(prompts)) == 20
     model = ScriptedModel(MODELS[name](), prompts, scripts)
     requests = [Request(prompt, str(i), k) for i, prompt in enumerate(prompts) for k in range(2)]
-    settings = Sampling(temperature, max_new_tokens=50, slots=4)
+    settings = SamplingSettings(temperature, max_new_tokens=50, slots=4)
     done = dict(sample(model, requests, settings, END, Interrupting))
     assert [done[i].token_ids for i in range(40)] == [script for script in scripts for _ in range(2)]
     assert [done[i].forced for i in range(40)] == [[t in (8, 9) for t in s] for s in scripts for _ in range(2)]
     assert sum(sum(completion.forced) for completion in done.values()) > 50
 
 
-def test_samples_of_a_question_say_its_scripts_in_turn(tiny_format, tmp_path):
+def test_samples_of_a_question_say_its_scripts_in_turn(tiny_template, tmp_path):
     """The gold rationale and others of like length; ours and transformers' do, in draws at the method's temperature."""
-    work = scripted_work(tiny_format, 3, tmp_path, n_samples=4)
+    work = scripted_work(tiny_template, 3, tmp_path, n_samples=4)
     assert len(work.prompts) == len(work.scripts) == 12 and len(set(work.prompts)) == 3 and work.temperature == 0.7
-    assert work.scripts[::4] == scripted_work(tiny_format, 3, tmp_path).scripts
+    assert work.scripts[::4] == scripted_work(tiny_template, 3, tmp_path).scripts
     assert all(0.3 < len(script) / len(work.scripts[i // 4 * 4]) < 3 for i, script in enumerate(work.scripts))
     assert len({len(script) for script in work.scripts}) > 5
     assert work.part(5).scripts == work.scripts[:8]
@@ -82,28 +82,28 @@ def test_samples_of_a_question_say_its_scripts_in_turn(tiny_format, tmp_path):
         assert peers.generate(peers.twin(model), work, n_rows) == work.scripts
 
 
-def test_scripts_are_gold_rationales_that_the_calculator_agrees_with(tiny_format, tmp_path):
-    """Without the shared folder they are the embedded world's."""
-    work = scripted_work(tiny_format, 5, tmp_path)
+def test_scripts_are_gold_rationales_that_the_calculator_agrees_with(tiny_template, tmp_path):
+    """Without the shared folder they are the toy world's."""
+    work = scripted_work(tiny_template, 5, tmp_path)
     assert len(work.prompts) == len(set(work.prompts)) == 5
-    assert all(script[-1] == tiny_format.end_id and "<<" in tiny_format.text(script) for script in work.scripts)
+    assert all(script[-1] == tiny_template.eos_id and "<<" in tiny_template.text(script) for script in work.scripts)
     assert work.max_new_tokens == max(map(len, work.scripts))
 
 
-def test_scripts_from_gsm8k(shared, tiny_format):
-    rationale = tiny_format.text(scripted_work(tiny_format, 1, shared).scripts[0])
+def test_scripts_from_gsm8k(shared, tiny_template):
+    rationale = tiny_template.text(scripted_work(tiny_template, 1, shared).scripts[0])
     assert rationale.endswith("#### 18")  # the first test question's answer
 
 
 @pytest.mark.parametrize("is_natural", [True, False])
-def test_transformers_says_what_we_say(tiny_format, is_natural):
+def test_transformers_says_what_we_say(tiny_template, is_natural):
     """In batches and a question at a time, keys and values kept across the calculator's stops."""
     model = load_model(ROOT / "weights" / "tiny-t5-dpo-st")
-    work = natural_work(tiny_format, 6, 60) if is_natural else scripted_work(tiny_format, 6, ROOT / "nowhere")
+    work = natural_work(tiny_template, 6, 60) if is_natural else scripted_work(tiny_template, 6, ROOT / "nowhere")
     scripted = model if is_natural else ScriptedModel(model, work.prompts, work.scripts)
     requests = [Request(prompt, str(i)) for i, prompt in enumerate(work.prompts)]
-    settings = Sampling(max_new_tokens=work.max_new_tokens, slots=4)
-    done = dict(sample(scripted, requests, settings, tiny_format.end_id, tiny_format.calculator))
+    settings = SamplingSettings(max_new_tokens=work.max_new_tokens, slots=4)
+    done = dict(sample(scripted, requests, settings, tiny_template.eos_id, tiny_template.calculator))
     assert sum(sum(completion.forced) for completion in done.values()) > 10
     ours, peer = [done[i].token_ids for i in range(6)], peers.twin(model)
     assert peers.generate(peer, work, 4) == ours
@@ -111,7 +111,7 @@ def test_transformers_says_what_we_say(tiny_format, is_natural):
     assert peers.one_at_a_time(peer, work.part(3)) == ours[:3]
 
 
-def test_llamas_twin_is_padded_in_front(tiny_format):
+def test_llamas_twin_is_padded_in_front(tiny_template):
     model, scripts = MODELS["llama"](), [[3, 4, END], [5, END], [6, 7, 8, 9, END]]
     prompts = [(2, 3, 4, 5), (3,), (4, 4)]
     peer = peers.twin(model)
@@ -119,7 +119,7 @@ def test_llamas_twin_is_padded_in_front(tiny_format):
     with torch.inference_mode():
         padded = peer(ids_BT, attention_mask=mask_BT, position_ids=torch.tensor([[0, 0, 0, 1]])).logits[0, -1]
         torch.testing.assert_close(padded, model(torch.tensor([[5, 6]]))[0, -1], rtol=1e-4, atol=1e-5)
-    work = Work(tiny_format, prompts, scripts, 8)
+    work = Work(tiny_template, prompts, scripts, 8)
     assert peers.generate(peer, work, 2) == scripts
     assert peers.one_at_a_time(peer, work) == scripts
 
@@ -127,7 +127,7 @@ def test_llamas_twin_is_padded_in_front(tiny_format):
 def test_steps_are_clocked_in_every_cache():
     model, prompts = MODELS["t5"](), [(2, 3), (3, 4, 5)]
     clocked = Clocked(model, prompts, [[4] * 12, [5] * 12])
-    list(sample(clocked, [Request(p, str(p)) for p in prompts], Sampling(max_new_tokens=12, slots=2), END))
+    list(sample(clocked, [Request(p, str(p)) for p in prompts], SamplingSettings(max_new_tokens=12, slots=2), END))
     assert clocked.n_caches.value == 1 and clocked.n_rows_C[0] == 2
     assert (clocked.began_CT[0][1:] > clocked.began_CT[0][:-1]).all()
     clocked.began_CT[0], clocked.began_CT[1] = range(12), [2 * i for i in range(12)]
@@ -249,8 +249,8 @@ def test_clocks_leave_out_what_is_clocked_inside(monkeypatch):
     assert clock.seconds == {profiling.PREFILL: 13, "inner": 10, "outer": 2}
 
 
-def test_bars_are_held_against_the_best_of_the_peers(tiny_format):
-    measured = sampling.Measured(64, Work(tiny_format, [(1,)], [[1]], 1))
+def test_bars_are_held_against_the_best_of_the_peers(tiny_template):
+    measured = sampling.Measured(64, Work(tiny_template, [(1,)], [[1]], 1))
     measured.rates = {"ours": [90.0, 100.0, 110.0], "off": [90.0, 100.5, 120.0]}
     measured.rates |= {
         "transformers": [15.0],

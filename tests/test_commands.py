@@ -24,19 +24,20 @@ import pytest
 import torch
 
 import sample as sample_command
-from minidpost import commands, toy
-from minidpost.batches import Encoded
-from minidpost.checkpoint import load_model, save_model
-from minidpost.commands import MAX_MESSAGE, one_line
-from minidpost.formats import format_for
-from minidpost.generation import Generated
-from minidpost.llama import Llama, LlamaConfig
-from minidpost.optimizer import Schedule
-from minidpost.report import table
-from minidpost.sampler import Completion
-from minidpost.sft import SFTSettings, train_sft
-from minidpost.t5 import T5, T5Config
-from minidpost.tokenizer import load_tokenizer
+from minidpost import cli
+from minidpost.cli import MAX_MESSAGE, one_line
+from minidpost.data import toy
+from minidpost.models.llama import Llama, LlamaConfig
+from minidpost.models.t5 import T5, T5Config
+from minidpost.models.weights import load_model, save_model
+from minidpost.sampling.generate import Generated
+from minidpost.sampling.sampler import Completion
+from minidpost.selftraining.report import table
+from minidpost.text.templates import template_for
+from minidpost.text.tokenizer import load_tokenizer
+from minidpost.training.batching import TokenizedExample
+from minidpost.training.optim import Schedule
+from minidpost.training.sft import SFTSettings, train_sft
 
 torch.set_num_threads(1)
 
@@ -104,14 +105,14 @@ def finished(process: subprocess.Popen, given: str | None = None) -> Outcome:
 
 
 @pytest.fixture(scope="session")
-def knowing_model_dir(tmp_path_factory, tiny_format) -> Path:
+def knowing_model_dir(tmp_path_factory, tiny_template) -> Path:
     """A tiny model that knows two answers by heart, calculator annotations included."""
     tokenizer = load_tokenizer(ROOT / "weights" / "tiny-t5")
     torch.manual_seed(0)
     model = T5(T5Config(tokenizer.vocab_size, 32, 16, 64, 2, 1, 1, dropout=0.0)).initialise()
     model.tokenizer_files = tokenizer.files
     pairs = [
-        Encoded(tuple(tiny_format.prompt_ids(question)), tuple(tiny_format.target_ids(rationale)))
+        TokenizedExample(tuple(tiny_template.prompt_ids(question)), tuple(tiny_template.target_ids(rationale)))
         for question, rationale in KNOWN.items()
     ]
     train_sft(model, pairs, SFTSettings(60, 2, Schedule(1e-2)))
@@ -138,7 +139,7 @@ def snapshot(directory: Path) -> dict[str, tuple[int, bytes]]:
 # -- sample.py --------------------------------------------------------------------------------------------------------
 
 
-def test_rows_in_the_order_of_questions_and_samples(call, knowing_model_dir, tiny_format):
+def test_rows_in_the_order_of_questions_and_samples(call, knowing_model_dir, tiny_template):
     outcome = call("sample.py", TOM, MIA, "--checkpoint", knowing_model_dir, "--output", "rows.jsonl", "--slots", 1)
     assert (outcome.status, outcome.complaints) == (0, [])
     assert "2 completions of 2 questions: rows.jsonl" in outcome.out
@@ -147,9 +148,9 @@ def test_rows_in_the_order_of_questions_and_samples(call, knowing_model_dir, tin
         assert [*row] == "index sample question completion answer finish_reason token_ids forced".split()
         assert (row["index"], row["sample"], row["question"]) == (index, 0, question)
         assert (row["completion"], row["answer"], row["finish_reason"]) == (rationale, answer, "stop")
-        assert row["token_ids"] == tiny_format.target_ids(rationale)
+        assert row["token_ids"] == tiny_template.target_ids(rationale)
         forced = [i for i, flag in zip(row["token_ids"], row["forced"], strict=True) if flag]
-        assert tiny_format.text(forced).strip("[] ") == answer
+        assert tiny_template.text(forced).strip("[] ") == answer
     assert [path.name for path in Path().iterdir()] == ["rows.jsonl"]
 
 
@@ -242,11 +243,11 @@ def test_only_what_was_forced_is_highlighted():
         ([("a [ 1 + 1 = 2] 2", 0)], set()),
     ],
 )
-def test_which_annotations_were_forced(tiny_format, pieces, numbers):
+def test_which_annotations_were_forced(tiny_template, pieces, numbers):
     tokenizer = load_tokenizer(ROOT / "weights" / "tiny-t5")
     ids = [(i, bool(forced)) for text, forced in pieces for i in tokenizer.encode(text)]
     done = Generated(0, 0, Completion(*map(list, zip(*ids, strict=True))), "")
-    assert sample_command.forced_annotations(done, tiny_format) == numbers
+    assert sample_command.forced_annotations(done, tiny_template) == numbers
 
 
 @pytest.mark.parametrize("name", ["llama2", "llama3"])
@@ -255,16 +256,16 @@ def test_which_annotations_of_a_llama_were_forced(shared, name):
     pieces = [("a <<1+1=", 0), ("2>>", 1), ("2\nb <<2*3=6>>6\n\nc (<<(8-30)=", 0), ("-22>>", 1), (").", 0)]
     ids = [(i, bool(forced)) for text, forced in pieces for i in tokenizer.encode(text, continued=True)]
     done = Generated(0, 0, Completion(*map(list, zip(*ids, strict=True))), "")
-    text_format = format_for("llama", tokenizer)
-    assert sample_command.forced_annotations(done, text_format) == {0, 2}
-    assert sample_command.highlighted(text_format.text(done.completion.token_ids), {2}).endswith(
+    template = template_for("llama", tokenizer)
+    assert sample_command.forced_annotations(done, template) == {0, 2}
+    assert sample_command.highlighted(template.text(done.completion.token_ids), {2}).endswith(
         "2\nb <<2*3=6>>6\nc (<<(8-30)=\x1b[1;36m-22\x1b[0m>>)."
     )
 
 
-def test_signs_that_command_a_terminal_are_not_passed_on(tiny_format, capsys):
+def test_signs_that_command_a_terminal_are_not_passed_on(tiny_template, capsys):
     done = Generated(0, 0, Completion([1], [False], "stop"), "½ – ü\n\x1b[2J")
-    sample_command.show(["\x1bcHow?\x07"], [done], tiny_format)
+    sample_command.show(["\x1bcHow?\x07"], [done], tiny_template)
     assert capsys.readouterr().out == "\ufffdcHow?\ufffd\n    ½ – ü\n    \ufffd[2J\n"
 
 
@@ -305,7 +306,7 @@ def test_the_toy_test_sets_with_and_without_calculator(call, tiny_model_dir):
 
 
 def test_a_model_that_knows_the_answers_is_right(call, knowing_model_dir, monkeypatch):
-    from minidpost import datasets
+    from minidpost.data import datasets
 
     known = [datasets.Example(TOM, "7"), datasets.Example(MIA, "5")]
     monkeypatch.setattr(datasets, "load", lambda name, split, data_dir: known)
@@ -357,9 +358,9 @@ def test_a_whole_run_of_a_llama(call, my_data):
 
 @pytest.mark.parametrize("flags", [[], ["--activation-checkpointing"]])
 def test_a_run_that_cannot_fit_is_refused_before_it_begins(call, tiny_model_dir, my_data, monkeypatch, flags):
-    from minidpost import memory
+    from minidpost.selftraining import estimates
 
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 10**6)
+    monkeypatch.setattr(estimates, "available_bytes", lambda device: 10**6)
     outcome = call("train.py", "--model", tiny_model_dir, "--data", my_data, "--run-dir", "run", *flags)
     assert outcome.status == 2
     assert re.fullmatch(r"train\.py: memory: training .* GB, sampling .* GB needed .*", outcome.complaints[0])
@@ -595,7 +596,7 @@ def test_weights_have_the_precision_asked_for(call, knowing_model_dir, monkeypat
         loaded.append(load(*arguments))
         return loaded[-1]
 
-    monkeypatch.setattr(commands, "load_model", observed)
+    monkeypatch.setattr(cli, "load_model", observed)
     for command in (["sample.py", TOM], ["eval.py", "--tasks", "toy", "--limit", 2, "--calculator", "on"]):
         outcome = call(*command, "--checkpoint", knowing_model_dir, "--max-new-tokens", 5, *flags)
         assert outcome.status == 0, outcome.err
@@ -743,7 +744,7 @@ def test_a_lack_of_memory_is_answered_in_one_line(call, tiny_model_dir, monkeypa
     def sampled(*arguments):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried …")
 
-    monkeypatch.setattr("minidpost.generation.generate", sampled)
+    monkeypatch.setattr("minidpost.sampling.generate.generate", sampled)
     outcome = call("sample.py", TOM, "--checkpoint", tiny_model_dir)
     assert outcome.status == 2
     assert outcome.complaints == ["sample.py: not enough memory; fewer --slots or --max-new-tokens need less"]

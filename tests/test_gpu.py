@@ -5,14 +5,14 @@ import warnings
 import pytest
 import torch
 
-from minidpost.batches import Encoded
-from minidpost.dpo import DPOSettings, Pair, train_dpo
-from minidpost.graphs import plain_steps
-from minidpost.llama import Llama, LlamaConfig
-from minidpost.optimizer import Schedule, read_log
-from minidpost.sampler import Request, Sampling, sample
-from minidpost.sft import SFTSettings, train_sft
-from minidpost.t5 import T5, T5Config
+from minidpost.models.llama import Llama, LlamaConfig
+from minidpost.models.t5 import T5, T5Config
+from minidpost.sampling.cuda_graphs import plain_steps
+from minidpost.sampling.sampler import Request, SamplingSettings, sample
+from minidpost.training.batching import TokenizedExample
+from minidpost.training.dpo import DPOSettings, PreferencePair, train_dpo
+from minidpost.training.optim import Schedule, read_log
+from minidpost.training.sft import SFTSettings, train_sft
 
 pytestmark = pytest.mark.gpu
 FLAN_T5_SMALL = T5Config(32128, 512, 64, 1024, 6, 8, 8)
@@ -28,20 +28,20 @@ def model(request) -> T5 | Llama:
     return model.initialise().to("cuda")
 
 
-def sequences(n: int) -> list[Encoded]:
+def sequences(n: int) -> list[TokenizedExample]:
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(5, 60, (n, 2), generator=generator).tolist()
 
     def draw(length: int) -> tuple[int, ...]:
         return tuple(torch.randint(3, 32000, (length,), generator=generator).tolist())
 
-    return [Encoded(draw(source), (*draw(target), 1)) for source, target in lengths]
+    return [TokenizedExample(draw(source), (*draw(target), 1)) for source, target in lengths]
 
 
 def test_sampling_in_bf16_gives_every_request_its_completion(model):
     requests = [Request(s.prompt, str(i // 2), i % 2) for i, s in enumerate(sequences(20))]
-    settings = Sampling(temperature=0.7, max_new_tokens=24, slots=8)
-    done = dict(sample(model.to(torch.bfloat16), requests, settings, end_id=1))
+    settings = SamplingSettings(temperature=0.7, max_new_tokens=24, slots=8)
+    done = dict(sample(model.to(torch.bfloat16), requests, settings, eos_id=1))
     assert sorted(done) == list(range(20))
     assert all(1 <= len(completion.token_ids) <= 24 for completion in done.values())
 
@@ -49,12 +49,12 @@ def test_sampling_in_bf16_gives_every_request_its_completion(model):
 def test_recorded_steps_give_the_completions_of_plain_ones(model):
     """In fp32, where hardly a draw lies within the rounding; a failure to record would be a warning, which fails."""
     requests = [Request(s.prompt, str(i // 4), i % 4) for i, s in enumerate(sequences(40))]
-    settings = Sampling(temperature=0.7, max_new_tokens=100, slots=16)
+    settings = SamplingSettings(temperature=0.7, max_new_tokens=100, slots=16)
     with plain_steps():
-        expected = dict(sample(model, requests, settings, end_id=1))
+        expected = dict(sample(model, requests, settings, eos_id=1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        done = dict(sample(model, requests, settings, end_id=1))
+        done = dict(sample(model, requests, settings, eos_id=1))
     same = sum(done[number].token_ids == expected[number].token_ids for number in expected)
     assert same >= 0.95 * len(requests), f"{same} of {len(requests)} completions are the same"
 
@@ -68,7 +68,7 @@ def test_sft_in_bf16_lowers_the_loss_and_keeps_fp32_weights(model, tmp_path):
 
 def test_dpo_in_bf16_begins_near_ln_2_and_learns_the_preference(model, tmp_path):
     drawn = sequences(16)
-    pairs = [Pair(a, Encoded(a.prompt, b.target)) for a, b in zip(drawn[:8], drawn[8:], strict=True)]
+    pairs = [PreferencePair(a, TokenizedExample(a.prompt, b.target)) for a, b in zip(drawn[:8], drawn[8:], strict=True)]
     train_dpo(model, pairs, DPOSettings(20, 8, Schedule(1e-5)), tmp_path / "log.jsonl")
     steps = list(read_log(tmp_path / "log.jsonl"))
     assert abs(steps[0]["loss"] - 0.6931) < 0.02

@@ -1,10 +1,10 @@
 """Make weights/tiny-t5 and weights/tiny-llama: base models that have seen simple problems, but not the task.
 
-From the generator of minidpost/toy.py under another seed they learn to answer problems of one or two steps with bare
-equations, and to write the outline of a longer chain: what is computed in which order, with blanks for every number
-that is not in the question. They have not seen: an annotation, a rationale's sentences, `####`, the results of a chain
-of more than two steps. The vocabularies are SentencePiece unigram models with byte fallback, so that any text goes in;
-every number up to 999 is a piece, as the common ones are in T5's and Llama-3's. Llama's fixed prompt is two pieces.
+From the generator of minidpost/data/toy.py under another seed they learn to answer problems of one or two steps with
+bare equations, and to write the outline of a longer chain: what is computed in which order, with blanks for every
+number that is not in the question. They have not seen: an annotation, a rationale's sentences, `####`, the results of
+a chain of more than two steps. The vocabularies are SentencePiece unigram models with byte fallback, so that any text
+goes in; every number up to 999 is a piece, as the common ones are in T5's and Llama-3's. Llama's fixed prompt is two pieces.
 """
 
 import argparse
@@ -21,16 +21,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from minidpost import toy  # noqa: E402
-from minidpost.answers import Example  # noqa: E402
-from minidpost.batches import Encoded  # noqa: E402
-from minidpost.checkpoint import save_model  # noqa: E402
-from minidpost.formats import LLAMA_PROMPT, format_for  # noqa: E402
-from minidpost.llama import Llama, LlamaConfig  # noqa: E402
-from minidpost.optimizer import Schedule  # noqa: E402
-from minidpost.sft import SFTSettings, train_sft  # noqa: E402
-from minidpost.t5 import T5, T5Config  # noqa: E402
-from minidpost.tokenizer import load_tokenizer  # noqa: E402
+from minidpost.data import toy  # noqa: E402
+from minidpost.data.example import Example  # noqa: E402
+from minidpost.models.llama import Llama, LlamaConfig  # noqa: E402
+from minidpost.models.t5 import T5, T5Config  # noqa: E402
+from minidpost.models.weights import save_model  # noqa: E402
+from minidpost.text.templates import LLAMA_PROMPT, template_for  # noqa: E402
+from minidpost.text.tokenizer import load_tokenizer  # noqa: E402
+from minidpost.training.batching import TokenizedExample  # noqa: E402
+from minidpost.training.optim import Schedule  # noqa: E402
+from minidpost.training.sft import SFTSettings, train_sft  # noqa: E402
 
 SEED = 7  # of the pre-training problems and weights; toy.WORLD_SEED makes the task's
 PEOPLE, THINGS = {*toy.NAMES, *toy.UNSEEN_NAMES}, {*toy.THINGS, *toy.UNSEEN_THINGS}
@@ -178,14 +178,14 @@ def main() -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / file_name).write_bytes(make_vocabulary(options.vocab_size))
     tokenizer = load_tokenizer(directory)
-    text_format = format_for(options.family, tokenizer)
+    template = template_for(options.family, tokenizer)
     torch.manual_seed(SEED)
     model = model_type(make_config(tokenizer.vocab_size)).initialise()
     model.tokenizer_files = tokenizer.files
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     texts = pretraining_texts(options.examples)
     sequences = [
-        Encoded(tuple(text_format.prompt_ids(source)), tuple(text_format.target_ids(target)))
+        TokenizedExample(tuple(template.prompt_ids(source)), tuple(template.target_ids(target)))
         for source, target in texts
     ]
     settings = SFTSettings(1, 32, Schedule(2e-3, warmup=0.05), micro_batch_tokens=2048, seed=SEED)

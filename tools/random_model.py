@@ -13,10 +13,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from minidpost.checkpoint import save_model  # noqa: E402
-from minidpost.files import UserError, staged_directory  # noqa: E402
-from minidpost.layouts import layout_of, read_config  # noqa: E402
-from minidpost.tokenizer import load_tokenizer  # noqa: E402
+from minidpost.errors import UserError  # noqa: E402
+from minidpost.models.hf_config import mapping_for, read_config  # noqa: E402
+from minidpost.models.weights import save_model  # noqa: E402
+from minidpost.storage import staged_directory  # noqa: E402
+from minidpost.text.tokenizer import load_tokenizer  # noqa: E402
 
 MAX_LAYERS = 1000
 
@@ -55,7 +56,7 @@ def make(config_path: Path, tokenizer_dir: Path, output: Path, seed: int, n_laye
         depths = [field.name for field in fields(config) if field.name.endswith("_layers")]
         config = replace(config, **dict.fromkeys(depths, n_layers))
     torch.manual_seed(seed)
-    model = layout_of(config).model(config).initialise()
+    model = mapping_for(config).model(config).initialise()
     model.tokenizer_files = tokenizer.files
     with staged_directory(output) as unfinished:
         save_model(model, unfinished)

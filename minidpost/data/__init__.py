@@ -1,0 +1,1 @@
+"""Examples, datasets, and the toy world."""

@@ -1,0 +1,287 @@
+"""GSM8K, MultiArith, ASDiv, SVAMP, toy and a user's own JSONL, all as lists of `Example`: fetched, verified, split.
+
+The sets are those of the paper's table 1: GSM8K train 6,705 / dev 768 / test 1,319, MultiArith 600, ASDiv 2,096, SVAMP
+1,000. Every upstream file is pinned to a commit and checked against its sha256 on each load, before anything parses it.
+The published dev split is 768 rows of GSM8K's train file, listed in `gsm8k_dev_indices.json` beside this module. The
+paper prints no rules for ASDiv and SVAMP: ours stand at `_asdiv`, whose count is the paper's, and at `_svamp`.
+"""
+
+import hashlib
+import json
+import re
+import sys
+import warnings
+import xml.etree.ElementTree as ElementTree
+from contextlib import nullcontext
+from decimal import Decimal
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+from urllib.request import urlopen
+
+from tqdm import tqdm
+
+from minidpost.data import toy
+from minidpost.data.example import Example
+from minidpost.errors import UserError
+from minidpost.storage import bounded_lines, parse_jsonl, read_jsonl, staged_file
+from minidpost.text.grading import extract_answer, is_correct, parse_number
+
+SPLITS: dict[str, tuple[str, ...]] = {
+    "gsm8k": ("train", "dev", "test"),
+    "multiarith": ("test",),
+    "asdiv": ("test",),
+    "svamp": ("test",),
+    "toy": tuple(toy.SPLITS),
+}
+
+
+MAX_TEXT = 20_000  # signs of a question or a rationale: ten times GSM8K's longest
+MAX_DOWNLOAD = 2**26  # bytes after which no more is taken from a server; the largest file has 4 million
+CHUNK = 2**16
+
+
+class Source(NamedTuple):
+    """Where an upstream file lies, at a pinned commit, and the sha256 of its bytes."""
+
+    url: str
+    sha256: str
+
+
+_GITHUB = "https://raw.githubusercontent.com"
+_GSM8K = f"{_GITHUB}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data"
+_ZERO_SHOT_COT = f"{_GITHUB}/kojima-takeshi188/zero_shot_cot/5ef330fcdeec0cd26aee27943504f91f8ec1c33c"
+
+SOURCES: dict[str, Source] = {  # by the file's place in data_dir
+    "gsm8k/train.jsonl": Source(
+        f"{_GSM8K}/train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"
+    ),
+    "gsm8k/test.jsonl": Source(
+        f"{_GSM8K}/test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"
+    ),
+    "multiarith/MultiArith.json": Source(
+        f"{_ZERO_SHOT_COT}/dataset/MultiArith/MultiArith.json",
+        "dc9db1b6cc68b1ecc2dec830d15aaf8c9a0932aa31d5ffce88ef3628179d36f4",
+    ),
+    "asdiv/ASDiv.xml": Source(
+        f"{_GITHUB}/chaochun/nlu-asdiv-dataset/883f90a9a65bf00304ba8f37423910fe743abc47/dataset/ASDiv.xml",
+        "ef8904068482919ac48c8eeaaf6df344b8a308ba66d048c2d4d87eab82dc4929",
+    ),
+    "svamp/SVAMP.json": Source(
+        f"{_GITHUB}/arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/SVAMP.json",
+        "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e",
+    ),
+}
+
+
+def load(name: str, split: str, data_dir: str | Path = "data") -> list[Example]:
+    """Return one split of one dataset, in file order; a file that `data_dir` lacks is fetched into it first.
+
+    Rationales come with GSM8K (the whole annotated solution, `#### n` included) and toy. UserError: an unknown name or
+    split, a file in `data_dir` that is not the pinned one, a fetch that fails.
+    """
+    check_split(name, split)
+    if name == "toy":
+        return toy.examples(split)
+    if name == "gsm8k":
+        return _gsm8k(split, data_dir)
+    if name == "multiarith":
+        return _multiarith(_read_verified("multiarith/MultiArith.json", data_dir))
+    if name == "asdiv":
+        return _asdiv(_read_verified("asdiv/ASDiv.xml", data_dir))
+    return _svamp(_read_verified("svamp/SVAMP.json", data_dir))
+
+
+def check_split(name: str, split: str) -> None:
+    """UserError: an unknown name or split."""
+    if name not in SPLITS:
+        raise UserError(f"there is no dataset {name!r}; choose one of {', '.join(SPLITS)}")
+    if split not in SPLITS[name]:
+        raise UserError(f"{name} has no split {split!r}; choose one of {', '.join(SPLITS[name])}")
+
+
+def load_jsonl(path: str | Path, labelled: bool) -> list[Example]:
+    """Return a user's own examples; with `labelled`, every row must carry a rationale.
+
+    A row holds `question`, `answer` (a number or the text of one) and, if it likes, `rationale`; or it has GSM8K's own
+    shape, the whole solution with its `#### n` in `answer`. A rationale without `####` gets the line `#### answer`. Of
+    rows with one question the first is kept, and a warning says how many were not. UserError names file and line.
+    """
+    first: dict[str, tuple[int, Example]] = {}
+    repeated = []
+    for line, row in read_jsonl(path):
+        example = _example(row, f"{path}, line {line}")
+        if labelled and example.rationale is None:
+            raise UserError(f"{path}, line {line}: every row of a labelled set needs a `rationale`")
+        earlier, kept = first.setdefault(example.question, (line, example))
+        if kept.answer != example.answer:
+            raise UserError(
+                f"{path}, line {line}: the answer is {example.answer}, but line {earlier} answers the same question "
+                f"with {kept.answer}; remove one of them"
+            )
+        if earlier != line:
+            repeated.append(line)
+    if not first:
+        raise UserError(f"{path}: holds no examples")
+    if repeated:
+        warnings.warn(f"{path}: {len(repeated)} rows left out, their questions stand above already", stacklevel=2)
+    return [example for _, example in first.values()]
+
+
+def load_questions(source: str) -> list[str]:
+    """Questions without answers: JSONL with `question`, text with one a line, or either from standard input (`-`).
+
+    A question that stands there twice is answered twice. UserError names the file, and the line that is broken or holds
+    no question.
+    """
+    name, suffix = ("standard input", "") if source == "-" else (source, Path(source).suffix)
+    if source != "-" and suffix not in (".jsonl", ".txt"):
+        raise UserError(f"{source}: a file that ends in .jsonl or .txt is expected, or - for standard input")
+    try:
+        with nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb") as stream:
+            lines = list(bounded_lines(stream, name))
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+    first = next((line.strip() for line in lines if line.strip()), b"")
+    if suffix == ".jsonl" or (source == "-" and first.startswith(b"{")):
+        rows = ((line, row.get("question")) for line, row in parse_jsonl(lines, name))
+    else:
+        try:
+            texts = [line.decode("utf-8") for line in lines]
+        except UnicodeDecodeError:
+            raise UserError(f"{name}: not a text in UTF-8") from None
+        rows = ((line, text) for line, text in enumerate(texts, start=1) if text.strip())
+    questions = [_text(question, "question", f"{name}, line {line}") for line, question in rows]
+    if not questions:
+        raise UserError(f"{name}: holds no questions")
+    return questions
+
+
+def _text(value: object, key: str, where: str) -> str:
+    """A row's text, without the spaces around it."""
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: `{key}` must be a text that is not empty")
+    if "\0" in value or len(value) > MAX_TEXT:
+        found = "one with NUL in it" if "\0" in value else f"one of {len(value):,}"
+        raise UserError(f"{where}: `{key}` must be a text of at most {MAX_TEXT:,} signs, found {found}")
+    return value.strip()
+
+
+def _example(row: dict, where: str) -> Example:
+    """Check one row of a user's file; `where` begins every complaint."""
+    for key in ("question", "answer"):
+        if key not in row:
+            raise UserError(f"{where}: `{key}` is missing")
+    question, given, rationale = _text(row["question"], "question", where), row["answer"], row.get("rationale")
+    if rationale is not None:
+        rationale = _text(rationale, "rationale", where)
+
+    if rationale is None and isinstance(given, str) and "####" in given:
+        number, rationale = extract_answer(given), _text(given, "answer", where)
+    else:
+        number = _number(given)
+    if number is None:
+        found = f"a {type(given).__name__}" if isinstance(given, (list, dict)) else f"{given!r:.80}"
+        raise UserError(f"{where}: `answer` must be a number or the text of one, found {found}")
+    answer = _plain(number)
+
+    if rationale is not None:
+        if "####" not in rationale:
+            rationale += f"\n#### {answer}"
+        elif not is_correct(rationale, answer):
+            raise UserError(f"{where}: the last #### of `rationale` must give {answer}, as `answer` does")
+    return Example(question, answer, rationale)
+
+
+def _number(value: object) -> Decimal | None:
+    """Read a JSON value as a number; None: it is none (true, NaN, a list, a text that holds something else).
+
+    JSON's own 1e9 is the number that it is, where the text "1e9" is none (see answers.py).
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = format(Decimal(str(value)), "f")  # 1e-05 -> 0.00001
+    return parse_number(value) if isinstance(value, str) else None
+
+
+def _plain(number: Decimal) -> str:
+    """Write a number in digits alone: no exponent, no commas, no zeros after the last decimal that counts."""
+    digits = format(number, "f")
+    return digits.rstrip("0").rstrip(".") if "." in digits else digits
+
+
+def _gsm8k(split: str, data_dir: str | Path) -> list[Example]:
+    file = "gsm8k/test.jsonl" if split == "test" else "gsm8k/train.jsonl"
+    rows = [json.loads(line) for line in _read_verified(file, data_dir).splitlines()]
+    examples = [Example(row["question"], _plain(extract_answer(row["answer"])), row["answer"]) for row in rows]
+    if split == "test":
+        return examples
+    dev = json.loads(Path(__file__).with_name("gsm8k_dev_indices.json").read_text(encoding="utf-8"))
+    if split == "dev":
+        return [examples[index] for index in dev]
+    held_out = set(dev)
+    return [example for index, example in enumerate(examples) if index not in held_out]
+
+
+def _multiarith(data: bytes) -> list[Example]:
+    return [Example(row["sQuestion"].strip(), _plain(Decimal(row["lSolutions"][0]))) for row in json.loads(data)]
+
+
+def _asdiv(data: bytes) -> list[Example]:
+    """Keep the 2,096 of 2,305 problems whose answer is a whole number, with or without a unit: `9 (apples)`."""
+    examples = []
+    for problem in ElementTree.fromstring(data).iter("Problem"):
+        if answer := re.fullmatch(r"(\d+)( \(.*\))?", problem.findtext("Answer")):
+            body, question = problem.findtext("Body").strip(), problem.findtext("Question").strip()
+            examples.append(Example(f"{body} {question}", answer[1]))
+    return examples
+
+
+def _svamp(data: bytes) -> list[Example]:
+    """Join body and question; of the bodies that stop without a mark, an open `If …` gets a comma, the rest a stop."""
+    examples = []
+    for row in json.loads(data):
+        body, question = row["Body"].strip(), row["Question"].strip()
+        if body[-1] not in ".,?!":
+            last_sentence = re.split(r"[.?!] +", body)[-1]
+            body += "," if last_sentence.startswith("If ") else "."
+        examples.append(Example(f"{body} {question}", _plain(Decimal(row["Answer"]))))
+    return examples
+
+
+def _read_verified(file: str, data_dir: str | Path) -> bytes:
+    """Return the bytes of one upstream file, known to be the pinned ones."""
+    path, source = Path(data_dir, file), SOURCES[file]
+    if not path.exists():
+        _fetch(source, path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if hashlib.sha256(data).hexdigest() != source.sha256:
+        raise UserError(
+            f"{path}: cut short or altered, its sha256 is not {source.sha256}; remove it to have it fetched anew"
+        )
+    return data
+
+
+def _fetch(source: Source, path: Path) -> None:
+    """Download `source` to `path`, which appears only when it is whole and verified."""
+    try:
+        with staged_file(path) as temporary:
+            with urlopen(source.url, timeout=30) as response, open(temporary, "wb") as file:
+                with tqdm.wrapattr(file, "write", total=response.length, desc=f"fetching {path.name}") as sink:
+                    while file.tell() <= MAX_DOWNLOAD and (chunk := response.read(CHUNK)):
+                        sink.write(chunk)
+            data = temporary.read_bytes()
+            if data[:CHUNK].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+                raise UserError(
+                    f"{source.url}: a web page came instead of the file (a login of the network, or a proxy's?); try "
+                    f"again, or put the right file at {path}"
+                )
+            if hashlib.sha256(data).hexdigest() != source.sha256:
+                raise UserError(
+                    f"{source.url}: cut short or altered, the sha256 of the {len(data)} bytes received is not "
+                    f"{source.sha256}; try again, or put the right file at {path}"
+                )
+    except (OSError, HTTPException) as error:
+        raise UserError(f"{path}: could not be fetched ({error}); download {source.url} and put it there") from None

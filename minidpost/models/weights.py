@@ -1,0 +1,186 @@
+"""Hugging Face directories in and out: config.json and safetensors, whole or in shards.
+
+Every shape is checked, and tensors that are missing or not expected (layouts.py has their names) are refused by name.
+Weights are read one tensor at a time straight into place, so a model is never held twice. Pickles (*.bin) are not read:
+they can run code.
+"""
+
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minidpost.errors import UserError
+from minidpost.models.hf_config import Config, config_json, mapping_for, model_type, read_config
+from minidpost.storage import read_json, write_json
+from minidpost.text.templates import Template, Tokenizer, template_for
+from minidpost.text.tokenizer import FILE_NAMES, load_tokenizer
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = (*FILE_NAMES, "tokenizer_config.json")
+READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
+    """Read a Hugging Face directory into a model of ours, in eval mode.
+
+    Tensors on disk may be fp32, bf16 or fp16 and are cast to `dtype`. UserError: a missing or broken file, a model
+    type or setting we do not have, a tensor that is missing, unexpected, or of another shape. NaN or infinity among
+    the weights is no error, but a warning that names the first such tensor.
+    """
+    directory = Path(directory)
+    files = tensor_files(directory)
+    config = read_config(directory)
+    if not getattr(config, "scaled", True) and any("lm_head.weight" in names for names in files.values()):
+        config = replace(config, tied=False)  # transformers 5 writes "tied" above a head of T5's that is not
+    mapping, model = mapping_for(config), empty_model(config)
+    parameters = dict(model.named_parameters())
+    missing = {theirs: ours for ours, theirs in mapping.names(config)}
+    not_finite = []
+    for path, names in files.items():
+        with open_tensors(path) as tensors:
+            for theirs in names:
+                ours = missing.pop(theirs, None)
+                if ours is None and not mapping.is_redundant(theirs, config):
+                    raise UserError(f"{path}: unexpected tensor {theirs}")
+                if ours is not None:
+                    tensor = read_tensor(tensors, path, theirs, parameters[ours].shape)
+                    if not is_finite(tensor):
+                        not_finite.append(f"{path}: tensor {theirs}")
+                    set_parameter(model, ours, nn.Parameter(tensor.to(device, dtype)))
+    if missing:
+        raise UserError(f"{directory}: missing tensor {min(missing)} ({len(missing)} missing in all)")
+    if not_finite:
+        warnings.warn(f"{not_finite[0]} holds NaN or infinity ({len(not_finite)} such in all)", stacklevel=2)
+    model.tokenizer_files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    return model.eval()
+
+
+def empty_model(config: Config) -> nn.Module:
+    """A model that has shapes but no memory."""
+    with torch.device("meta"):
+        return mapping_for(config).model(config)
+
+
+def load_template(directory: str | Path) -> Template:
+    """How the model of a directory writes; UserError: no tokenizer there, or none of its family's kind."""
+    tokenizer = load_tokenizer(directory)
+    check_vocabulary(tokenizer, read_config(directory).vocab_size, Path(directory))
+    return template_for(model_type(directory), tokenizer)
+
+
+def check_vocabulary(tokenizer: Tokenizer, n_embeddings: int, directory: Path) -> None:
+    """UserError where a tokenizer has ids that its model has no embedding for, or no id that ends a text."""
+    if tokenizer.vocab_size > n_embeddings:
+        raise UserError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size:,} pieces, the model {n_embeddings:,} embeddings; "
+            "they do not belong together"
+        )
+    if tokenizer.eos_id is None:
+        raise UserError(f"{directory}: the tokenizer has no end token, which the model is trained to stop with")
+
+
+def save_model(model: nn.Module, directory: str | Path) -> None:
+    """Write config.json, safetensors (shards above 5 GB) and the tokenizer's files, as transformers reads them."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "config.json", config_json(model.config, next(model.parameters()).dtype))
+    parameters = dict(model.named_parameters())
+    tensors = {theirs: parameters[ours].detach() for ours, theirs in mapping_for(model.config).names(model.config)}
+    write_tensors(tensors, directory, MAX_SHARD_BYTES)
+    # `original/tokenizer.model` too goes to the root, unless there is one of that name already among the model's files.
+    for name, path in {path.name: path for path in reversed(getattr(model, "tokenizer_files", []))}.items():
+        if path.resolve() != (directory / name).resolve():
+            shutil.copyfile(path, directory / name)
+
+
+def tensor_files(directory: Path) -> dict[Path, list[str]]:
+    """The names of the tensors in each file, from the single file's header or the shards' index."""
+    whole, index = directory / WEIGHTS, directory / INDEX
+    if whole.is_file():
+        with open_tensors(whole) as tensors:
+            return {whole: list(tensors.keys())}
+    if not index.is_file():
+        pickles = sorted(path.name for path in directory.glob("*.bin"))
+        if pickles:
+            raise UserError(
+                f"{directory}: {pickles[0]} is a pickle, which can run code and is not read; convert it once where "
+                "transformers is installed, with T5ForConditionalGeneration (or LlamaForCausalLM): "
+                ".from_pretrained(DIR).save_pretrained(NEW_DIR)"
+            )
+        raise UserError(f"{directory}: neither {WEIGHTS} nor {INDEX} is here")
+    files: dict[Path, list[str]] = {}
+    try:
+        for name, shard in read_json(index)["weight_map"].items():
+            if not is_plain_name(shard) or not shard.endswith(".safetensors"):
+                raise UserError(f"{index}: shard {shard!r:.80} is no safetensors file of this directory")
+            files.setdefault(directory / shard, []).append(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index}: not readable as an index of shards") from None
+    return files
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name that a file gives is that of another file in its directory, on every system."""
+    return name not in ("", ".", "..") and name.isprintable() and not set(name) & {"/", "\\", ":"}
+
+
+def read_tensor(tensors: safe_open, path: Path, name: str, shape: torch.Size) -> Tensor:
+    """One tensor of an open file, its shape checked before it is read."""
+    try:
+        stored = tuple(tensors.get_slice(name).get_shape())
+        if stored != tuple(shape):
+            raise UserError(f"{path}: tensor {name} has shape {stored}, {tuple(shape)} is expected")
+        tensor = tensors.get_tensor(name)
+    except SafetensorError as error:
+        raise UserError(f"{path}: tensor {name} cannot be read ({error})") from None
+    if tensor.dtype not in READABLE_DTYPES:
+        raise UserError(f"{path}: tensor {name} is {tensor.dtype}, fp32, bf16 or fp16 is expected")
+    return tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; both show in the least and the greatest value."""
+    return all(bound.isfinite().item() for bound in tensor.aminmax())
+
+
+def open_tensors(path: Path) -> safe_open:
+    """A safetensors file, opened (mapped, nothing read yet)."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in the place of the one that has this dotted name."""
+    owner, _, last = name.rpartition(".")
+    setattr(model.get_submodule(owner), last, parameter)
+
+
+def write_tensors(tensors: dict[str, Tensor], directory: Path, max_shard_bytes: int) -> None:
+    """Write model.safetensors, or numbered shards and their index where one file would exceed `max_shard_bytes`."""
+    shards, room = [{}], max_shard_bytes
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = max_shard_bytes
+        shards[-1][name] = tensor.contiguous()
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], directory / WEIGHTS, metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, directory / file_name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file_name))
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    (directory / WEIGHTS).unlink(missing_ok=True)  # an older one would be read before the shards

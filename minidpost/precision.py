@@ -1,0 +1,27 @@
+"""Which precision computes what, and on which device: decided here and nowhere else."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # as flags name them
+
+
+def default_device() -> str:
+    """CUDA where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def sampling_dtype(device: str) -> torch.dtype:
+    """bf16 weights on CUDA, fp32 elsewhere."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """bf16 autocast where it pays (a CUDA device that has bf16), fp32 elsewhere. Master weights are fp32 throughout.
+
+    A forward pass uses each weight once, so that a cache of bf16 copies would cost memory and save nothing.
+    """
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False)
+    return nullcontext()

@@ -1,0 +1,1 @@
+"""What a rationale is: calculator, grading, templates, tokenizers."""

@@ -1,0 +1,98 @@
+"""What the two training loops share: AdamW, schedule, a step's random seed, precision and memory, the log of steps."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The optimizer's settings: linear warm-up over a share of the steps, then a cosine down to a share of the peak."""
+
+    learning_rate: float
+    warmup: float = 0.1
+    floor: float = 0.1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+
+    def at(self, step: int, n_steps: int) -> float:
+        """The learning rate of step 0 … n_steps − 1."""
+        n_warmup = math.ceil(self.warmup * n_steps)
+        if step < n_warmup:
+            return self.learning_rate * (step + 1) / n_warmup
+        progress = (step - n_warmup) / max(1, n_steps - n_warmup)
+        return self.learning_rate * (self.floor + (1 - self.floor) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def adamw(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
+    """AdamW over all parameters; the norms' weights (one dimension) do not decay."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": schedule.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=schedule.learning_rate, fused=True)
+
+
+def apply_step(model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, step: int, n_steps: int) -> dict:
+    """Clip, update, clear; returns the learning rate and the gradient norm before clipping, for the log."""
+    learning_rate = schedule.at(step, n_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"lr": learning_rate, "grad_norm": grad_norm.item()}
+
+
+def derived_seed(*names: object) -> int:
+    """A seed for one purpose, from names such as (seed, stage, step): 63 bits, the same on every machine."""
+    digest = hashlib.blake2b("\0".join(map(str, names)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def enable_activation_checkpointing(model: nn.Module) -> None:
+    """From now on keep only each layer's input for the backward pass and compute the rest again."""
+    for stack in dict.fromkeys(model.stacks):
+        for layer in stack.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+class StepLog:
+    """One JSON object a step, flushed as it is written; `earlier` is the log of the steps done before."""
+
+    def __init__(self, path: str | Path | None, earlier: str = ""):
+        self.stream = open(path, "w", encoding="utf-8") if path else None
+        if self.stream:
+            self.stream.write(earlier)
+            self.stream.flush()
+
+    def write(self, **values: float) -> None:
+        if self.stream:
+            self.stream.write(json.dumps({name: rounded(value) for name, value in values.items()}) + "\n")
+            self.stream.flush()
+
+    def __enter__(self) -> "StepLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.stream:
+            self.stream.close()
+
+
+def rounded(value: float) -> float:
+    """Seven significant digits: enough to compare runs by, short enough to read."""
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def read_log(path: str | Path) -> Iterator[dict]:
+    """The steps of a log, in order."""
+    with open(path, encoding="utf-8") as stream:
+        yield from map(json.loads, stream)

@@ -1,0 +1,175 @@
+"""Llama against transformers with random weights, and its cached decoding against its own full forward pass."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from llama_oracle import LLAMA_SHAPES, hf_llama, left_padded, ragged, random_llama
+
+from minidpost.models.hf_config import llama_names, read_config
+from minidpost.models.llama import Llama, LlamaConfig
+from minidpost.models.weights import empty_model
+from minidpost.training.batching import TokenizedExample, collate, pad
+from minidpost.training.losses import log_probabilities, sft_loss
+from minidpost.training.optim import enable_activation_checkpointing
+
+torch.set_num_threads(1)
+
+every_shape = pytest.mark.parametrize("shape", LLAMA_SHAPES)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Equal up to rounding, relative to the expected values' scale."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@every_shape
+@torch.no_grad()
+def test_logits_equal_transformers(shape):
+    model = random_llama(LLAMA_SHAPES[shape])
+    ids_BT = torch.tensor(ragged([150, 150, 150], model.config.vocab_size))
+    assert_close(model(ids_BT), hf_llama(model)(ids_BT).logits)
+
+
+@pytest.mark.parametrize("shape", ["plain", "llama3-rope"])
+@torch.no_grad()
+def test_positions_up_to_4096(shape):
+    model = random_llama(replace(LLAMA_SHAPES[shape], n_layers=1))
+    ids_1T = torch.tensor(ragged([4096], model.config.vocab_size))
+    ours, theirs = model(ids_1T), hf_llama(model)(ids_1T).logits
+    assert_close(ours[:, -64:], theirs[:, -64:])
+    assert_close(ours, theirs)
+
+
+@every_shape
+@torch.no_grad()
+def test_a_left_padded_oracle_equals_our_rows_alone(shape):
+    model = random_llama(LLAMA_SHAPES[shape])
+    rows = ragged([1, 17, 30, 5], model.config.vocab_size)
+    ids_BT, mask_BT = left_padded(rows)
+    position_BT = (mask_BT.long().cumsum(1) - 1).clamp(min=0)
+    theirs = hf_llama(model)(ids_BT, attention_mask=mask_BT.long(), position_ids=position_BT).logits
+    ours = model(ids_BT, mask_BT)
+    for b, row in enumerate(rows):
+        alone_1TV = model(torch.tensor([row]))
+        assert_close(alone_1TV[0], theirs[b, -len(row) :])
+        assert_close(ours[b, -len(row) :], alone_1TV[0])
+    assert ours.isfinite().all()
+
+
+@every_shape
+@torch.no_grad()
+def test_padding_behind_a_row_changes_nothing_with_and_without_a_mask(shape):
+    model = random_llama(LLAMA_SHAPES[shape]).double()
+    rows = ragged([4, 21, 1], model.config.vocab_size)
+    ids_BT, mask_BT = pad(rows, 0), pad([[1] * len(row) for row in rows], 0).bool()
+    without, with_mask = model(ids_BT), model(ids_BT, mask_BT)
+    for b, row in enumerate(rows):
+        alone_1TV = model(torch.tensor([row]))
+        torch.testing.assert_close(without[b, : len(row)], alone_1TV[0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(with_mask[b, : len(row)], alone_1TV[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("saves_memory", [False, True])
+@every_shape
+def test_loss_and_all_gradients_equal_transformers_and_the_prompt_carries_no_loss(shape, saves_memory):
+    model = random_llama(LLAMA_SHAPES[shape])
+    twin = hf_llama(model)
+    prompts, targets = ragged([3, 9, 6], model.config.vocab_size), ragged([7, 2, 12], model.config.vocab_size, seed=2)
+    batch = collate([TokenizedExample(tuple(p), tuple(t)) for p, t in zip(prompts, targets, strict=True)], None, "cpu")
+    whole = [[*prompt, *target] for prompt, target in zip(prompts, targets, strict=True)]
+    labels = [[*[-100] * len(prompt), *target] for prompt, target in zip(prompts, targets, strict=True)]
+    expected = twin(pad(whole, 0), attention_mask=pad([[1] * len(row) for row in whole], 0), labels=pad(labels, -100))
+    if saves_memory:
+        enable_activation_checkpointing(model)
+    at_once = 5 * model.config.vocab_size if saves_memory else 10**9
+    loss = sft_loss(log_probabilities(model, batch, at_once), sum(map(len, targets)))
+    assert loss.item() == pytest.approx(expected.loss.item(), abs=2e-6)
+    loss.backward()
+    expected.loss.backward()
+    gradients, twin_weights = dict(model.named_parameters()), dict(twin.named_parameters())
+    for ours, theirs in llama_names(model.config):
+        assert_close(gradients[ours].grad, twin_weights[theirs].grad)
+
+
+def test_a_sequence_log_probability_is_the_sum_over_its_completion():
+    model = random_llama(LLAMA_SHAPES["grouped"]).double()
+    prompt, target = (4, 5, 6, 7), (8, 9, 2)
+    logits_1TV = model(torch.tensor([[*prompt, *target]]))
+    expected = sum(logits_1TV[0, len(prompt) - 1 + t].log_softmax(-1)[label] for t, label in enumerate(target))
+    found = log_probabilities(
+        model, collate([TokenizedExample(prompt, target), TokenizedExample((3,), (2,))], None, "cpu")
+    )
+    assert found[0].sum().item() == pytest.approx(expected.item(), abs=1e-10)
+
+
+@every_shape
+@torch.no_grad()
+def test_cached_decoding_of_ragged_prompts_equals_the_full_pass(shape):
+    model = random_llama(LLAMA_SHAPES[shape]).double()
+    rows = ragged([12, 1, 30, 2], model.config.vocab_size)
+    prompts = [row[: max(1, len(row) // 2)] for row in rows]
+    cache = model.new_cache(rows=7, max_prompt=20, max_new=20)
+    first = model.prefill(cache, [3, 0, 2, 1], [prompts[i] for i in (3, 0, 2, 1)])
+    assert first == [prompts[i][-1] for i in (3, 0, 2, 1)]
+    fed = [list(prompt) for prompt in prompts]
+    drawn = ragged([9] * 4, model.config.vocab_size, seed=3)
+    next_ids = [prompt[-1] for prompt in prompts]
+    for step in range(10):
+        logits_BV = model.decode(cache, torch.tensor(next_ids))
+        for b in range(4):
+            expected = model(torch.tensor([fed[b]]))[0, -1]
+            torch.testing.assert_close(logits_BV[b], expected, rtol=0, atol=1e-10)
+        if step < 9:
+            next_ids = [row[step] for row in drawn]
+            fed = [[*row, token_id] for row, token_id in zip(fed, next_ids, strict=True)]
+
+
+@torch.no_grad()
+def test_samples_of_a_question_continue_from_copies_of_one_prefill():
+    model = random_llama(LLAMA_SHAPES["grouped"]).double()
+    prompt = ragged([11], model.config.vocab_size)[0]
+    cache = model.new_cache(rows=4, max_prompt=11, max_new=3)
+    (first,) = model.prefill(cache, [3], [prompt])
+    cache.copy_rows([3, 3], [0, 1])
+    model.decode(cache, torch.tensor([first, first]))
+    logits_BV = model.decode(cache, torch.tensor([5, 6]))
+    for b, token_id in enumerate((5, 6)):
+        expected = model(torch.tensor([[*prompt, token_id]]))[0, -1]
+        torch.testing.assert_close(logits_BV[b], expected, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_prefill_multiplies_no_padding(monkeypatch):
+    model = random_llama(LLAMA_SHAPES["plain"])
+    seen = []
+    for layer in model.stack.layers:
+        layer.feed_forward.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[:-1].numel()))
+    prompts = ragged([40, 3, 11], model.config.vocab_size)
+    model.prefill(model.new_cache(3, 40, 1), range(3), prompts)
+    assert seen == [39 + 2 + 10] * 2
+
+
+def test_parameter_counts_of_the_published_shapes(shared):
+    counts = json.loads((shared / "configs" / "parameter_counts.json").read_text())
+    names = [name for name in counts if "lama" in name]
+    assert len(names) == 4
+    for name in names:
+        model = empty_model(read_config(shared / "configs" / name))
+        assert isinstance(model, Llama)
+        assert sum(parameter.numel() for parameter in model.parameters()) == counts[name]
+
+
+def test_bf16_logits_are_near_and_finite():
+    model = random_llama(LLAMA_SHAPES["plain"])
+    ids_BT = torch.tensor(ragged([40, 40], model.config.vocab_size))
+    exact = model(ids_BT)
+    rounded = model.bfloat16()(ids_BT)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_a_llama_has_no_start_id():
+    assert LlamaConfig(10, 4, 4, 1, 1, 1, 4).start_id is None

@@ -1,0 +1,132 @@
+"""Questions to completions: what the sampler is asked, and what comes back of it."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minidpost.errors import UserError
+from minidpost.models.weights import check_vocabulary, load_model
+from minidpost.precision import default_device, sampling_dtype
+from minidpost.sampling import generate as generation
+from minidpost.sampling.generate import MAX_PROMPT_TOKENS, check_prompts, generate
+from minidpost.sampling.sampler import Completion, Request, SamplingSettings
+
+torch.set_num_threads(1)
+
+QUESTIONS = ["Tom has 3 apples. How many?", "Mia buys 2 bags of 5 pens each. How many pens does she have now?", "How?"]
+SAMPLED = SamplingSettings(temperature=1.0, max_new_tokens=12, slots=4, seed=3)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir):
+    return load_model(tiny_model_dir)
+
+
+def test_every_sample_of_every_question_comes_once_with_its_text(model, tiny_template):
+    rows = list(generate(model, tiny_template, QUESTIONS, SAMPLED, n_samples=3))
+    assert sorted((row.index, row.sample) for row in rows) == [(i, k) for i in range(3) for k in range(3)]
+    for row in rows:
+        assert row.text == tiny_template.text(row.completion.token_ids)
+        assert len(row.completion.forced) == len(row.completion.token_ids) <= 12
+    assert len({tuple(row.completion.token_ids) for row in rows}) == 9
+
+
+def test_a_completion_belongs_to_its_question_and_sample_alone(model, tiny_template):
+    def completions(questions, **changes):
+        rows = generate(
+            model, tiny_template, questions, SamplingSettings(1.0, max_new_tokens=12, **changes), n_samples=2
+        )
+        return {(questions[row.index], row.sample): row.completion.token_ids for row in rows}
+
+    together = completions(QUESTIONS, slots=5, seed=3)
+    assert completions(QUESTIONS[::-1], slots=1, seed=3) == together
+    alone = completions(QUESTIONS[1:2], slots=64, seed=3)
+    assert alone == {key: together[key] for key in alone}
+    assert completions(QUESTIONS, slots=5, seed=4) != together
+
+
+@pytest.fixture
+def requested(monkeypatch):
+    """Replaces the sampler: takes down what it is asked, and answers every request with `#### <its number>`."""
+    asked = {}
+
+    def sample(model, requests, settings, eos_id, new_override=None, first_chunk=0):
+        asked.update(model=model, requests=requests, settings=settings, eos_id=eos_id, new_override=new_override)
+        asked.update(first_chunk=first_chunk)
+        for position in reversed(range(len(requests))):
+            ids = asked["format"].target_ids(f"#### {position}")
+            yield position, Completion(ids, [False] * len(ids), "stop")
+
+    monkeypatch.setattr(generation, "sample", sample)
+    return asked
+
+
+def test_what_the_sampler_is_asked(requested, tiny_template):
+    requested["format"] = tiny_template
+    rows = list(generate("model", tiny_template, QUESTIONS[:2], SAMPLED, n_samples=2))
+    prompts = [tuple(tiny_template.prompt_ids(question)) for question in QUESTIONS[:2]]
+    assert requested["requests"] == [Request(prompts[i], QUESTIONS[i], k) for i in range(2) for k in range(2)]
+    assert (requested["model"], requested["settings"]) == ("model", SAMPLED)
+    assert requested["eos_id"] == tiny_template.eos_id == prompts[0][-1]
+    assert [(row.index, row.sample, row.text) for row in rows] == [
+        (1, 1, "#### 3"),
+        (1, 0, "#### 2"),
+        (0, 1, "#### 1"),
+        (0, 0, "#### 0"),
+    ]
+
+
+def test_the_calculator_can_be_left_out(requested, tiny_template):
+    requested["format"] = tiny_template
+    list(generate(None, tiny_template, QUESTIONS, SAMPLED))
+    assert requested["new_override"] == tiny_template.calculator
+    list(generate(None, tiny_template, QUESTIONS, SAMPLED, calculator=False))
+    assert requested["new_override"] is None
+
+
+def test_progress_shows_speed_and_with_answers_the_share_of_right_ones(requested, tiny_template, capsys):
+    requested["format"] = tiny_template
+    list(generate(None, tiny_template, QUESTIONS, SAMPLED, answers=["0", "1", "7"], label="dev"))
+    shown = capsys.readouterr().err
+    assert "dev: 100%" in shown
+    assert "3/3" in shown
+    assert "tok_s=" in shown
+    assert "right=66.7%" in shown
+    list(generate(None, tiny_template, QUESTIONS, SAMPLED))
+    assert "right=" not in capsys.readouterr().err
+
+
+def test_no_questions_no_completions(model, tiny_template):
+    assert list(generate(model, tiny_template, [], SAMPLED)) == []
+
+
+def test_empty_questions_are_named(model, tiny_template):
+    with pytest.raises(UserError, match="question 2 is empty"):
+        list(generate(model, tiny_template, ["How?", " \n"], SAMPLED))
+
+
+def test_a_question_may_be_as_long_as_the_limit_and_no_longer():
+    check_prompts(["How?"], [(0,) * MAX_PROMPT_TOKENS])
+    with pytest.raises(UserError) as error:
+        check_prompts(["How?", "And how then? " * 9], [(0,), (0,) * (MAX_PROMPT_TOKENS + 1)])
+    assert "question 2 ('And how then?" in str(error.value)
+    assert "has 1,025 tokens; the limit is 1,024" in str(error.value)
+    assert len(str(error.value)) < 150
+
+
+def test_precision_follows_the_device():
+    assert sampling_dtype("cpu") == torch.float32
+    assert sampling_dtype("cuda:1") == torch.bfloat16
+    assert default_device() == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "eos_id", "complaint"),
+    [(101, 1, "the tokenizer has 101 pieces, the model 100 embeddings"), (99, None, "the tokenizer has no end token")],
+)
+def test_a_tokenizer_that_does_not_fit_is_refused(vocab_size, eos_id, complaint):
+    check_vocabulary(SimpleNamespace(vocab_size=100, eos_id=1), 100, Path("model"))
+    with pytest.raises(UserError, match=f"model: {complaint}"):
+        check_vocabulary(SimpleNamespace(vocab_size=vocab_size, eos_id=eos_id), 100, Path("model"))

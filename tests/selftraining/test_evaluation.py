@@ -1,0 +1,151 @@
+"""Scores against brute force and published values, and what is sampled to get them."""
+
+from itertools import combinations
+
+import pytest
+
+from minidpost.data.example import Example
+from minidpost.sampling.generate import Generated
+from minidpost.sampling.sampler import Completion, SamplingSettings
+from minidpost.selftraining import evaluation
+from minidpost.selftraining.evaluation import (
+    Score,
+    greedy_accuracy,
+    majority_is_right,
+    mean_score,
+    pass_at_k,
+    sampled_scores,
+    wilson,
+)
+
+EXAMPLES = [Example("first", "1"), Example("second", "2"), Example("third", "3")]
+SETTINGS = SamplingSettings(temperature=0.7, top_k=5, seed=9)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Replaces the model: every question's samples are those of a dictionary; returns the arguments of the calls."""
+
+    def install(answers: dict[str, list[str]]) -> list[dict]:
+        calls = []
+
+        def generate(model, template, questions, settings, n_samples, calculator, right, label):
+            calls.append({"settings": settings, "n_samples": n_samples, "calculator": calculator, "label": label})
+            assert right == [example.answer for example in EXAMPLES if example.question in questions]
+            for sample in reversed(range(n_samples)):  # in whatever order they finish
+                for index, question in enumerate(questions):
+                    yield Generated(index, sample, Completion(), answers[question][sample])
+
+        monkeypatch.setattr(evaluation, "generate", generate)
+        return calls
+
+    return install
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 6])
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_sample(n):
+    for n_right in range(n + 1):
+        for k in range(1, n + 1):
+            subsets = list(combinations(range(n), k))
+            share = sum(min(subset) < n_right for subset in subsets) / len(subsets)
+            assert pass_at_k(n, n_right, k) == pytest.approx(share, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("answers", "right"),
+    [
+        (["#### 5"], True),
+        (["#### 4", "#### 5", "#### 5"], True),
+        (["#### 5", "#### 4", "#### 4"], False),
+        (["#### 5", "#### 4"], True),  # a tie goes to the earliest answer
+        (["#### 4", "#### 5"], False),
+        (["#### 4", "#### 5", "#### 5", "#### 4"], False),
+        (["none", "none", "none", "#### 5"], True),  # what has no answer does not vote
+        (["none", "none"], False),
+        ([], False),
+        (["#### 5.0", "#### 4", "#### $5.00"], True),  # equal numbers are one answer, however they are written
+        (["#### 4", "#### 4", "#### 5,000"], False),
+    ],
+)
+def test_majority(answers, right):
+    assert majority_is_right(answers, "5") is right
+
+
+def test_majority_of_large_numbers_is_not_lost_in_an_exponent():
+    assert majority_is_right(["#### 1,000,000,000,000,000,000,000,000"], "1" + 24 * "0")
+
+
+@pytest.mark.parametrize(
+    ("n_right", "n", "low", "high"),
+    [  # Newcombe 1998, table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (20, 20, 0.8389, 1.0),
+    ],
+)
+def test_wilson_interval(n_right, n, low, high):
+    score = wilson(n_right, n)
+    assert (score.value, score.n) == (n_right / n, n)
+    assert (score.low, score.high) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_nothing_is_known_of_no_questions():
+    assert wilson(0, 0) == mean_score([]) == Score(0.0, 0, 0.0, 1.0)
+
+
+def test_mean_and_its_interval():
+    score = mean_score([0.2, 0.4, 0.6, 1.0])  # variance 0.35 / 3
+    half = 1.96 * (0.35 / 3 / 4) ** 0.5
+    assert (score.value, score.n) == (pytest.approx(0.55), 4)
+    assert (score.low, score.high) == pytest.approx((0.55 - half, 0.55 + half))
+    assert mean_score([0.5, 0.5]) == Score(0.5, 2, 0.5, 0.5)
+    assert mean_score([0.9, 1.0, 1.0, 0.2]).high == 1.0
+
+
+def test_shares_have_wilsons_interval():
+    assert mean_score([1.0, 0.0, 1.0, 1.0]) == wilson(3, 4)
+    assert mean_score([0.0] * 20).high == pytest.approx(0.1611, abs=5e-5)
+
+
+def test_accuracy_is_greedy_whatever_the_settings(script):
+    calls = script({"first": ["#### 1"], "second": ["#### 3"], "third": ["3"]})
+    assert greedy_accuracy(None, None, EXAMPLES, SETTINGS, calculator=False, label="dev") == wilson(1, 3)
+    (call,) = calls
+    assert call["settings"] == SamplingSettings(temperature=0.0, top_k=5, seed=9)
+    assert (call["n_samples"], call["calculator"], call["label"]) == (1, False, "dev")
+
+
+def test_pass_and_majority_come_from_the_same_samples(script):
+    calls = script(
+        {
+            "first": ["#### 1", "#### 9", "#### 9", "#### 1"],
+            "second": ["#### 9", "#### 9", "#### 9", "#### 2"],
+            "third": ["#### 9", "", "#### 3", "#### 3"],
+        }
+    )
+    passed, majority = sampled_scores(None, None, EXAMPLES, SETTINGS, (1, 2, 4), (1, 3, 4))
+    assert len(calls) == 1
+    assert (calls[0]["settings"], calls[0]["n_samples"], calls[0]["calculator"]) == (SETTINGS, 4, True)
+    assert {k: score.value for k, score in passed.items()} == pytest.approx(
+        {1: (2 / 4 + 1 / 4 + 2 / 4) / 3, 2: (5 / 6 + 3 / 6 + 5 / 6) / 3, 4: 1.0}
+    )
+    assert {k: score.value for k, score in majority.items()} == pytest.approx({1: 1 / 3, 3: 0.0, 4: 2 / 3})
+    assert majority[4] == wilson(2, 3)
+    assert passed[4] == wilson(3, 3)
+
+
+@pytest.mark.parametrize(("pass_at", "maj_at"), [((1,), (3,)), ((3,), (1,))])
+def test_as_many_are_sampled_as_the_largest_k_needs(script, pass_at, maj_at):
+    calls = script({"first": ["#### 1"] * 3})
+    sampled_scores(None, None, EXAMPLES[:1], SETTINGS, pass_at, maj_at)
+    assert calls[0]["n_samples"] == 3
+
+
+def test_only_what_is_asked_for_is_scored(script):
+    calls = script({"first": ["#### 1"] * 8})
+    passed, majority = sampled_scores(None, None, EXAMPLES[:1], SETTINGS, (), (8,))
+    assert passed == {}
+    assert majority.keys() == {8}
+    assert calls[0]["n_samples"] == 8

@@ -1,0 +1,318 @@
+"""A run's directory: who may continue it, and that a stage is whole or absent."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minidpost.errors import UserError
+from minidpost.selftraining import run_directory
+from minidpost.selftraining.run_directory import FORMAT, RunDirectory
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SETTINGS = {"model": "tiny-t5", "seed": 42, "limit": None, "preset": {"samples": 3, "beta": 0.1}}
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def write_number(path: Path) -> dict:
+    path.write_text("7")
+    return {"n": 7}
+
+
+def test_a_new_run_notes_settings_and_versions(tmp_path):
+    RunDirectory(tmp_path / "run", SETTINGS | {"data": Path("my.jsonl")})
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["settings"] == SETTINGS | {"data": "my.jsonl"}
+    assert config["format"] == FORMAT
+    assert config["versions"].keys() == {"minidpost", "python", "torch"}
+
+
+def test_an_empty_directory_may_become_a_run(tmp_path):
+    RunDirectory(tmp_path, SETTINGS)
+    assert (tmp_path / "config.json").is_file()
+
+
+def test_the_same_settings_continue_a_run_and_change_nothing(tmp_path):
+    RunDirectory(tmp_path / "run", SETTINGS)
+    before = files_of(tmp_path)
+    RunDirectory(tmp_path / "run", SETTINGS)
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"seed": 7}, "seed = 42, this command has 7"),
+        ({"limit": 64}, "limit = None, this command has 64"),
+        ({"preset": {"samples": 10, "beta": 0.1}}, "preset.samples = 3, this command has 10"),
+        ({"new": True}, "new = None, this command has True"),
+    ],
+)
+def test_other_settings_are_refused_by_name(tmp_path, change, complaint):
+    RunDirectory(tmp_path / "run", SETTINGS)
+    before = files_of(tmp_path)
+    with pytest.raises(UserError) as error:
+        RunDirectory(tmp_path / "run", SETTINGS | change)
+    assert complaint in str(error.value)
+    assert str(tmp_path / "run") in str(error.value)
+    assert "--run-dir" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert files_of(tmp_path) == before
+
+
+def test_what_is_no_run_directory_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for path in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(UserError, match="is no run directory; choose another --run-dir"):
+            RunDirectory(path, SETTINGS)
+    assert files_of(tmp_path) == {"notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"settings": []}', '{"settings": 1}', "\udcff", "[" * 10**5])
+def test_an_unreadable_config_is_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    (tmp_path / "log.txt").write_text("a run was here")
+    with pytest.raises(UserError, match=r"config\.json is not readable"):
+        RunDirectory(tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_models_directory_is_no_run_though_it_has_a_config(tmp_path, tiny_model_dir, fresh):
+    before = files_of(tiny_model_dir)
+    with pytest.raises(UserError, match="is no run directory"):
+        RunDirectory(tiny_model_dir, SETTINGS, fresh)
+    assert files_of(tiny_model_dir) == before
+
+
+@pytest.mark.parametrize("name", ["iteration-1/pairs.jsonl", "iteration-1/sft"])
+def test_a_stage_is_done_once(tmp_path, name):
+    def work(path: Path) -> dict:
+        calls.append(path)
+        return write_number(path if name.endswith(".jsonl") else path / "weights")
+
+    calls, directory = [], RunDirectory(tmp_path, SETTINGS)
+    final = directory.stage(name, work)
+    assert final == tmp_path / name
+    assert (final if final.is_file() else final / "weights").read_text() == "7"
+    assert directory.facts[name]["n"] == 7
+    assert directory.facts[name]["seconds"] >= 0
+    assert calls[0] != final
+    assert not calls[0].exists()
+
+    continued = RunDirectory(tmp_path, SETTINGS)
+    assert continued.stage(name, work) == final
+    assert len(calls) == 1
+    assert continued.facts == directory.facts
+
+
+def test_a_stage_that_was_removed_is_done_again_and_its_last_facts_count(tmp_path):
+    RunDirectory(tmp_path, SETTINGS).stage("a.json", write_number)
+    (tmp_path / "a.json").unlink()
+    RunDirectory(tmp_path, SETTINGS).stage("a.json", lambda path: write_number(path) | {"n": 8})
+    assert RunDirectory(tmp_path, SETTINGS).facts["a.json"]["n"] == 8
+
+
+@pytest.mark.parametrize("name", ["a.json", "a"])
+@pytest.mark.parametrize("end", [UserError, KeyboardInterrupt])
+def test_a_stage_that_fails_has_neither_name_nor_facts(tmp_path, name, end):
+    def work(path: Path) -> dict:
+        write_number(path if name == "a.json" else path / "weights")
+        raise end("half-way")
+
+    directory = RunDirectory(tmp_path, SETTINGS)
+    with pytest.raises(end):
+        directory.stage(name, work)
+    assert not (tmp_path / name).exists()
+    assert RunDirectory(tmp_path, SETTINGS).facts == directory.facts == {}
+    if name == "a":  # the next attempt begins with an empty directory
+        (tmp_path / "a.unfinished").mkdir()
+        (tmp_path / "a.unfinished" / "older").write_text("")
+        directory.stage("a", lambda path: write_number(path / "weights"))
+        assert [path.name for path in (tmp_path / "a").iterdir()] == ["weights"]
+
+
+def test_what_is_said_is_logged(tmp_path, capsys):
+    directory = RunDirectory(tmp_path, SETTINGS)
+    directory.say("first")
+    directory.say("second")
+    assert capsys.readouterr().out == (tmp_path / "log.txt").read_text()
+    assert [line.split(" ", 1)[1] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["first", "second"]
+
+
+# -- what a kill leaves, and what others do to a run's files -----------------------------------------------------------
+
+
+@pytest.fixture
+def other_process():
+    """Starts a process that opens a run directory and stays at work on it."""
+    started = []
+
+    def begin(path: Path) -> subprocess.Popen:
+        opened = f"RunDirectory({str(path)!r}, {SETTINGS!r})"
+        code = f"from minidpost.selftraining.run_directory import *; {opened}; print(1, flush=True); input()"
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        started.append(subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes))
+        assert started[-1].stdout.readline() == b"1\n"
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_run_has_one_process_until_that_is_killed(tmp_path, other_process, fresh):
+    process = other_process(tmp_path / "run")
+    before = files_of(tmp_path)
+    for _ in range(2):
+        with pytest.raises(UserError, match="run: another process is at work here"):
+            RunDirectory(tmp_path / "run", SETTINGS, fresh)
+    assert files_of(tmp_path) == before
+    process.kill()
+    process.wait()
+    RunDirectory(tmp_path / "run", SETTINGS, fresh)
+
+
+@pytest.mark.parametrize("found", [1, 3, "2"])
+def test_another_format_is_refused_by_name(tmp_path, found):
+    RunDirectory(tmp_path, SETTINGS)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"format": found} if found != 1 else {}
+    if found == 1:  # before formats had numbers
+        del config["format"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"run directory of format {found}, this code writes format {FORMAT}"):
+        RunDirectory(tmp_path, SETTINGS)
+
+
+def test_another_torch_is_told(tmp_path, monkeypatch, capsys):
+    RunDirectory(tmp_path, SETTINGS)
+    RunDirectory(tmp_path, SETTINGS)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(run_directory, "version", lambda name: "9.9")
+    RunDirectory(tmp_path, SETTINGS)
+    assert "continued with 9.9: rounding may differ" in capsys.readouterr().out
+
+
+def finished_run(path: Path) -> RunDirectory:
+    directory = RunDirectory(path, SETTINGS)
+    directory.stage("iteration-1/pairs.jsonl", write_number)
+    directory.stage("iteration-1/dpo", lambda stage: write_number(stage / "weights") | write_number(stage / "config"))
+    return directory
+
+
+@pytest.mark.parametrize("name", ["iteration-1/pairs.jsonl", "iteration-1/dpo/weights", "iteration-1/dpo/config"])
+def test_a_file_that_was_edited_or_removed_is_named(tmp_path, name):
+    finished_run(tmp_path)
+    (tmp_path / name).write_text("8")
+    with pytest.raises(UserError, match=f"{name} was changed since its stage was finished"):
+        RunDirectory(tmp_path, SETTINGS)
+    if "dpo" in name:
+        (tmp_path / name).unlink()
+        with pytest.raises(UserError, match=f"{name} is missing"):
+            RunDirectory(tmp_path, SETTINGS)
+    (tmp_path / name).write_text("7")
+    assert len(RunDirectory(tmp_path, SETTINGS).facts) == 2
+
+
+def test_a_file_with_a_stages_name_that_no_stage_made(tmp_path):
+    directory = finished_run(tmp_path)
+    (tmp_path / "iteration-1/labels.jsonl").write_text("mine")
+    with pytest.raises(UserError, match=r"labels\.jsonl is there, but stages\.jsonl does not know of it"):
+        directory.stage("iteration-1/labels.jsonl", write_number)
+    assert (tmp_path / "iteration-1/labels.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize("row", [{}, {"stage": "config.json"}, {"stage": 1}, {"stage": "x" * 9999}])
+@pytest.mark.parametrize("sha256", [{}, {"sha256": 1}, {"sha256": ["."]}])
+def test_stages_that_were_edited_are_refused(tmp_path, row, sha256):
+    finished_run(tmp_path)
+    with open(tmp_path / "stages.jsonl", "a") as stream:
+        stream.write(json.dumps(row | sha256) + "\n")
+    with pytest.raises(UserError, match=r"stages\.jsonl was changed since it was written"):
+        RunDirectory(tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["iteration-1/labels.jsonl", "iteration-1/sft"])
+def test_a_kill_between_the_facts_of_a_stage_and_its_name(tmp_path, monkeypatch, name):
+    """… leaves facts without a stage; the same command does the stage again."""
+
+    class Killed(BaseException):
+        pass
+
+    def work(path: Path) -> dict:
+        (path if "labels" in name else path / "weights").write_text("7")
+        return {"n": 7}
+
+    directory, replace = finished_run(tmp_path), os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if target == tmp_path / name:
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(Killed):
+            directory.stage(name, work)
+    assert name in (tmp_path / "stages.jsonl").read_text()
+    assert not (tmp_path / name).exists()
+    again = RunDirectory(tmp_path, SETTINGS)
+    assert name not in again.facts
+    again.stage(name, work)
+    assert [*RunDirectory(tmp_path, SETTINGS).facts] == ["iteration-1/pairs.jsonl", "iteration-1/dpo", name]
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    directory = finished_run(tmp_path)
+    before = files_of(tmp_path)
+    (tmp_path / "iteration-1/sft.unfinished").mkdir()
+    for name in (".config.json.7.unfinished", "iteration-1/.a.jsonl.99.unfinished", "iteration-1/sft.unfinished/x"):
+        (tmp_path / name).write_text("half")
+    directory.progress("iteration-1/dpo").mkdir()
+    (directory.progress("iteration-1/dpo") / "checkpoint.safetensors").write_text("of a finished stage")
+    RunDirectory(tmp_path, SETTINGS)
+    assert files_of(tmp_path) == before
+    directory.progress("iteration-1/sft").mkdir()
+    RunDirectory(tmp_path, SETTINGS)
+    assert directory.progress("iteration-1/sft").is_dir()  # a stage in progress goes on from this
+    directory.stage("iteration-1/sft", lambda path: {})
+    assert not directory.progress("iteration-1/sft").exists()
+
+
+def test_a_kill_before_there_is_a_config(tmp_path):
+    (tmp_path / ".lock").write_text("")
+    (tmp_path / ".config.json.7.unfinished").write_text("{")
+    RunDirectory(tmp_path, SETTINGS)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "config.json"}
+
+
+def test_fresh_sets_a_run_aside_and_deletes_nothing(tmp_path):
+    RunDirectory(tmp_path / "run", SETTINGS, fresh=True)
+    for number, seed in ((1, 7), (2, 8)):
+        finished_run_files = files_of(tmp_path / "run")
+        directory = RunDirectory(tmp_path / "run", SETTINGS | {"seed": seed}, fresh=True)
+        assert files_of(tmp_path / f"run.{number}") == finished_run_files
+        assert directory.facts == {}
+        directory.stage("a.json", write_number)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "run.1", "run.2"}
+    assert "is now" in (tmp_path / "run/log.txt").read_text()
+    with pytest.raises(UserError, match="is no run directory"):
+        RunDirectory(tmp_path, SETTINGS, fresh=True)
+
+
+def test_a_directory_that_cannot_be_locked(tmp_path, monkeypatch):
+    def refuse(handle: int, how: int) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(run_directory.fcntl, "lockf", refuse)
+    with pytest.raises(UserError, match="cannot be locked"):
+        RunDirectory(tmp_path / "run", SETTINGS)

@@ -1,0 +1,87 @@
+"""The rules of the house that a program can check: one-way imports between rooms, nothing above PyTorch."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "minidpost"
+COMMANDS = ("train.py", "sample.py", "eval.py")
+# A module imports only from its own room and from those above it.
+ROOMS = "version errors storage precision text data models sampling training selftraining cli".split()
+FOREIGN = {"transformers", "trl", "accelerate", "lightning", "pytorch_lightning", "peft", "deepspeed", "pickle"}
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.name != "__init__.py"
+}
+PRODUCT = [*sorted(PACKAGE.rglob("*.py")), *(ROOT / name for name in COMMANDS)]
+each_file = pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+each_module = pytest.mark.parametrize("module", MODULES)
+
+
+def imported(path: Path) -> set[str]:
+    """The dotted names that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def our_modules(path: Path) -> set[str]:
+    """Which of our modules a file imports, as dotted names: `minidpost.models.t5`."""
+    return {module for module in MODULES for name in imported(path) if f"{name}.".startswith(f"{module}.")}
+
+
+def room(module: str) -> str:
+    """The folder of a module, or the module itself where it lies in none: `models`, `storage`."""
+    return module.split(".")[1]
+
+
+def test_every_module_lies_in_a_room():
+    assert {room(module) for module in MODULES} == set(ROOMS)
+
+
+@each_module
+def test_imports_go_one_way(module):
+    allowed = ROOMS[: ROOMS.index(room(module)) + 1]
+    assert {room(name) for name in our_modules(MODULES[module])} <= set(allowed)
+
+
+def test_no_imports_form_a_circle():
+    TopologicalSorter({module: our_modules(path) for module, path in MODULES.items()}).prepare()  # CycleError
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["models.layers", "text.calculator", "text.grading", "sampling.workers", "sampling.token_choice"],
+)
+def test_some_modules_import_no_other(module):
+    assert our_modules(MODULES[f"minidpost.{module}"]) == set()
+
+
+def test_the_sampler_knows_nothing_of_text_and_models():
+    assert {room(name) for name in our_modules(MODULES["minidpost.sampling.sampler"])} == {"sampling"}
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_models_know_nothing_of_sampling(family):
+    ours = our_modules(MODULES[f"minidpost.models.{family}"])
+    assert ours == {"minidpost.models.layers", "minidpost.models.kvcache"}
+
+
+@each_file
+def test_files_open_with_what_they_are(path):
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+@each_file
+def test_nothing_above_pytorch_is_imported(path):
+    assert not FOREIGN & {name.split(".")[0] for name in imported(path)}

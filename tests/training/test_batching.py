@@ -1,0 +1,127 @@
+"""Padding, grouping by length, and the order of training."""
+
+from itertools import chain, islice, pairwise
+from random import Random
+
+import pytest
+import torch
+
+from minidpost.models.t5 import T5, T5Config
+from minidpost.training.batching import (
+    IGNORED_LABEL,
+    TokenizedExample,
+    collate,
+    drop_too_long,
+    epoch_steps,
+    length_buckets,
+    pad,
+    token_counts,
+)
+from minidpost.training.dpo import PreferencePair
+
+torch.set_num_threads(1)
+
+
+def test_pad_fills_to_the_longest_row():
+    padded = pad([(3, 4, 5), (), (6,)], -7)
+    assert padded.dtype == torch.long
+    assert padded.tolist() == [[3, 4, 5], [-7, -7, -7], [6, -7, -7]]
+
+
+def test_collate_shifts_the_target_and_masks_by_length_even_where_the_text_holds_the_padding_id():
+    batch = collate(
+        [TokenizedExample((5, 0, 6, 0), (0, 8, 1)), TokenizedExample((0,), (9, 0, 0, 4, 1))], start_id=2, device="cpu"
+    )
+    source_BS, mask_BS, target_BT = batch.inputs
+    assert source_BS.tolist() == [[5, 0, 6, 0], [0, 0, 0, 0]]
+    assert mask_BS.dtype == torch.bool
+    assert mask_BS.tolist() == [[True, True, True, True], [True, False, False, False]]
+    assert target_BT.tolist() == [[2, 0, 8, 0, 0], [2, 9, 0, 0, 4]]
+    assert batch.label_BT.tolist() == [[0, 8, 1, IGNORED_LABEL, IGNORED_LABEL], [9, 0, 0, 4, 1]]
+    assert batch.position_N.tolist() == [0, 1, 2, 5, 6, 7, 8, 9]
+    assert IGNORED_LABEL == -100
+
+
+def test_a_decoder_only_model_sees_prompt_and_target_as_one_sequence_and_the_target_has_the_labels():
+    sequences = [TokenizedExample((5, 0, 6), (0, 8, 2)), TokenizedExample((7,), (9, 2)), TokenizedExample((7, 4), (2,))]
+    batch = collate(sequences, start_id=None, device="cpu")
+    (ids_BT,) = batch.inputs
+    assert ids_BT.tolist() == [[5, 0, 6, 0, 8], [7, 9, 0, 0, 0], [7, 4, 0, 0, 0]]
+    i = IGNORED_LABEL
+    assert batch.label_BT.tolist() == [[i, i, 0, 8, 2], [9, 2, i, i, i], [i, 2, i, i, i]]
+    assert batch.position_N.tolist() == [2, 3, 4, 5, 6, 11]
+
+
+def test_a_padded_row_has_the_logits_it_has_alone():
+    torch.manual_seed(0)
+    model = T5(T5Config(30, 16, 8, 24, 2, 2, 2)).initialise().double().eval()
+    short, long = TokenizedExample((0, 7, 0), (0, 9, 1)), TokenizedExample(tuple(range(3, 23)), tuple(range(5, 29)))
+    alone_1TV = model(*collate([short], 0, "cpu").inputs)
+    together_BTV = model(*collate([long, short], 0, "cpu").inputs)
+    torch.testing.assert_close(together_BTV[1, :3], alone_1TV[0], rtol=0, atol=1e-12)
+    without_1TV = model(*collate([TokenizedExample((0, 7), short.target)], 0, "cpu").inputs)
+    assert (without_1TV - alone_1TV).abs().max() > 1e-3  # the padding id inside the text is read as text
+
+
+def test_tokens_are_counted_of_examples_and_of_pairs():
+    example = TokenizedExample((1, 2, 3), (4, 5))
+    pair = PreferencePair(example, TokenizedExample((1, 2, 3), (4, 5, 6, 7)))
+    assert example.n_tokens == 5
+    assert pair.n_tokens == 12
+    assert token_counts([example, example]) == (6, 4)
+    assert token_counts([example, pair]) == (9, 8)
+
+
+def test_within_limits_keeps_whole_what_fits_and_drops_the_rest():
+    fits, long_source, long_target = (TokenizedExample((2,) * n, (3,) * m) for n, m in ((4, 6), (5, 1), (1, 7)))
+    assert drop_too_long([long_source, fits, long_target, fits], max_source=4, max_target=6) == [fits, fits]
+    pairs = [
+        PreferencePair(fits, fits),
+        PreferencePair(fits, long_target),
+        PreferencePair(long_target, fits),
+        PreferencePair(long_source, long_source),
+    ]
+    assert drop_too_long(pairs, max_source=4, max_target=6) == pairs[:1]
+
+
+@pytest.mark.parametrize("budget", [1, 40, 100, 10_000])
+def test_by_length_covers_each_index_once_within_the_budget(budget):
+    random = Random(budget)
+    sizes = [random.randint(1, 60) for _ in range(200)]
+    groups = length_buckets(sizes, budget)
+    assert sorted(chain(*groups)) == list(range(200))
+    assert all(len(group) == 1 or max(sizes[i] for i in group) * len(group) <= budget for group in groups)
+    in_order = [sizes[i] for i in chain(*groups)]
+    assert in_order == sorted(sizes, reverse=True)  # so that a group holds like sizes
+    for group, after in pairwise(groups):  # and no group could have taken one more
+        assert sizes[group[0]] * (len(group) + 1) > budget, (group, after)
+
+
+def test_by_length_of_examples_by_hand():
+    assert length_buckets([3, 9, 3, 4], 12) == [[1], [3, 0, 2]]
+    assert length_buckets([50, 50], 10) == [[0], [1]]
+    assert length_buckets([], 10) == []
+
+
+def test_shuffled_steps_cover_each_epoch_once_with_a_short_step_at_its_end():
+    steps = list(epoch_steps(n_examples=10, per_step=4, n_steps=8, seed=1))
+    assert [len(step) for step in steps] == [4, 4, 2, 4, 4, 2, 4, 4]
+    epochs = [list(chain(*steps[start : start + 3])) for start in (0, 3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != list(range(10))
+
+
+def test_shuffled_steps_depend_on_the_seed_alone():
+    large = 2**63 - 1  # what derived_seed may give
+    reference = list(epoch_steps(50, 8, 20, large))
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    assert list(epoch_steps(50, 8, 20, large)) == reference
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert list(islice(epoch_steps(50, 8, 1000, large), 20)) == reference
+    assert list(epoch_steps(50, 8, 20, large - 1)) != reference
+
+
+def test_shuffled_steps_of_nothing_end():
+    assert list(epoch_steps(0, 8, 20, 1)) == []

@@ -1,0 +1,210 @@
+"""Trainings that are stopped at a step, and samplings at a chunk, end as if they had not been."""
+
+import errno
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from minidpost.errors import UserError
+from minidpost.models.t5 import T5, T5Config
+from minidpost.selftraining.run_directory import Chunks
+from minidpost.training import dpo, sft, state
+from minidpost.training.batching import TokenizedExample
+from minidpost.training.dpo import DPOSettings, PreferencePair, train_dpo
+from minidpost.training.optim import Schedule, apply_step, read_log
+from minidpost.training.sft import SFTSettings, train_sft
+from minidpost.training.state import Checkpoint, Terminated
+
+torch.set_num_threads(1)
+
+SFT = SFTSettings(epochs=3, examples_per_step=3, schedule=Schedule(1e-2), micro_batch_tokens=30, seed=3)
+DPO = DPOSettings(steps=8, pairs_per_step=3, schedule=Schedule(1e-2), micro_batch_tokens=60, seed=3)
+N_STEPS = 8 + 1  # of SFT: three epochs of seven examples
+
+
+def tiny() -> T5:
+    torch.manual_seed(0)
+    return T5(T5Config(30, 16, 8, 24, 2, 1, 2, dropout=0.2)).initialise()
+
+
+def examples(n: int, seed: int = 1) -> list[TokenizedExample]:
+    generator = Random(seed)
+    ids = [[generator.randrange(30) for _ in range(generator.randrange(1, 9))] for _ in range(2 * n)]
+    return [TokenizedExample(tuple(prompt), (*target, 1)) for prompt, target in zip(ids[::2], ids[1::2], strict=True)]
+
+
+def pairs(n: int) -> list[PreferencePair]:
+    return [
+        PreferencePair(chosen, replace(rejected, prompt=chosen.prompt))
+        for chosen, rejected in zip(examples(n), examples(n, 2), strict=True)
+    ]
+
+
+LOOPS = {"sft": (sft, train_sft, examples(7), SFT, N_STEPS), "dpo": (dpo, train_dpo, pairs(7), DPO, 8)}
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """As in a terminal; what runs in the background may have been started deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(params=LOOPS)
+def train(request, monkeypatch, tmp_path):
+    """Runs a loop, calling `at_step[step]()` before the step's update; gives weights and log without speeds."""
+    module, loop, data, settings, n_steps = LOOPS[request.param]
+
+    def run(checkpoint: Checkpoint | None, at_step: dict = {}, **changes):  # noqa: B006
+        def with_events(model, optimizer, schedule, step, n_steps):
+            at_step.get(step, lambda: None)()
+            return apply_step(model, optimizer, schedule, step, n_steps)
+
+        monkeypatch.setattr(module, "apply_step", with_events)
+        model, log = tiny(), tmp_path / "log.jsonl"
+        items, stage = changes.pop("data", data), changes.pop("stage", "stage")
+        loop(model, items, replace(settings, **changes), log, stage, checkpoint)
+        rows = [{name: value for name, value in row.items() if "second" not in name} for row in read_log(log)]
+        assert [row["step"] for row in rows] == list(range(n_steps))
+        return {name: weight.detach().clone() for name, weight in model.named_parameters()}, rows
+
+    run.module, run.n_steps = module, n_steps
+    return run
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "sft.progress" / "checkpoint.safetensors"
+
+
+def same(a: tuple, b: tuple) -> bool:
+    return a[1] == b[1] and all(torch.equal(weight, b[0][name]) for name, weight in a[0].items())
+
+
+def send(*numbers: int) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+@pytest.mark.parametrize("step", [0, 4, -1])
+def test_a_training_that_was_asked_to_stop_ends_as_one_that_was_not(train, path, monkeypatch, number, kind, step):
+    whole, step = train(None), range(train.n_steps)[step]
+    handler = signal.signal(signal.SIGTERM, state.interrupt)
+    try:
+        with pytest.raises(kind) as stopped:
+            train(Checkpoint(path), {step: lambda: send(number)})
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert stopped.type is kind
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    if train.module is dpo:
+        monkeypatch.setattr(dpo, "reference_log_probabilities", None)  # the model is no longer the reference
+    steps = []
+    resumed = train(Checkpoint(path), {later: lambda later=later: steps.append(later) for later in range(99)})
+    assert steps == list(range(step + 1, train.n_steps))
+    assert same(resumed, whole)
+
+
+def test_a_kill_loses_the_steps_behind_the_last_checkpoint_and_their_log(train, path):
+    whole, checkpoint = train(None), Checkpoint(path, minutes=0)
+
+    def killed():
+        raise RuntimeError
+
+    def no_more():
+        checkpoint.minutes = 1e9
+
+    with pytest.raises(RuntimeError):
+        train(checkpoint, {3: no_more, 5: killed})
+    steps = []
+    resumed = train(Checkpoint(path), {later: lambda later=later: steps.append(later) for later in range(99)})
+    assert steps[0] == 3
+    assert same(resumed, whole)
+
+
+def test_a_training_may_be_killed_again_and_again(train, path):
+    def killed():
+        raise RuntimeError
+
+    for step in range(1, train.n_steps):
+        with pytest.raises(RuntimeError):
+            train(Checkpoint(path, minutes=0), {step: killed})
+    assert same(train(Checkpoint(path)), train(None))
+
+
+def test_a_second_ctrl_c_does_not_wait(train, path):
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        train(Checkpoint(path), {2: lambda: (send(signal.SIGINT), send(signal.SIGINT), done.append(2))})
+    assert not done
+    assert not path.exists()
+
+
+def test_signals_are_as_they_were_afterwards(train, path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    during = []
+    train(Checkpoint(path), {1: lambda: during.append(signal.getsignal(signal.SIGINT))})
+    train(None, {1: lambda: during.append(signal.getsignal(signal.SIGINT))})
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert during[0] != before[0]
+    assert during[1] == before[0]  # without a checkpoint nobody waits
+
+
+@pytest.mark.parametrize("change", ["stage", "seed", "schedule", "data"])
+def test_the_checkpoint_of_something_else_is_not_used(train, path, change):
+    data = LOOPS[train.module.__name__.split(".")[-1]][2]
+    other = {"stage": "other", "seed": 4, "schedule": Schedule(2e-3), "data": [*data[:-1], data[0]]}[change]
+    with pytest.raises(KeyboardInterrupt):
+        train(Checkpoint(path), {4: lambda: send(signal.SIGINT)})
+    assert same(train(Checkpoint(path), **{change: other}), train(None, **{change: other}))
+
+
+def test_a_broken_checkpoint_is_named(train, path):
+    path.parent.mkdir()
+    path.write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{")
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors: not a whole safetensors file"):
+        train(Checkpoint(path))
+
+
+def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(train, path, monkeypatch):
+    original = state.save_file
+
+    def no_room(tensors, temporary, metadata):
+        original(tensors, temporary, metadata)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        train(Checkpoint(path, minutes=0), {3: lambda: monkeypatch.setattr(state, "save_file", no_room)})
+    monkeypatch.setattr(state, "save_file", original)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert same(train(Checkpoint(path)), train(None))
+
+
+def test_time_decides_when_to_save(train, path, monkeypatch):
+    now, saved = [0.0], []
+    monkeypatch.setattr(state.time, "monotonic", lambda: now[0])
+
+    def pass_minutes():
+        saved.append(path.is_file())
+        now[0] += 60
+
+    train(Checkpoint(path, minutes=3), dict.fromkeys(range(99), pass_minutes))
+    assert saved == [False] * 3 + [True] * (train.n_steps - 3)
+
+
+def test_chunks_count_from_the_first_without_a_gap(tmp_path):
+    chunks = Chunks(tmp_path / "a", "stage", 1)
+    assert chunks.n_finished() == 0
+    for number in (0, 1, 3):
+        chunks.commit(number, [{"n": number}, {"text": "½"}])
+    again = Chunks(tmp_path / "a", "stage", 1)
+    assert again.n_finished() == 2
+    assert list(again.rows()) == [{"n": 0}, {"text": "½"}, {"n": 1}, {"text": "½"}]
+    assert Chunks(tmp_path / "a", "stage", 2).n_finished() == 0
