@@ -92,7 +92,7 @@ def forced_annotations(done: Generated, template: Template) -> set[int]:
     """Which annotations of a completion, counted from 0, the calculator filled in."""
     ids, forced = done.completion.token_ids, [*done.completion.forced, False]
     ends = [i + 1 for i in range(len(ids)) if forced[i] and not forced[i + 1]]
-    texts = [template.text(ids[:end]) for end in ends]
+    texts = [template.decode(ids[:end]) for end in ends]
     return {len(ANNOTATION.findall(text)) - 1 for text in texts if text.endswith(">>")}
 
 

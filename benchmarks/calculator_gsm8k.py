@@ -64,7 +64,7 @@ def verdict(expression: str, human: str) -> str:
 def walk(template: Template, rationale: str) -> list[tuple[list[int], list[int]]]:
     """The automaton along a rationale's target: at each trigger, the forced ids and as many that stand there."""
     ids = template.target_ids(rationale)
-    automaton = template.calculator()
+    automaton = template.new_calculator()
     forced_at = [(position, automaton.push(token_id)) for position, token_id in enumerate(ids, start=1)]
     return [(forced, ids[position : position + len(forced)]) for position, forced in forced_at if forced]
 
@@ -147,8 +147,8 @@ def main() -> None:
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    t5_format = template_for("t5", tokenizers["t5"])
-    verdicts, _, disagreements = zip(*(measure(rationales[split], t5_format) for split in SPLITS), strict=True)
+    t5_template = template_for("t5", tokenizers["t5"])
+    verdicts, _, disagreements = zip(*(measure(rationales[split], t5_template) for split in SPLITS), strict=True)
     sections = [section(name, tokenizer, rationales) for name, tokenizer in tokenizers.items()]
     report = f"""# The calculator on GSM8K
 

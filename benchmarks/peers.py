@@ -59,7 +59,7 @@ class Calculator(transformers.LogitsProcessor):
     """Forces the calculator's results in a batch: an automaton (ours) a row, one transfer of the last tokens a step."""
 
     def __init__(self, template: Template, n_rows: int):
-        self.automata = [template.calculator() for _ in range(n_rows)]
+        self.automata = [template.new_calculator() for _ in range(n_rows)]
         self.pending: list[deque[int]] = [deque() for _ in range(n_rows)]
         self.started = False
 
@@ -166,7 +166,7 @@ def one_at_a_time(peer: transformers.PreTrainedModel, work: Work) -> list[list[i
     """
     completions = []
     for number, prompt in enumerate(work.prompts):
-        inputs, stop = padded(peer, [prompt]), ToolStop(work.template.calculator())
+        inputs, stop = padded(peer, [prompt]), ToolStop(work.template.new_calculator())
         if peer.config.is_encoder_decoder:
             start_id = peer.config.decoder_start_token_id
             prefix, ids_1T = "decoder_", torch.tensor([[start_id]], device=peer.device)

@@ -290,12 +290,12 @@ def measure_training(scaling: Scaling, limits: Limits, options: argparse.Namespa
         TokenizedExample(prompt, tuple(script)) for prompt, script in zip(work.prompts, work.scripts, strict=True)
     ]
     pairs = [
-        PreferencePair(s, TokenizedExample(s.prompt, sequences[number - 1].target))
+        PreferencePair(s, TokenizedExample(s.prompt_ids, sequences[number - 1].target_ids))
         for number, s in enumerate(sequences)
     ]
     sft = replace(preset.sft(0), epochs=n_steps, examples_per_step=len(sequences))
     dpo = replace(preset.dpo(len(pairs), 0), steps=n_steps, pairs_per_step=len(pairs))
-    n_source = sum(len(sequence.prompt) for sequence in sequences)
+    n_source = sum(len(sequence.prompt_ids) for sequence in sequences)
     rates = []
     for name, train, items, settings in (("SFT", train_sft, sequences, sft), ("DPO", train_dpo, pairs, dpo)):
         print(f"{scaling.name}: {name}", file=sys.stderr, flush=True)
@@ -303,7 +303,7 @@ def measure_training(scaling: Scaling, limits: Limits, options: argparse.Namespa
             train(model, items, settings, Path(directory) / "log.jsonl")
             steps = list(read_log(Path(directory) / "log.jsonl"))[1:]
         seconds = median(step["n_tokens"] / step["tokens_per_second"] for step in steps)
-        n_target = sum(len(sequence.target) for item in items for sequence in item.sequences)
+        n_target = sum(len(sequence.target_ids) for item in items for sequence in item.sequences)
         flops = training_flops(model_size(model), n_source, n_target)
         rates.append(steps[0]["n_tokens"] / seconds)
         step = f"{name}, {len(items)} {'examples' if name == 'SFT' else 'pairs'}"
@@ -322,7 +322,7 @@ def sampling_rate(options: argparse.Namespace, n_questions: int = 256) -> float:
     scripted = ScriptedModel(model, work.prompts, work.scripts)
     requests = [Request(p, str(i), k) for i, p in enumerate(work.prompts) for k in range(T5_PRESET.dpo_samples)]
     started = time.perf_counter()
-    for _, completion in sample(scripted, requests, T5_PRESET.sampling(0), template.eos_id, template.calculator):
+    for _, completion in sample(scripted, requests, T5_PRESET.sampling(0), template.eos_id, template.new_calculator):
         n_tokens += len(completion.token_ids)
     return n_tokens / (time.perf_counter() - started)
 

@@ -190,7 +190,7 @@ def sampled(model: nn.Module, work: Work, rows: int, has_calculator: bool = True
     numbered = ((prompt, *divmod(number, work.n_samples)) for number, prompt in enumerate(work.prompts))
     requests = [Request(prompt, str(question), sample) for prompt, question, sample in numbered]
     settings = SamplingSettings(work.temperature, max_new_tokens=work.max_new_tokens, slots=rows)
-    new_override = work.template.calculator if has_calculator else None
+    new_override = work.template.new_calculator if has_calculator else None
     done = dict(sample(scripted, requests, settings, work.template.eos_id, new_override))
     return [done[number].token_ids for number in range(len(requests))]
 

@@ -209,7 +209,7 @@ def prepare(name: str, plan: Plan, shared: Path, scratch: Path) -> Material:
 def described(examples: list[TokenizedExample], pairs: list[PreferencePair], all_pairs: list[PreferencePair]) -> str:
     """The data in words."""
     completions = {sequence for pair in pairs for sequence in pair.sequences}
-    prompts = {pair.chosen.prompt for pair in pairs}
+    prompts = {pair.chosen.prompt_ids for pair in pairs}
     return (
         f"{len(examples)} examples ({mean_tokens(examples)}); {len(pairs)} of {len(all_pairs)} pairs, of "
         f"{len(prompts)} questions, with {len(completions)} different completions ({mean_tokens(completions)})."
@@ -237,7 +237,7 @@ def sampled_pairs(
     policy: Path, pool: list[Example], gold: dict, template: Template, preset: Preset
 ) -> list[PreferencePair]:
     """Pairs as the method makes them: samples of the policy, graded, chosen by our rules."""
-    known = [Candidates(gold[e.question].target if e.question in gold else None) for e in pool]
+    known = [Candidates(gold[e.question].target_ids if e.question in gold else None) for e in pool]
     questions = [example.question for example in pool]
     for done in generate(load_model(policy), template, questions, preset.sampling(SEED), SAMPLES):
         right = is_correct(done.text, pool[done.index].answer)
@@ -250,12 +250,12 @@ def stand_in_pairs(gold: list[TokenizedExample]) -> list[PreferencePair]:
     """Pairs of real rationales where no model is at hand that could sample: see the head of this file."""
     random, pairs = Random(SEED), []
     for sequence in gold:
-        candidates = Candidates(gold=sequence.target)
+        candidates = Candidates(gold=sequence.target_ids)
         for _ in range(SAMPLES):
-            others = [other.target for other in random.sample(gold, N_STAND_INS_DRAWN) if other is not sequence]
-            nearest = min(others, key=lambda ids, gold=sequence.target: abs(len(ids) - len(gold)))
+            others = [other.target_ids for other in random.sample(gold, N_STAND_INS_DRAWN) if other is not sequence]
+            nearest = min(others, key=lambda ids, gold=sequence.target_ids: abs(len(ids) - len(gold)))
             (candidates.right if random.random() < SHARE_RIGHT else candidates.wrong).append(nearest)
-        pairs += pairs_of(sequence.prompt, candidates)
+        pairs += pairs_of(sequence.prompt_ids, candidates)
     return pairs
 
 
@@ -332,7 +332,8 @@ def sft_trainer(material: Material, micro_batch: int, **more):
     arguments = common_arguments(material, settings.examples_per_step, micro_batch, settings.schedule)
     arguments |= {"num_train_epochs": settings.epochs, **more}
     rows = [
-        {"input_ids": s.prompt, "attention_mask": [1] * len(s.prompt), "labels": s.target} for s in material.examples
+        {"input_ids": s.prompt_ids, "attention_mask": [1] * len(s.prompt_ids), "labels": s.target_ids}
+        for s in material.examples
     ]
     n_steps = settings.epochs * len(rows) // settings.examples_per_step
     return Seq2SeqTrainer(
@@ -362,9 +363,9 @@ def dpo_trainer(material: Material, micro_batch: int, **more):
     arguments |= {"remove_unused_columns": False, **more}  # for `length`, which is what they are grouped by
     rows = [
         {
-            "prompt_input_ids": pair.chosen.prompt,
-            "chosen_input_ids": pair.chosen.target,
-            "rejected_input_ids": pair.rejected.target,
+            "prompt_input_ids": pair.chosen.prompt_ids,
+            "chosen_input_ids": pair.chosen.target_ids,
+            "rejected_input_ids": pair.rejected.target_ids,
             "length": pair.n_tokens,
         }
         for pair in material.pairs

@@ -86,12 +86,12 @@ def test_scripts_are_gold_rationales_that_the_calculator_agrees_with(tiny_templa
     """Without the shared folder they are the toy world's."""
     work = scripted_work(tiny_template, 5, tmp_path)
     assert len(work.prompts) == len(set(work.prompts)) == 5
-    assert all(script[-1] == tiny_template.eos_id and "<<" in tiny_template.text(script) for script in work.scripts)
+    assert all(script[-1] == tiny_template.eos_id and "<<" in tiny_template.decode(script) for script in work.scripts)
     assert work.max_new_tokens == max(map(len, work.scripts))
 
 
 def test_scripts_from_gsm8k(shared, tiny_template):
-    rationale = tiny_template.text(scripted_work(tiny_template, 1, shared).scripts[0])
+    rationale = tiny_template.decode(scripted_work(tiny_template, 1, shared).scripts[0])
     assert rationale.endswith("#### 18")  # the first test question's answer
 
 
@@ -103,7 +103,7 @@ def test_transformers_says_what_we_say(tiny_template, is_natural):
     scripted = model if is_natural else ScriptedModel(model, work.prompts, work.scripts)
     requests = [Request(prompt, str(i)) for i, prompt in enumerate(work.prompts)]
     settings = SamplingSettings(max_new_tokens=work.max_new_tokens, slots=4)
-    done = dict(sample(scripted, requests, settings, tiny_template.eos_id, tiny_template.calculator))
+    done = dict(sample(scripted, requests, settings, tiny_template.eos_id, tiny_template.new_calculator))
     assert sum(sum(completion.forced) for completion in done.values()) > 10
     ours, peer = [done[i].token_ids for i in range(6)], peers.twin(model)
     assert peers.generate(peer, work, 4) == ours

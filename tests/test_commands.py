@@ -150,7 +150,7 @@ def test_rows_in_the_order_of_questions_and_samples(call, knowing_model_dir, tin
         assert (row["completion"], row["answer"], row["finish_reason"]) == (rationale, answer, "stop")
         assert row["token_ids"] == tiny_template.target_ids(rationale)
         forced = [i for i, flag in zip(row["token_ids"], row["forced"], strict=True) if flag]
-        assert tiny_template.text(forced).strip("[] ") == answer
+        assert tiny_template.decode(forced).strip("[] ") == answer
     assert [path.name for path in Path().iterdir()] == ["rows.jsonl"]
 
 
@@ -258,7 +258,7 @@ def test_which_annotations_of_a_llama_were_forced(shared, name):
     done = Generated(0, 0, Completion(*map(list, zip(*ids, strict=True))), "")
     template = template_for("llama", tokenizer)
     assert sample_command.forced_annotations(done, template) == {0, 2}
-    assert sample_command.highlighted(template.text(done.completion.token_ids), {2}).endswith(
+    assert sample_command.highlighted(template.decode(done.completion.token_ids), {2}).endswith(
         "2\nb <<2*3=6>>6\nc (<<(8-30)=\x1b[1;36m-22\x1b[0m>>)."
     )
 

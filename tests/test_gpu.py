@@ -39,7 +39,7 @@ def sequences(n: int) -> list[TokenizedExample]:
 
 
 def test_sampling_in_bf16_gives_every_request_its_completion(model):
-    requests = [Request(s.prompt, str(i // 2), i % 2) for i, s in enumerate(sequences(20))]
+    requests = [Request(s.prompt_ids, str(i // 2), i % 2) for i, s in enumerate(sequences(20))]
     settings = SamplingSettings(temperature=0.7, max_new_tokens=24, slots=8)
     done = dict(sample(model.to(torch.bfloat16), requests, settings, eos_id=1))
     assert sorted(done) == list(range(20))
@@ -48,7 +48,7 @@ def test_sampling_in_bf16_gives_every_request_its_completion(model):
 
 def test_recorded_steps_give_the_completions_of_plain_ones(model):
     """In fp32, where hardly a draw lies within the rounding; a failure to record would be a warning, which fails."""
-    requests = [Request(s.prompt, str(i // 4), i % 4) for i, s in enumerate(sequences(40))]
+    requests = [Request(s.prompt_ids, str(i // 4), i % 4) for i, s in enumerate(sequences(40))]
     settings = SamplingSettings(temperature=0.7, max_new_tokens=100, slots=16)
     with plain_steps():
         expected = dict(sample(model, requests, settings, eos_id=1))
@@ -68,7 +68,10 @@ def test_sft_in_bf16_lowers_the_loss_and_keeps_fp32_weights(model, tmp_path):
 
 def test_dpo_in_bf16_begins_near_ln_2_and_learns_the_preference(model, tmp_path):
     drawn = sequences(16)
-    pairs = [PreferencePair(a, TokenizedExample(a.prompt, b.target)) for a, b in zip(drawn[:8], drawn[8:], strict=True)]
+    pairs = [
+        PreferencePair(a, TokenizedExample(a.prompt_ids, b.target_ids))
+        for a, b in zip(drawn[:8], drawn[8:], strict=True)
+    ]
     train_dpo(model, pairs, DPOSettings(20, 8, Schedule(1e-5)), tmp_path / "log.jsonl")
     steps = list(read_log(tmp_path / "log.jsonl"))
     assert abs(steps[0]["loss"] - 0.6931) < 0.02

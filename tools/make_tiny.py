@@ -4,7 +4,8 @@ From the generator of minidpost/data/toy.py under another seed they learn to ans
 bare equations, and to write the outline of a longer chain: what is computed in which order, with blanks for every
 number that is not in the question. They have not seen: an annotation, a rationale's sentences, `####`, the results of
 a chain of more than two steps. The vocabularies are SentencePiece unigram models with byte fallback, so that any text
-goes in; every number up to 999 is a piece, as the common ones are in T5's and Llama-3's. Llama's fixed prompt is two pieces.
+goes in; every number up to 999 is a piece, as the common ones are in T5's and Llama-3's. Llama's fixed prompt is two
+pieces.
 """
 
 import argparse

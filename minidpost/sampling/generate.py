@@ -49,14 +49,14 @@ def generate(
         for question, prompt in zip(questions, prompts, strict=True)
         for number in range(n_samples)
     ]
-    new_override = template.calculator if calculator else None
+    new_override = template.new_calculator if calculator else None
     n_tokens, n_done, n_right, started = 0, 0, 0, time.perf_counter()
     initial = min(first_chunk * sampler.CHUNK, len(requests))
     completions = sample(model, requests, settings, template.eos_id, new_override, first_chunk)
     with tqdm(total=len(requests), initial=initial, desc=label, unit="row") as progress:
         for position, completion in completions:
             index, number = divmod(position, n_samples)
-            text = template.text(completion.token_ids)
+            text = template.decode(completion.token_ids)
             n_tokens, n_done = n_tokens + len(completion.token_ids), n_done + 1
             shown = {"tok_s": f"{n_tokens / (time.perf_counter() - started):.0f}"}
             if answers is not None:

@@ -69,7 +69,7 @@ class SamplingSettings:
 class Request:
     """One completion to be sampled: the prompt's ids, the name of its question, and which sample of it this is."""
 
-    prompt: tuple[int, ...]
+    prompt_ids: tuple[int, ...]
     question: str
     sample: int = 0
 
@@ -100,7 +100,9 @@ def sample(
         by_prompt(list(enumerate(requests[start : start + CHUNK], start=start)))
         for start in range(first_chunk * CHUNK, len(requests), CHUNK)
     ]
-    longest = max((len(request.prompt) for request in requests), default=0)  # of all, done or not: caches stay alike
+    longest = max(
+        (len(request.prompt_ids) for request in requests), default=0
+    )  # of all, done or not: caches stay alike
     n_workers = n_workers_for(model, settings, chunks)
     if n_workers == 1:
         for _, done in _sample_chunks(model, chunks, settings, eos_id, new_override, longest):
@@ -122,7 +124,7 @@ def by_prompt(chunk: Sequence[tuple[int, Request]]) -> list[list[tuple[int, Requ
     """Numbered requests in groups of the same prompt, the longest prompts first."""
     groups: dict[tuple[int, ...], list[tuple[int, Request]]] = {}
     for index, request in chunk:
-        groups.setdefault(request.prompt, []).append((index, request))
+        groups.setdefault(request.prompt_ids, []).append((index, request))
     return [groups[prompt] for prompt in sorted(groups, key=len, reverse=True)]
 
 
@@ -191,7 +193,7 @@ def _prefilled(model, cache, n_slots, chunk) -> Iterator[tuple[int, Request, int
     groups = iter(chunk)
     while batch := list(islice(groups, PREFILL_BATCH)):
         shelf = range(n_slots, n_slots + len(batch))
-        first_ids = model.prefill(cache, shelf, [group[0][1].prompt for group in batch])
+        first_ids = model.prefill(cache, shelf, [group[0][1].prompt_ids for group in batch])
         for group, row, first_id in zip(batch, shelf, first_ids, strict=True):
             yield from ((index, request, row, first_id) for index, request in group)
 

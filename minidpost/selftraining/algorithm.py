@@ -78,10 +78,10 @@ class Run:
     ):
         self.directory, self.base, self.method, self.preset, self.data = directory, base, method, preset, data
         self.seed, self.calculator, self.device, self.checkpoint_minutes = seed, calculator, device, checkpoint_minutes
-        self.format = load_template(base)
+        self.template = load_template(base)
         for examples in (data.pool, data.dev, *data.tests.values()):
             questions = [example.question for example in examples]
-            check_prompts(questions, [self.format.prompt_ids(question) for question in questions])
+            check_prompts(questions, [self.template.prompt_ids(question) for question in questions])
         self.gold = self._encode_labelled()
 
     # -- the method ---------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ class Run:
             if labels is None:
                 sequences = list(self.gold.values())
             else:
-                sequences = [encoded(self.format, row["question"], row["token_ids"]) for _, row in read_jsonl(labels)]
+                sequences = [encoded(self.template, row["question"], row["token_ids"]) for _, row in read_jsonl(labels)]
             sequences = self.drop_too_long(sequences, f"{number}/sft")
             model = load_model(self.base, device=self.device)
             settings = self.preset.sft(self.seed)
@@ -156,7 +156,7 @@ class Run:
             chunks = Chunks(self.directory.progress(stage), stage, settings, n_samples, self.calculator, sampler.CHUNK)
             first = chunks.n_finished()
             completions = generate(
-                model, self.format, questions, settings, n_samples, self.calculator, answers, label, first
+                model, self.template, questions, settings, n_samples, self.calculator, answers, label, first
             )
             for chunk in count(first):
                 if not (rows := [row(done) for done in islice(completions, sampler.CHUNK)]):
@@ -164,7 +164,7 @@ class Run:
                 chunks.commit(chunk, rows)
             rows = sorted(chunks.rows(), key=lambda row: (row["index"], row["sample"]))
             write_jsonl(path, rows)
-            prompts = [len(self.format.prompt_ids(question)) for question in questions]
+            prompts = [len(self.template.prompt_ids(question)) for question in questions]
             flops = sampling_flops(model_size(model), prompts, [len(row["token_ids"]) for row in rows])
             return {"n_samples": len(rows), "n_right": sum(row["correct"] for row in rows), "flops": flops}
 
@@ -176,7 +176,7 @@ class Run:
         def work(path: Path) -> dict:
             rows = [
                 question_and_answer(example)
-                | {"chosen": self.format.text(chosen), "rejected": self.format.text(rejected)}
+                | {"chosen": self.template.decode(chosen), "rejected": self.template.decode(rejected)}
                 | {"chosen_ids": chosen, "rejected_ids": rejected, "similarity": round(similarity, 4)}
                 for example, candidates in zip(self.data.pool, self.candidates(number, "samples-dpo"), strict=True)
                 for chosen, rejected, similarity in preference_pairs(candidates)
@@ -193,7 +193,7 @@ class Run:
             pairs = []
             for _, row in read_jsonl(self.path(number) / "pairs.jsonl"):
                 chosen, rejected = (
-                    encoded(self.format, row["question"], row[f"{k}_ids"]) for k in ("chosen", "rejected")
+                    encoded(self.template, row["question"], row[f"{k}_ids"]) for k in ("chosen", "rejected")
                 )
                 pairs.append(PreferencePair(chosen, rejected))
             pairs = self.drop_too_long(pairs, f"{number}/dpo")
@@ -224,7 +224,7 @@ class Run:
             rows = [
                 question_and_answer(example)
                 | {
-                    "rationale": self.format.text(ids),
+                    "rationale": self.template.decode(ids),
                     "source": "gold" if with_gold and ids == known.gold else "sample",
                     "token_ids": ids,
                 }
@@ -247,7 +247,7 @@ class Run:
             model = self.load_for_sampling(self.path(number) / "sft")
             scores = {
                 name: asdict(
-                    greedy_accuracy(model, self.format, examples, settings, self.calculator, f"{number}/{name}")
+                    greedy_accuracy(model, self.template, examples, settings, self.calculator, f"{number}/{name}")
                 )
                 for name, examples in {dev: self.data.dev, **self.data.tests}.items()
             }
@@ -270,9 +270,9 @@ class Run:
         """The labelled set as ids, by question; UserError where not one rationale survives the tokenizer."""
         gold, lost = {}, 0
         for example in self.data.labelled:
-            if self.format.round_trips(self.format.target(example.rationale)):
-                ids = self.format.target_ids(example.rationale)
-                gold[example.question] = encoded(self.format, example.question, ids)
+            if self.template.round_trips(self.template.target(example.rationale)):
+                ids = self.template.target_ids(example.rationale)
+                gold[example.question] = encoded(self.template, example.question, ids)
             else:
                 lost += 1
         if lost:
@@ -302,7 +302,8 @@ class Run:
         A completion that was cut by the length limit has no end token, so it can lose but not win.
         """
         known = [
-            Candidates(gold=self.gold[e.question].target if e.question in self.gold else None) for e in self.data.pool
+            Candidates(gold=self.gold[e.question].target_ids if e.question in self.gold else None)
+            for e in self.data.pool
         ]
         for earlier in range(number, 0, -1):
             for _, row in read_jsonl(self.path(earlier) / f"{name}.jsonl"):
@@ -321,7 +322,7 @@ class Run:
         """pass@1 and pass@10 on (the first of) dev, from ten samples a question."""
         dev = self.data.dev[:PASS_QUESTIONS]
         label = f"{number}/pass@{PASS_AT}"
-        passed, _ = sampled_scores(model, self.format, dev, settings, (1, PASS_AT), (), self.calculator, label)
+        passed, _ = sampled_scores(model, self.template, dev, settings, (1, PASS_AT), (), self.calculator, label)
         return {f"pass_at_{k}": asdict(score) for k, score in passed.items()}
 
     def sampling(self, purpose: str) -> SamplingSettings:

@@ -57,9 +57,9 @@ class Template(Protocol):
 
     def target_ids(self, rationale: str) -> list[int]: ...
 
-    def text(self, ids: Iterable[int]) -> str: ...
+    def decode(self, ids: Iterable[int]) -> str: ...
 
-    def calculator(self) -> Automaton: ...
+    def new_calculator(self) -> Automaton: ...
 
     def round_trips(self, text: str) -> bool: ...
 
@@ -148,11 +148,11 @@ class T5Template:
         """The decoder's ids for a canonical rationale, the end id included."""
         return [*self._tokenizer.encode(self.target(rationale)), self._tokenizer.eos_id]
 
-    def text(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """The canonical rationale that a completion's ids stand for."""
         return self.canonical(self._tokenizer.decode(ids))
 
-    def calculator(self) -> Automaton:
+    def new_calculator(self) -> Automaton:
         """A new row's calculator; all rows share one set of tables."""
         return self._automaton.fresh()
 
@@ -221,11 +221,11 @@ class LlamaTemplate:
         """The completion's ids for a canonical rationale, the end id included."""
         return [*self._segmented_ids(self.target(rationale)), self.eos_id]
 
-    def text(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """The canonical rationale that a completion's ids stand for."""
         return self.canonical(self._tokenizer.decode(ids))
 
-    def calculator(self) -> Automaton:
+    def new_calculator(self) -> Automaton:
         """A new row's calculator; all rows share one set of tables."""
         return self._automaton.fresh()
 

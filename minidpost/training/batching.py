@@ -22,12 +22,12 @@ CPU_BATCH_COST, GPU_BATCH_COST = 128, 2048
 class TokenizedExample:
     """The ids of one prompt and of its target; the target ends in the end token unless it was cut."""
 
-    prompt: tuple[int, ...]
-    target: tuple[int, ...]
+    prompt_ids: tuple[int, ...]
+    target_ids: tuple[int, ...]
 
     @property
     def n_tokens(self) -> int:
-        return len(self.prompt) + len(self.target)
+        return len(self.prompt_ids) + len(self.target_ids)
 
     @property
     def sequences(self) -> tuple["TokenizedExample", ...]:
@@ -57,16 +57,16 @@ def collate(sequences: Sequence[TokenizedExample], start_id: int | None, device:
     does not matter which id pads.
     """
     if start_id is None:
-        inputs = [pad([(*sequence.prompt, *sequence.target[:-1]) for sequence in sequences], 0)]
-        label_BT = pad([(*[IGNORED_LABEL] * (len(s.prompt) - 1), *s.target) for s in sequences], IGNORED_LABEL)
+        inputs = [pad([(*sequence.prompt_ids, *sequence.target_ids[:-1]) for sequence in sequences], 0)]
+        label_BT = pad([(*[IGNORED_LABEL] * (len(s.prompt_ids) - 1), *s.target_ids) for s in sequences], IGNORED_LABEL)
     else:
-        rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(sequence.prompt for sequence in sequences))}
+        rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(sequence.prompt_ids for sequence in sequences))}
         mask_QS = pad([[1] * len(prompt) for prompt in rows], 0).bool()
-        target_BT = pad([(start_id, *sequence.target[:-1]) for sequence in sequences], 0)
+        target_BT = pad([(start_id, *sequence.target_ids[:-1]) for sequence in sequences], 0)
         inputs = [pad(list(rows), 0), mask_QS, target_BT]
         if len(rows) < len(sequences):
-            inputs.append(torch.tensor([rows[sequence.prompt] for sequence in sequences]))
-        label_BT = pad([sequence.target for sequence in sequences], IGNORED_LABEL)
+            inputs.append(torch.tensor([rows[sequence.prompt_ids] for sequence in sequences]))
+        label_BT = pad([sequence.target_ids for sequence in sequences], IGNORED_LABEL)
     position_N = (
         (label_BT != IGNORED_LABEL).flatten().nonzero()[:, 0]
     )  # here, as counting them on a GPU would wait for it
@@ -85,7 +85,7 @@ def drop_too_long(items: Sequence, max_source: int, max_target: int) -> list:
     """The examples or pairs of which no sequence is longer than the limits, in tokens. None is ever cut."""
 
     def fits(sequence: TokenizedExample) -> bool:
-        return len(sequence.prompt) <= max_source and len(sequence.target) <= max_target
+        return len(sequence.prompt_ids) <= max_source and len(sequence.target_ids) <= max_target
 
     return [item for item in items if all(map(fits, item.sequences))]
 
@@ -93,7 +93,7 @@ def drop_too_long(items: Sequence, max_source: int, max_target: int) -> list:
 def token_counts(items: Sequence) -> tuple[int, int]:
     """Source and target tokens of all examples or pairs."""
     sequences = [sequence for item in items for sequence in item.sequences]
-    return sum(len(s.prompt) for s in sequences), sum(len(s.target) for s in sequences)
+    return sum(len(s.prompt_ids) for s in sequences), sum(len(s.target_ids) for s in sequences)
 
 
 def length_buckets(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -126,7 +126,7 @@ def padded_shape(item: Sequence[TokenizedExample], start_id: int | None) -> tupl
     """The target length, source length and target rows of one prompt's sequences, as `collate` would pad them."""
     if start_id is None:
         return max(sequence.n_tokens for sequence in item), 0, len(item)
-    return max(len(sequence.target) for sequence in item), len(item[0].prompt), len(item)
+    return max(len(sequence.target_ids) for sequence in item), len(item[0].prompt_ids), len(item)
 
 
 def optimal_micro_batches(shapes: Sequence[tuple[int, int, int]], batch_cost: int) -> list[int]:

@@ -114,7 +114,7 @@ def groups_of_questions(
     """Split pair numbers into those of each micro-batch, in which all pairs of a question are."""
     questions: dict[tuple[int, ...], list[int]] = {}
     for number in numbers:
-        questions.setdefault(pairs[number].chosen.prompt, []).append(number)
+        questions.setdefault(pairs[number].chosen.prompt_ids, []).append(number)
     members = list(questions.values())
     items = [distinct_sequences([pairs[number] for number in question]) for question in members]
     device = next(model.parameters()).device

@@ -60,7 +60,7 @@ def train_sft(
             started = time.perf_counter()
             torch.manual_seed(derived_seed(settings.seed, stage, step))
             batch = [sequences[number] for number in numbers]
-            n_targets = sum(len(sequence.target) for sequence in batch)
+            n_targets = sum(len(sequence.target_ids) for sequence in batch)
             loss = torch.zeros((), device=device)
             for group in micro_batches([[s] for s in batch], settings.micro_batch_tokens, start_id, device):
                 micro = collate([batch[i] for i in group], start_id, device)

@@ -28,7 +28,7 @@ def test_every_sample_of_every_question_comes_once_with_its_text(model, tiny_tem
     rows = list(generate(model, tiny_template, QUESTIONS, SAMPLED, n_samples=3))
     assert sorted((row.index, row.sample) for row in rows) == [(i, k) for i in range(3) for k in range(3)]
     for row in rows:
-        assert row.text == tiny_template.text(row.completion.token_ids)
+        assert row.text == tiny_template.decode(row.completion.token_ids)
         assert len(row.completion.forced) == len(row.completion.token_ids) <= 12
     assert len({tuple(row.completion.token_ids) for row in rows}) == 9
 
@@ -81,7 +81,7 @@ def test_what_the_sampler_is_asked(requested, tiny_template):
 def test_the_calculator_can_be_left_out(requested, tiny_template):
     requested["format"] = tiny_template
     list(generate(None, tiny_template, QUESTIONS, SAMPLED))
-    assert requested["new_override"] == tiny_template.calculator
+    assert requested["new_override"] == tiny_template.new_calculator
     list(generate(None, tiny_template, QUESTIONS, SAMPLED, calculator=False))
     assert requested["new_override"] is None
 

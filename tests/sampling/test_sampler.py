@@ -217,7 +217,7 @@ def test_greedy_completions_equal_a_step_by_step_argmax():
     for request, completion in zip(
         requests, completions(model, requests, SamplingSettings(max_new_tokens=30, slots=3)), strict=True
     ):
-        source_1S, ids = torch.tensor([request.prompt]), [START]
+        source_1S, ids = torch.tensor([request.prompt_ids]), [START]
         while ids[-1] != END and len(ids) <= 30:
             logits_1TV = model(source_1S, torch.ones_like(source_1S, dtype=torch.bool), torch.tensor([ids]))
             ids.append(logits_1TV[0, -1].argmax().item())
@@ -511,7 +511,9 @@ def test_scripted_rows_get_their_results_forced(instead):
     results = completions(model, requests, SamplingSettings(max_new_tokens=40, slots=3), toy_calculator())
     for name, (ids, forced), request, completion in zip(CASES, expected, requests, results, strict=True):
         assert completion == Completion(ids, forced, "stop"), name
-        assert model.fed[request.prompt] == [START, *ids[:-1]], name  # the model reads what stands there, not its draw
+        assert model.fed[request.prompt_ids] == [START, *ids[:-1]], (
+            name
+        )  # the model reads what stands there, not its draw
 
 
 @pytest.mark.parametrize(
@@ -562,19 +564,19 @@ def test_a_forced_token_takes_the_place_of_its_own_draw_only():
 def test_forced_ids_of_the_real_tokenizer_are_those_of_the_training_text(shared):
     """Rows that draw the end token where a human wrote a result come out as the training text has them."""
     tokenizer = load_tokenizer(shared / "tokenizers" / "t5")
-    t5_format = T5Template(tokenizer)
+    t5_template = T5Template(tokenizer)
     with open(shared / "data" / "gsm8k" / "train.jsonl", encoding="utf-8") as stream:
         rationales = [json.loads(line)["answer"] for line, _ in zip(stream, range(120), strict=False)]
-    targets = [t5_format.target_ids(rationale) for rationale in rationales]
+    targets = [t5_template.target_ids(rationale) for rationale in rationales]
     forced = [computed_positions([tokenizer.token_texts[i] for i in ids]) for ids in targets]
     assert sum(map(any, forced)) > 100
     assert max(map(sum, forced)) > 10
     eos_id = tokenizer.eos_id
     drawn = [[eos_id if f else i for i, f in zip(*pair, strict=True)] for pair in zip(targets, forced, strict=True)]
     model, requests = scripted(drawn, tokenizer.vocab_size)
-    results = completions(model, requests, SamplingSettings(max_new_tokens=500, slots=16), t5_format.calculator)
+    results = completions(model, requests, SamplingSettings(max_new_tokens=500, slots=16), t5_template.new_calculator)
     for ids, flags, completion in zip(targets, forced, results, strict=True):
-        assert completion == Completion(ids, flags, "stop"), t5_format.text(ids)
+        assert completion == Completion(ids, flags, "stop"), t5_template.decode(ids)
 
 
 def computed_positions(token_texts: list[str]) -> list[bool]:

@@ -184,7 +184,7 @@ def test_a_row_of_samples(new_run, tiny_template):
     for row in samples:
         example = DATA.pool[row["index"]]
         assert (row["question"], row["answer"]) == (example.question, example.answer)
-        assert row["completion"] == tiny_template.text(row["token_ids"])
+        assert row["completion"] == tiny_template.decode(row["token_ids"])
         assert len(row["forced"]) == len(row["token_ids"]) <= 12
         assert row["finish_reason"] == ("stop" if row["token_ids"][-1] == tiny_template.eos_id else "length")
     facts = run.directory.facts["iteration-1/samples-sft.jsonl"]
@@ -208,7 +208,7 @@ def test_pairs_of_gold_and_right_samples_against_wrong_ones(new_run, script, tin
     for row in pairs:
         assert row["answer"] == "4"
         for kind in ("chosen", "rejected"):
-            assert row[kind] == tiny_template.text(row[f"{kind}_ids"])
+            assert row[kind] == tiny_template.decode(row[f"{kind}_ids"])
             assert row[f"{kind}_ids"][-1] == tiny_template.eos_id
     assert run.directory.facts["iteration-1/pairs.jsonl"]["pairs"] == len(pairs) == 3
 
@@ -267,7 +267,7 @@ def test_labels_are_gold_and_the_right_samples(new_run, script, tiny_template):
         (MIA.question, "gold"),
         (BEN.question, "sample"),
     ]
-    assert labels[2]["rationale"] == tiny_template.text(labels[2]["token_ids"]) == right
+    assert labels[2]["rationale"] == tiny_template.decode(labels[2]["token_ids"]) == right
     assert all(row["token_ids"][-1] == tiny_template.eos_id for row in labels)
     facts = run.directory.facts["iteration-1/pseudo-labels.jsonl"]
     assert (facts["pseudo_labels"], facts["examples"]) == (1, 3)
@@ -277,14 +277,14 @@ def test_fine_tuning_takes_the_labels_and_nothing_else(new_run, script, monkeypa
     trained, original = [], algorithm.train_sft
 
     def train(model, sequences, *rest):
-        trained.append([(sequence.prompt, sequence.target) for sequence in sequences])
+        trained.append([(sequence.prompt_ids, sequence.target_ids) for sequence in sequences])
         original(model, sequences, *rest)
 
     monkeypatch.setattr(algorithm, "train_sft", train)
     script({("1/samples-sft", BEN): ["Ben: 2 bags of 6.\n#### 12"]})
     run = new_run("st")
     list(run.iterations())
-    prompt, target = run.format.prompt_ids, run.format.target_ids
+    prompt, target = run.template.prompt_ids, run.template.target_ids
     assert trained[0] == [(tuple(prompt(e.question)), tuple(target(e.rationale))) for e in (TOM, MIA)]
     labels = rows(run, "iteration-1/pseudo-labels.jsonl")
     assert trained[1] == [(tuple(prompt(row["question"])), tuple(row["token_ids"])) for row in labels]
@@ -517,12 +517,12 @@ def test_flops_of_training(new_run, script, tiny_model_dir):
     list(run.iterations())
     size = model_size(load_model(tiny_model_dir))
     n_source, n_target = (
-        sum(len(getattr(sequence, side)) for sequence in run.gold.values()) for side in ("prompt", "target")
+        sum(len(getattr(sequence, side)) for sequence in run.gold.values()) for side in ("prompt_ids", "target_ids")
     )
     facts = run.directory.facts
     assert facts["iteration-0/sft"]["flops"] == pytest.approx(3 * training_flops(size, n_source, n_target))
     pairs = rows(run, "iteration-1/pairs.jsonl")
-    n_source = sum(2 * len(run.format.prompt_ids(row["question"])) for row in pairs)
+    n_source = sum(2 * len(run.template.prompt_ids(row["question"])) for row in pairs)
     n_target = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in pairs)
     # Four passes over the pairs, as dpo_max_epochs allows, and one of the reference.
     expected = 4 * training_flops(size, n_source, n_target) + forward_flops(size, n_source, n_target)

@@ -309,7 +309,7 @@ def test_rows_are_independent():
 
 
 @pytest.fixture(scope="module")
-def t5_format(shared):
+def t5_template(shared):
     return T5Template(load_tokenizer(shared / "tokenizers" / "t5"))
 
 
@@ -343,10 +343,10 @@ def test_where_the_human_agrees_the_forced_ids_stand_in_the_target(shared, each_
         assert walked == agreeing
 
 
-def test_a_sentence_that_a_model_writes_through_the_calculator(shared, t5_format):
+def test_a_sentence_that_a_model_writes_through_the_calculator(shared, t5_template):
     """The model proposes wrong digits; the row holds the calculator's instead, and reads as training text does."""
     tokenizer = load_tokenizer(shared / "tokenizers" / "t5")
-    automaton, row = t5_format.calculator(), []
+    automaton, row = t5_template.new_calculator(), []
     for token_id in tokenizer.encode("She pays 3 * 4.25 = $ [ 3 * 4.25 ="):
         row.append(token_id)
         forced = automaton.push(token_id)
@@ -355,4 +355,4 @@ def test_a_sentence_that_a_model_writes_through_the_calculator(shared, t5_format
         row += forced
     row += tokenizer.encode("12.75.")
     assert row == tokenizer.encode("She pays 3 * 4.25 = $ [ 3 * 4.25 = 12.75] 12.75.")
-    assert t5_format.text(row) == "She pays 3 * 4.25 = $<<3*4.25=12.75>>12.75."
+    assert t5_template.decode(row) == "She pays 3 * 4.25 = $<<3*4.25=12.75>>12.75."

@@ -149,12 +149,12 @@ def test_ids_and_text(t5, shared):
     rationale = "Half is <<48/2=24>>24.\n#### 24"
     assert t5.prompt_ids(" How \n many? ") == [*tokenizer.encode("How many?"), 1]
     assert t5.target_ids(rationale) == [*tokenizer.encode("Half is [ 48 / 2 = 24] 24. #### 24"), 1]
-    assert t5.text([*t5.target_ids(rationale), 0, 0]) == rationale
+    assert t5.decode([*t5.target_ids(rationale), 0, 0]) == rationale
 
 
 def test_each_row_gets_a_calculator_of_its_own(t5):
     ids = t5.target_ids("<<48/2=24>>24")
-    first, second = t5.calculator(), t5.calculator()
+    first, second = t5.new_calculator(), t5.new_calculator()
     position = 5
     assert [first.push(token_id) for token_id in ids[:position]] == [[]] * position
     assert second.push(ids[position]) == []
@@ -195,14 +195,14 @@ def pieces(tokenizer, ids):
 
 
 def test_the_prompt_of_a_llama(llama):
-    tokenizer, llama_format = llama
+    tokenizer, llama_template = llama
     prompt = (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nTom has {2}\u00a0pens.\nHow many?\n\n### Response:\n"
     )
     question = " Tom has {2}\u00a0pens.  \r\n\n How  many?\n"
-    assert llama_format.prompt(question) == prompt.replace("\u00a0", " ")
-    ids = llama_format.prompt_ids(question)
+    assert llama_template.prompt(question) == prompt.replace("\u00a0", " ")
+    ids = llama_template.prompt_ids(question)
     assert ids == [tokenizer.bos_id, *tokenizer.encode(prompt.replace("\u00a0", " "))]
     assert ids.count(tokenizer.bos_id) == 1
 
@@ -220,32 +220,32 @@ def test_the_prompt_of_a_llama(llama):
     ],
 )
 def test_targets_of_a_llama(llama, rationale, target):
-    tokenizer, llama_format = llama
-    assert llama_format.target(rationale) == target
-    assert llama_format.canonical(target) == target
-    assert llama_format.target_ids(rationale)[-1] == tokenizer.eos_id == llama_format.eos_id
-    assert llama_format.text(llama_format.target_ids(rationale)) == target
-    assert llama_format.round_trips(target)
+    tokenizer, llama_template = llama
+    assert llama_template.target(rationale) == target
+    assert llama_template.canonical(target) == target
+    assert llama_template.target_ids(rationale)[-1] == tokenizer.eos_id == llama_template.eos_id
+    assert llama_template.decode(llama_template.target_ids(rationale)) == target
+    assert llama_template.round_trips(target)
 
 
 def test_ids_are_cut_where_forcing_begins_and_ends(llama):
-    tokenizer, llama_format = llama
+    tokenizer, llama_template = llama
     five = ["<<", "3", "-", "8", "="], ["-", "5", ">>"]
-    assert pieces(tokenizer, llama_format.target_ids("<<3-8=-5>>"))[:-1] == five[0] + five[1]
+    assert pieces(tokenizer, llama_template.target_ids("<<3-8=-5>>"))[:-1] == five[0] + five[1]
     assert "=-" in pieces(tokenizer, tokenizer.encode("<<3-8=-5>>", continued=True))  # without the cut
     for behind in (".", ").", "\n", "\n\n", "%", ">", " ", "24", "<<3+4=7>>"):
         text = "a (<<(2+10)*2=24>>" + behind + "b"
-        ids = llama_format.target_ids(text)
+        ids = llama_template.target_ids(text)
         forced = tokenizer.encode("24>>", continued=True)
         standing = next(i for i, piece in enumerate(pieces(tokenizer, ids)) if piece.endswith("=")) + 1
         assert ids[standing : standing + len(forced)] == forced
-        assert llama_format.text(ids) == llama_format.target(text)
+        assert llama_template.decode(ids) == llama_template.target(text)
 
 
 def test_a_row_that_the_calculator_writes_in_has_the_training_ids(llama):
-    _, llama_format = llama
-    ids = llama_format.target_ids("It is $<<(2+10)*1.5=18>>18-30=<<18-30=-12>>.\n#### <<100*200=20000>>20000")
-    calculator, row, n_results = llama_format.calculator(), [], 0
+    _, llama_template = llama
+    ids = llama_template.target_ids("It is $<<(2+10)*1.5=18>>18-30=<<18-30=-12>>.\n#### <<100*200=20000>>20000")
+    calculator, row, n_results = llama_template.new_calculator(), [], 0
     while len(row) < len(ids):
         row.append(ids[len(row)])
         forced = calculator.push(row[-1])
@@ -257,16 +257,16 @@ def test_a_row_that_the_calculator_writes_in_has_the_training_ids(llama):
 
 
 def test_a_parenthesis_and_the_equals_sign_may_be_one_piece(llama):
-    tokenizer, llama_format = llama
+    tokenizer, llama_template = llama
     ids = tokenizer.encode("<<(3+4)=", continued=True)
     assert tokenizer.token_texts[ids[-1]] == ")="
-    calculator = llama_format.calculator()
+    calculator = llama_template.new_calculator()
     assert [calculator.push(i) for i in ids] == [[]] * (len(ids) - 1) + [tokenizer.encode("7>>", continued=True)]
 
 
 def test_special_ids_are_nothing_to_a_llamas_calculator(llama):
-    tokenizer, llama_format = llama
-    calculator, result = llama_format.calculator(), tokenizer.encode("24>>", continued=True)
+    tokenizer, llama_template = llama
+    calculator, result = llama_template.new_calculator(), tokenizer.encode("24>>", continued=True)
     specials = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size - 1 + 64, -1]
     ids = tokenizer.encode("<<48/2", continued=True)
     for token_id in [id_ for pair in zip(ids, specials * 2, strict=False) for id_ in pair]:
@@ -277,15 +277,15 @@ def test_special_ids_are_nothing_to_a_llamas_calculator(llama):
 
 def test_every_rationale_of_gsm8k_through_a_llama(llama, gsm8k):
     """Fixed points; decoded ids are the target; apart, prompt and completion have the ids of the whole text."""
-    tokenizer, llama_format = llama
+    tokenizer, llama_template = llama
     n_seams = 0
     for row in gsm8k:
-        target, ids = llama_format.target(row["answer"]), llama_format.target_ids(row["answer"])
-        assert llama_format.target(llama_format.canonical(target)) == target
-        assert tokenizer.decode(ids) == llama_format.text(ids) == target
+        target, ids = llama_template.target(row["answer"]), llama_template.target_ids(row["answer"])
+        assert llama_template.target(llama_template.canonical(target)) == target
+        assert tokenizer.decode(ids) == llama_template.decode(ids) == target
         plain = tokenizer.encode(target, continued=True)
-        whole = tokenizer.encode(llama_format.prompt(row["question"]) + target)
-        assert [*llama_format.prompt_ids(row["question"]), *plain] == [tokenizer.bos_id, *whole]
+        whole = tokenizer.encode(llama_template.prompt(row["question"]) + target)
+        assert [*llama_template.prompt_ids(row["question"]), *plain] == [tokenizer.bos_id, *whole]
         n_seams += ids != [*plain, tokenizer.eos_id]
     assert n_seams == 12  # only there does the tokenizer alone give other ids: `=-` and `=.`
 
@@ -293,9 +293,9 @@ def test_every_rationale_of_gsm8k_through_a_llama(llama, gsm8k):
 @settings(derandomize=True, max_examples=300, deadline=None, database=None)
 @given(rationale=st.lists(fragments, max_size=14).map("".join))
 def test_a_llamas_target_is_a_fixed_point_and_survives(llama, rationale):
-    tokenizer, llama_format = llama
-    target, ids = llama_format.target(rationale), llama_format.target_ids(rationale)
-    assert llama_format.target(llama_format.canonical(target)) == target
+    tokenizer, llama_template = llama
+    target, ids = llama_template.target(rationale), llama_template.target_ids(rationale)
+    assert llama_template.target(llama_template.canonical(target)) == target
     assert tokenizer.decode(ids) == target
 
 
@@ -327,8 +327,8 @@ def test_what_is_written_is_read_back(t5, rationale):
     """Through the text, through the ids, and the answer stays."""
     assert t5.canonical(t5.target(rationale)) == rationale
     assert t5.round_trips(t5.target(rationale))
-    assert t5.text(t5.target_ids(rationale)) == rationale
-    assert extract_answer(t5.text(t5.target_ids(rationale))) == extract_answer(rationale)
+    assert t5.decode(t5.target_ids(rationale)) == rationale
+    assert extract_answer(t5.decode(t5.target_ids(rationale))) == extract_answer(rationale)
 
 
 @settings(derandomize=True, max_examples=400, deadline=None, database=None)
@@ -336,7 +336,7 @@ def test_what_is_written_is_read_back(t5, rationale):
 def test_any_text_can_be_a_question_or_a_rationale(tiny_template, text):
     for ids in (tiny_template.prompt_ids(text), tiny_template.target_ids(text)):
         assert ids[-1] == tiny_template.eos_id
-        assert "\n" not in tiny_template.text(ids).partition("\n#### ")[0]
+        assert "\n" not in tiny_template.decode(ids).partition("\n#### ")[0]
 
 
 @pytest.mark.parametrize(

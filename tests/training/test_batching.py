@@ -59,7 +59,7 @@ def test_a_padded_row_has_the_logits_it_has_alone():
     alone_1TV = model(*collate([short], 0, "cpu").inputs)
     together_BTV = model(*collate([long, short], 0, "cpu").inputs)
     torch.testing.assert_close(together_BTV[1, :3], alone_1TV[0], rtol=0, atol=1e-12)
-    without_1TV = model(*collate([TokenizedExample((0, 7), short.target)], 0, "cpu").inputs)
+    without_1TV = model(*collate([TokenizedExample((0, 7), short.target_ids)], 0, "cpu").inputs)
     assert (without_1TV - alone_1TV).abs().max() > 1e-3  # the padding id inside the text is read as text
 
 

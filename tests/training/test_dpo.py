@@ -57,13 +57,13 @@ def tiny_llama() -> Llama:
 def log_probability(model: T5 | Llama, sequence: TokenizedExample) -> torch.Tensor:
     """log π(y | x), from one row without padding: T5's decoder reads the start id and the completion alone."""
     if isinstance(model, Llama):
-        n_prompt, ids_1T = len(sequence.prompt), torch.tensor([[*sequence.prompt, *sequence.target]])
+        n_prompt, ids_1T = len(sequence.prompt_ids), torch.tensor([[*sequence.prompt_ids, *sequence.target_ids]])
         log_TV = model(ids_1T)[0, n_prompt - 1 :].log_softmax(-1)
-        return sum(log_TV[t, label] for t, label in enumerate(sequence.target))
-    source_1S = torch.tensor([sequence.prompt])
-    input_1T = torch.tensor([[0, *sequence.target[:-1]]])
+        return sum(log_TV[t, label] for t, label in enumerate(sequence.target_ids))
+    source_1S = torch.tensor([sequence.prompt_ids])
+    input_1T = torch.tensor([[0, *sequence.target_ids[:-1]]])
     log_TV = model(source_1S, torch.ones_like(source_1S, dtype=torch.bool), input_1T)[0].log_softmax(-1)
-    return sum(log_TV[t, label] for t, label in enumerate(sequence.target))
+    return sum(log_TV[t, label] for t, label in enumerate(sequence.target_ids))
 
 
 def margin(policy: T5, reference: T5, pair: PreferencePair, beta: float) -> torch.Tensor:
@@ -203,7 +203,7 @@ def test_a_kept_reference_is_used_again(tmp_path, computed):
 
 def test_a_reference_of_other_weights_or_pairs_is_not_used(tmp_path, computed):
     path, data = tmp_path / "reference.json", pairs(9)
-    others = [*data[:-1], replace(data[-1], rejected=replace(data[-1].rejected, target=(3, 1)))]
+    others = [*data[:-1], replace(data[-1], rejected=replace(data[-1].rejected, target_ids=(3, 1)))]
     expected = {1.0: trained(others, None), 0.9: trained(data, None, scale=0.9)}
     trained(data, path)
     computed.clear()
@@ -260,7 +260,7 @@ def test_the_log_has_every_step(tmp_path, trained_numbers):
     assert all(row.keys() == names for row in rows)
     cosine = [2e-3 * (0.2 + 0.8 * (1 + math.cos(math.pi * k / 3)) / 2) for k in range(3)]
     assert [row["lr"] for row in rows] == pytest.approx([1e-3, 2e-3, *cosine], rel=1e-6)
-    n_tokens = [2 * len(p.chosen.prompt) + len(p.chosen.target) + len(p.rejected.target) for p in data]
+    n_tokens = [2 * len(p.chosen.prompt_ids) + len(p.chosen.target_ids) + len(p.rejected.target_ids) for p in data]
     assert [row["n_tokens"] for row in rows] == [sum(n_tokens[i] for i in numbers) for numbers in trained_numbers]
     assert all(row["grad_norm"] > 0 and row["tokens_per_second"] > 0 for row in rows)
 

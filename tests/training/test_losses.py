@@ -57,8 +57,8 @@ def test_log_probabilities_stand_where_the_labels_do_and_are_0_elsewhere():
     logits_BTV = model(*batch.inputs)
     for b, sequence in enumerate(sequences):
         for t in range(3):
-            is_target = t < len(sequence.target)
-            expected = logits_BTV[b, t].log_softmax(-1)[sequence.target[t]].item() if is_target else 0.0
+            is_target = t < len(sequence.target_ids)
+            expected = logits_BTV[b, t].log_softmax(-1)[sequence.target_ids[t]].item() if is_target else 0.0
             assert result_BT[b, t].item() == pytest.approx(expected, abs=1e-12)
 
 
@@ -90,7 +90,7 @@ def test_logits_never_exist_for_more_positions_than_asked_for(monkeypatch):
 def test_sft_loss_is_the_mean_over_the_tokens_of_the_step_however_it_is_cut():
     model = small_t5()
     sequences = random_sequences(5, 30)
-    n_tokens = sum(len(sequence.target) for sequence in sequences)
+    n_tokens = sum(len(sequence.target_ids) for sequence in sequences)
 
     def loss_of(part: list[TokenizedExample]) -> float:
         return sft_loss(log_probabilities(model, collate(part, 0, "cpu")), n_tokens).item()
@@ -122,7 +122,7 @@ def test_sft_loss_equals_transformers(tmp_path):
     sequences = random_sequences(7, 50)
     batch = collate(sequences, ours.config.start_id, "cpu")
     source_BS, mask_BS, _ = batch.inputs
-    n_tokens = sum(len(sequence.target) for sequence in sequences)
+    n_tokens = sum(len(sequence.target_ids) for sequence in sequences)
     expected = theirs(input_ids=source_BS, attention_mask=mask_BS.long(), labels=batch.label_BT).loss
     loss = sft_loss(log_probabilities(ours, batch), n_tokens)
     assert loss.item() == pytest.approx(expected.item(), abs=2e-6)

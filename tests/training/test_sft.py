@@ -38,10 +38,10 @@ def weights(model: T5) -> dict[str, torch.Tensor]:
 
 def target_log_probability(model: T5, sequence: TokenizedExample) -> torch.Tensor:
     """log f(y | x), from one row without padding: the encoder reads the prompt, the decoder start id and target."""
-    source_1S = torch.tensor([sequence.prompt])
-    input_1T = torch.tensor([[0, *sequence.target[:-1]]])
+    source_1S = torch.tensor([sequence.prompt_ids])
+    input_1T = torch.tensor([[0, *sequence.target_ids[:-1]]])
     log_TV = model(source_1S, torch.ones_like(source_1S, dtype=torch.bool), input_1T)[0].log_softmax(-1)
-    return sum(log_TV[t, label] for t, label in enumerate(sequence.target))
+    return sum(log_TV[t, label] for t, label in enumerate(sequence.target_ids))
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_every_step_descends_the_mean_over_all_its_target_tokens(monkeypatch, tr
 
     def checking(model, optimizer, schedule, step, n_steps):
         batch = [sequences[number] for number in trained_numbers[-1]]
-        n_tokens = sum(len(sequence.target) for sequence in batch)
+        n_tokens = sum(len(sequence.target_ids) for sequence in batch)
         loss = -sum(target_log_probability(model, sequence) for sequence in batch) / n_tokens
         expected = torch.autograd.grad(loss, list(model.parameters()))
         for (name, weight), gradient in zip(model.named_parameters(), expected, strict=True):
@@ -121,14 +121,18 @@ def test_the_log_has_every_step(tmp_path, trained_numbers):
     assert all(row.keys() == names for row in rows)
     cosine = [2e-3 * (0.2 + 0.8 * (1 + math.cos(math.pi * k / 4)) / 2) for k in range(4)]
     assert [row["lr"] for row in rows] == pytest.approx([1e-3, 2e-3, *cosine], rel=1e-6)
-    counts = [sum(len(sequences[i].prompt) + len(sequences[i].target) for i in numbers) for numbers in trained_numbers]
+    counts = [
+        sum(len(sequences[i].prompt_ids) + len(sequences[i].target_ids) for i in numbers) for numbers in trained_numbers
+    ]
     assert [row["n_tokens"] for row in rows] == counts
     assert all(row["grad_norm"] > 0 and row["tokens_per_second"] > 0 for row in rows)
 
 
 def test_it_learns_a_few_examples_by_heart(tmp_path):
     model = tiny()
-    sequences = [TokenizedExample((i, *sequence.prompt), sequence.target) for i, sequence in enumerate(examples(8))]
+    sequences = [
+        TokenizedExample((i, *sequence.prompt_ids), sequence.target_ids) for i, sequence in enumerate(examples(8))
+    ]
     train_sft(
         model,
         sequences,

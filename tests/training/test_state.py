@@ -40,7 +40,7 @@ def examples(n: int, seed: int = 1) -> list[TokenizedExample]:
 
 def pairs(n: int) -> list[PreferencePair]:
     return [
-        PreferencePair(chosen, replace(rejected, prompt=chosen.prompt))
+        PreferencePair(chosen, replace(rejected, prompt_ids=chosen.prompt_ids))
         for chosen, rejected in zip(examples(n), examples(n, 2), strict=True)
     ]
 
