@@ -39,7 +39,7 @@ from minidpost.training.optim import (
 )
 from minidpost.training.state import TrainingState
 
-# Without gradients no activations are kept, so a GPU has room for larger batches when it computes the reference.
+# Without gradients no activations are stored, so a GPU has room for larger batches when it computes the reference.
 GPU_REFERENCE_BATCH_FACTOR = 4
 
 

@@ -225,8 +225,8 @@ def test_time_decides_when_to_save(train, path, monkeypatch):
 def test_chunks_count_from_the_first_without_a_gap(tmp_path):
     chunks = Chunks(tmp_path / "a", "stage", 1)
     assert chunks.n_finished() == 0
-    for number in (0, 1, 3):
-        chunks.commit(number, [{"n": number}, {"text": "½"}])
+    for chunk_index in (0, 1, 3):
+        chunks.commit(chunk_index, [{"n": chunk_index}, {"text": "½"}])
     again = Chunks(tmp_path / "a", "stage", 1)
     assert again.n_finished() == 2
     assert list(again.rows()) == [{"n": 0}, {"text": "½"}, {"n": 1}, {"text": "½"}]
