@@ -7,7 +7,6 @@ import torch
 
 from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.t5 import T5, T5Config
-from minidpost.sampling.cuda_graphs import plain_steps
 from minidpost.sampling.sampler import Request, SamplingSettings, sample
 from minidpost.training.batching import TokenizedExample
 from minidpost.training.dpo import DPOSettings, PreferencePair, reference_log_probabilities, train_dpo
@@ -32,10 +31,10 @@ def sequences(n: int) -> list[TokenizedExample]:
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(5, 60, (n, 2), generator=generator).tolist()
 
-    def draw(length: int) -> tuple[int, ...]:
+    def random_ids(length: int) -> tuple[int, ...]:
         return tuple(torch.randint(3, 32000, (length,), generator=generator).tolist())
 
-    return [TokenizedExample(draw(source), (*draw(target), 1)) for source, target in lengths]
+    return [TokenizedExample(random_ids(source), (*random_ids(target), 1)) for source, target in lengths]
 
 
 def test_sampling_in_bf16_gives_every_request_its_completion(model):
@@ -47,15 +46,14 @@ def test_sampling_in_bf16_gives_every_request_its_completion(model):
 
 
 def test_recorded_steps_give_the_completions_of_plain_ones(model):
-    """In fp32, where hardly a draw lies within the rounding; a failure to record would be a warning, which fails."""
+    """In fp32, where hardly a token hangs on the rounding; a failure to record would be a warning, which fails."""
     requests = [Request(s.prompt_ids, str(i // 4), i % 4) for i, s in enumerate(sequences(40))]
     settings = SamplingSettings(temperature=0.7, max_new_tokens=100, slots=16)
-    with plain_steps():
-        expected = dict(sample(model, requests, settings, eos_id=1))
+    expected = dict(sample(model, requests, settings, eos_id=1, use_cuda_graphs=False))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         done = dict(sample(model, requests, settings, eos_id=1))
-    same = sum(done[number].token_ids == expected[number].token_ids for number in expected)
+    same = sum(done[index].token_ids == expected[index].token_ids for index in expected)
     assert same >= 0.95 * len(requests), f"{same} of {len(requests)} completions are the same"
 
 
@@ -66,11 +64,11 @@ def test_sft_in_bf16_lowers_the_loss_and_keeps_fp32_weights(model, tmp_path):
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
-def test_dpo_in_bf16_begins_near_ln_2_and_learns_the_preference(model, tmp_path):
-    drawn = sequences(16)
+def test_dpo_in_bf16_begins_near_ln_2_and_learns(model, tmp_path):
+    examples = sequences(16)
     pairs = [
         PreferencePair(a, TokenizedExample(a.prompt_ids, b.target_ids))
-        for a, b in zip(drawn[:8], drawn[8:], strict=True)
+        for a, b in zip(examples[:8], examples[8:], strict=True)
     ]
     settings = DPOSettings(20, 8, Schedule(1e-5))
     reference_P2 = reference_log_probabilities(model, pairs, micro_batch_tokens=settings.micro_batch_tokens)

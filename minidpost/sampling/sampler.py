@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidpost.sampling.cuda_graphs import use_graphs
+from minidpost.sampling.cuda_graphs import CUDAGraphs
 from minidpost.sampling.token_choice import draw, most_likely, nucleus
 from minidpost.sampling.workers import run_in_workers
 
@@ -90,11 +90,13 @@ def sample(
     eos_id: int,
     new_override: Callable[[], Override] | None = None,
     first_chunk: int = 0,
+    use_cuda_graphs: bool = True,
 ) -> Iterator[tuple[int, Completion]]:
     """Yield (index into requests, completion) as rows end, each request once; those before `first_chunk` not at all.
 
     All of a chunk are yielded before any of the next. `new_override` makes the watcher of one row. Samples of one
     question should stand together in `requests`: those of one chunk share a prefill. Prompts must not be empty.
+    On a GPU steps are CUDA graphs unless `use_cuda_graphs` is False.
     """
     chunks = [
         by_prompt(list(enumerate(requests[start : start + CHUNK], start=start)))
@@ -105,14 +107,14 @@ def sample(
     )  # of all, done or not: caches stay alike
     n_workers = n_workers_for(model, settings, chunks)
     if n_workers == 1:
-        for _, done in _sample_chunks(model, chunks, settings, eos_id, new_override, longest):
+        for _, done in _sample_chunks(model, chunks, settings, eos_id, new_override, longest, use_cuda_graphs):
             yield done
         return
 
     def lane(number: int) -> Iterator[tuple[int, tuple[int, Completion]]]:
         share = replace(settings, slots=-(-settings.slots // n_workers))
         shares = [chunk[number::n_workers] for chunk in chunks]
-        yield from _sample_chunks(model, shares, share, eos_id, new_override, longest)
+        yield from _sample_chunks(model, shares, share, eos_id, new_override, longest, use_cuda_graphs)
 
     yield from _in_order(
         run_in_workers([partial(lane, number) for number in range(n_workers)]),
@@ -153,7 +155,9 @@ def _in_order(done: Iterator[tuple[int, tuple[int, Completion]]], sizes: Sequenc
             current += 1
 
 
-def _sample_chunks(model, chunks, settings, eos_id, new_override, longest) -> Iterator[tuple[int, Any]]:
+def _sample_chunks(
+    model, chunks, settings, eos_id, new_override, longest, use_cuda_graphs
+) -> Iterator[tuple[int, Any]]:
     """(the chunk's number, what is done of it), with one cache for all where the model's can be cleared."""
     most = max((sum(len(group) for group in chunk) for chunk in chunks), default=0)
     cache, n_slots = None, min(settings.slots, most)
@@ -162,12 +166,13 @@ def _sample_chunks(model, chunks, settings, eos_id, new_override, longest) -> It
             cache.clear()
         else:
             cache = model.new_cache(n_slots + PREFILL_BATCH, longest, settings.max_new_tokens)
-            use_graphs(cache, next(model.parameters()).device)
-        for done in _sample_chunk(model, cache, chunk, settings, eos_id, new_override):
+            is_on_gpu = next(model.parameters()).device.type == "cuda"
+            decode = CUDAGraphs(model, cache) if use_cuda_graphs and is_on_gpu else partial(model.decode, cache)
+        for done in _sample_chunk(model, cache, decode, chunk, settings, eos_id, new_override):
             yield number, done
 
 
-def _sample_chunk(model, cache, chunk, settings, eos_id, new_override) -> Iterator[tuple[int, Completion]]:
+def _sample_chunk(model, cache, decode, chunk, settings, eos_id, new_override) -> Iterator[tuple[int, Completion]]:
     """Work off the groups of one chunk, beginning with empty slots."""
     n_slots = min(settings.slots, sum(len(group) for group in chunk))
     waiting = _prefilled(model, cache, n_slots, chunk)
@@ -175,7 +180,7 @@ def _sample_chunk(model, cache, chunk, settings, eos_id, new_override) -> Iterat
     for _ in range(n_slots):
         slots.start(slots.n_rows, next(waiting), cache)
     while slots.n_rows:
-        ended = _step(model, cache, slots)
+        ended = _step(model, decode, slots)
         yield from [slots.completed(slot) for slot in ended]
         for slot in reversed(ended):
             if (entry := next(waiting, None)) is not None:
@@ -198,10 +203,10 @@ def _prefilled(model, cache, n_slots, chunk) -> Iterator[tuple[int, Request, int
             yield from ((index, request, row, first_id) for index, request in group)
 
 
-def _step(model, cache, slots) -> list[int]:
+def _step(model, decode, slots) -> list[int]:
     """Emit one token in every row; the slots of those that ended."""
     device = next(model.parameters()).device
-    logits_BV = model.decode(cache, torch.from_numpy(slots.feed_B[: slots.n_rows]).to(device))
+    logits_BV = decode(torch.from_numpy(slots.feed_B[: slots.n_rows]).to(device))
     uniform_B = torch.from_numpy(slots.uniforms()).to(device) if slots.settings.temperature else None
     return slots.emit(np.array(choose(logits_BV, uniform_B, slots.settings).tolist()))
 

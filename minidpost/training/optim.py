@@ -6,13 +6,11 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from minidpost.training.losses import TrainableModel
 
@@ -72,9 +70,8 @@ def derived_seed(*names: object) -> int:
 
 def enable_activation_checkpointing(model: TrainableModel) -> None:
     """From now on keep only each layer's input for the backward pass, and compute the rest again."""
-    layers = dict.fromkeys(layer for stack in model.stacks for layer in stack.layers)  # once, if both stacks are one
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    for stack in model.stacks:
+        stack.checkpoint_activations = True
 
 
 def tokens_per_second(n_tokens: int, started: float) -> float:

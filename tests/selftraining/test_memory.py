@@ -32,7 +32,7 @@ def test_training_needs_sixteen_bytes_a_parameter_and_the_activations():
 def test_sampling_needs_weights_the_cache_and_logits():
     preset = replace(LLAMA, slots=8, max_source=30, max_new_tokens=20)
     cache = Llama(CONFIG).bfloat16().new_cache(8 + estimates.PREFILL_BATCH, 30, 20)
-    held = sum(t.nbytes for t in (cache.keys_LBHSK, cache.values_LBHSK, cache.length_B, cache.row_B))
+    held = sum(t.nbytes for t in (cache.keys_LBGSK, cache.values_LBGSK, cache.length_B, cache.row_B))
     assert tensor_bytes(cache) == held
     n_parameters = sum(p.numel() for p in meta().parameters())
     assert sampling_bytes(meta(), preset, torch.bfloat16) == 2 * n_parameters + held + 12 * 8 * 1000
