@@ -29,7 +29,7 @@ from minidpost.cli import MAX_MESSAGE, one_line
 from minidpost.data import toy
 from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.t5 import T5, T5Config
-from minidpost.models.weights import load_model, save_model
+from minidpost.models.weights import load_model, save_model, tokenizer_files
 from minidpost.sampling.generate import Generated
 from minidpost.sampling.sampler import Completion
 from minidpost.selftraining.report import table
@@ -110,14 +110,13 @@ def knowing_model_dir(tmp_path_factory, tiny_template) -> Path:
     tokenizer = load_tokenizer(ROOT / "weights" / "tiny-t5")
     torch.manual_seed(0)
     model = T5(T5Config(tokenizer.vocab_size, 32, 16, 64, 2, 1, 1, dropout=0.0)).initialise()
-    model.tokenizer_files = tokenizer.files
     pairs = [
         TokenizedExample(tuple(tiny_template.prompt_ids(question)), tuple(tiny_template.target_ids(rationale)))
         for question, rationale in KNOWN.items()
     ]
     train_sft(model, pairs, SFTSettings(60, 2, Schedule(1e-2)))
     directory = tmp_path_factory.mktemp("models") / "knowing"
-    save_model(model, directory)
+    save_model(model, directory, tokenizer.files)
     return directory
 
 
@@ -342,8 +341,7 @@ def test_a_whole_run_of_a_llama(call, my_data):
     tokenizer = load_tokenizer(ROOT / "weights" / "tiny-llama")
     torch.manual_seed(0)
     model = Llama(LlamaConfig(tokenizer.vocab_size, 16, 24, 2, n_heads=4, n_kv_heads=2, d_head=4)).initialise()
-    model.tokenizer_files = tokenizer.files
-    save_model(model, "llama")
+    save_model(model, "llama", tokenizer.files)
     outcome = call("train.py", "--model", "llama", "--data", my_data, "--run-dir", "run", *QUICK, "--limit", 6)
     assert (outcome.status, outcome.complaints) == (0, [])
     assert {path.name for path in Path("run/iteration-1").iterdir()} == {*FILES["dpo-st"], "evaluation.json"}
@@ -754,7 +752,7 @@ def test_weights_that_are_no_numbers_are_a_warning_on_one_line(tiny_model_dir, t
     model = load_model(tiny_model_dir)
     with torch.no_grad():
         model.embedding.weight[3, 0] = float("nan")
-    save_model(model, tmp_path / "spoilt")
+    save_model(model, tmp_path / "spoilt", tokenizer_files(tiny_model_dir))
     process = start("sample.py", TOM, "--checkpoint", "spoilt", "--max-new-tokens=3", "--temperature=1", cwd=tmp_path)
     outcome = finished(process)
     assert outcome.status == 0

@@ -23,7 +23,7 @@ from torch import nn
 
 from minidpost.data.example import Example
 from minidpost.errors import UserError
-from minidpost.models.weights import load_model, load_template, save_model
+from minidpost.models.weights import load_model, load_template, save_model, tokenizer_files
 from minidpost.precision import sampling_dtype
 from minidpost.sampling import sampler
 from minidpost.sampling.generate import Generated, check_prompts, generate
@@ -129,7 +129,7 @@ class Run:
             settings = self.preset.sft(self.seed)
             log, checkpoint = directory / "log.jsonl", self.checkpoint(f"iteration-{number}/sft")
             train_sft(model, sequences, settings, log, f"{number}/sft", checkpoint)
-            save_model(model, directory)
+            save_model(model, directory, tokenizer_files(self.base))
             n_source, n_target = token_counts(sequences)
             return {"flops": settings.epochs * training_flops(model_size(model), n_source, n_target)}
 
@@ -210,7 +210,7 @@ class Run:
                 flops += forward_flops(size, n_source, n_target)  # the reference
             else:
                 self.directory.say(f"iteration {number}: no preference pairs, so DPO leaves the model as it is")
-            save_model(model, directory)
+            save_model(model, directory, tokenizer_files(policy))
             return {"flops": flops}
 
         self.directory.stage(f"iteration-{number}/dpo", work)
