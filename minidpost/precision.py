@@ -17,6 +17,11 @@ def sampling_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which log-probabilities are computed: fp64 for fp64, fp32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def autocast(device: torch.device) -> AbstractContextManager:
     """bf16 autocast where it pays (a CUDA device that has bf16), fp32 elsewhere. Master weights are fp32 throughout.
 

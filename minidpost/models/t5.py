@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,11 @@ class T5Config:
     pad_id: int = 0
     eos_id: int = 1
     start_id: int = 0
+
+    @property
+    def is_encoder_decoder(self) -> Literal[True]:
+        """True: an encoder reads the prompt, and the decoder begins each target with `start_id`."""
+        return True
 
 
 class Attention(nn.Module):
