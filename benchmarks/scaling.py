@@ -48,8 +48,8 @@ from minidpost.precision import DTYPES, default_device  # noqa: E402
 from minidpost.sampling.sampler import Request, SamplingSettings, sample  # noqa: E402
 from minidpost.selftraining.estimates import (  # noqa: E402  # noqa: E402
     available_bytes,
-    count,
     model_size,
+    n_parameters,
     training_bytes,
     training_flops,
 )
@@ -223,7 +223,9 @@ def least_seconds(model: nn.Module, rows: int, n_prompt: int, position: int, lim
     config, itemsize = model.config, next(model.parameters()).itemsize
     if isinstance(model, T5):
         crossing = [layer.cross_attention for layer in model.decoder.layers]
-        unread = sum(count(attention.key) + count(attention.value) for attention in crossing)  # the prompt's, cached
+        unread = sum(
+            n_parameters(attention.key) + n_parameters(attention.value) for attention in crossing
+        )  # the prompt's, cached
         n_layers, n_heads, n_kv_heads, d_head = config.n_decoder_layers, config.n_heads, config.n_heads, config.d_kv
     else:
         unread, n_layers, d_head = 0, config.n_layers, config.d_head

@@ -182,7 +182,6 @@ def main() -> None:
     template = template_for(options.family, tokenizer)
     torch.manual_seed(SEED)
     model = model_type(make_config(tokenizer.vocab_size)).initialise()
-    model.tokenizer_files = tokenizer.files
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     texts = pretraining_texts(options.examples)
     sequences = [
@@ -191,7 +190,7 @@ def main() -> None:
     ]
     settings = SFTSettings(1, 32, Schedule(2e-3, warmup=0.05), micro_batch_tokens=2048, seed=SEED)
     train_sft(model, sequences, settings, stage="pre-training")
-    save_model(model, directory)
+    save_model(model, directory, tokenizer.files)
 
 
 if __name__ == "__main__":

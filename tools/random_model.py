@@ -57,9 +57,8 @@ def make(config_path: Path, tokenizer_dir: Path, output: Path, seed: int, n_laye
         config = replace(config, **dict.fromkeys(depths, n_layers))
     torch.manual_seed(seed)
     model = mapping_for(config).model(config).initialise()
-    model.tokenizer_files = tokenizer.files
     with staged_directory(output) as unfinished:
-        save_model(model, unfinished)
+        save_model(model, unfinished, tokenizer.files)
     return sum(weight.numel() for weight in model.parameters())
 
 

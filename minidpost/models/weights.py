@@ -7,6 +7,7 @@ they can run code.
 
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,7 +59,6 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
         raise UserError(f"{directory}: missing tensor {min(missing)} ({len(missing)} missing in all)")
     if not_finite:
         warnings.warn(f"{not_finite[0]} holds NaN or infinity ({len(not_finite)} such in all)", stacklevel=2)
-    model.tokenizer_files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     return model.eval()
 
 
@@ -86,18 +86,33 @@ def check_vocabulary(tokenizer: Tokenizer, n_embeddings: int, directory: Path) -
         raise UserError(f"{directory}: the tokenizer has no end token, which the model is trained to stop with")
 
 
-def save_model(model: nn.Module, directory: str | Path) -> None:
-    """Write config.json, safetensors (shards above 5 GB) and the tokenizer's files, as transformers reads them."""
+def tokenizer_files(directory: str | Path) -> list[Path]:
+    """The tokenizer's files in a model directory, those that are there."""
+    paths = [Path(directory) / name for name in TOKENIZER_FILES]
+    return [path for path in paths if path.is_file()]
+
+
+def save_model(model: nn.Module, directory: str | Path, tokenizer_files: Sequence[Path]) -> None:
+    """Write config.json, safetensors (shards above 5 GB) and the tokenizer's files, as transformers reads them.
+
+    `tokenizer_files` are those of the model this one was made from (see the function of that name); an empty sequence
+    gives a directory without a tokenizer.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", config_json(model.config, next(model.parameters()).dtype))
     parameters = dict(model.named_parameters())
     tensors = {theirs: parameters[ours].detach() for ours, theirs in mapping_for(model.config).names(model.config)}
     write_tensors(tensors, directory, MAX_SHARD_BYTES)
-    # `original/tokenizer.model` too goes to the root, unless there is one of that name already among the model's files.
-    for name, path in {path.name: path for path in reversed(getattr(model, "tokenizer_files", []))}.items():
-        if path.resolve() != (directory / name).resolve():
-            shutil.copyfile(path, directory / name)
+    # All go to the root, `original/tokenizer.model` too; of two files with one name the first is taken.
+    copied: set[str] = set()
+    for path in tokenizer_files:
+        if path.name in copied:
+            continue
+        copied.add(path.name)
+        target = directory / path.name
+        if path.resolve() != target.resolve():
+            shutil.copyfile(path, target)
 
 
 def tensor_files(directory: Path) -> dict[Path, list[str]]:

@@ -67,6 +67,49 @@ def generate(
             yield Generated(index, number, completion, text)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One completion of one question, graded where the answer is known: a row of samples-*.jsonl."""
+
+    example_index: int
+    sample_index: int
+    question: str
+    answer: str | None
+    completion: str
+    is_correct: bool | None
+    token_ids: list[int]
+    forced: list[bool]
+    finish_reason: str
+
+
+def generate_samples(
+    model: nn.Module,
+    template: Template,
+    questions: Sequence[str],
+    settings: SamplingSettings,
+    *,
+    answers: Sequence[str] | None = None,
+    n_samples: int = 1,
+    calculator: bool = True,
+    label: str = "sampling",
+    first_chunk: int = 0,
+) -> Iterator[Sample]:
+    """`generate` with the signature and the record that are agreed on; to be dropped when `generate` has them."""
+    for done in generate(model, template, questions, settings, n_samples, calculator, answers, label, first_chunk):
+        answer = None if answers is None else answers[done.index]
+        yield Sample(
+            example_index=done.index,
+            sample_index=done.sample,
+            question=questions[done.index],
+            answer=answer,
+            completion=done.text,
+            is_correct=None if answer is None else is_correct(done.text, answer),
+            token_ids=done.completion.token_ids,
+            forced=done.completion.forced,
+            finish_reason=done.completion.finish_reason,
+        )
+
+
 def check_prompts(questions: Sequence[str], prompts: Sequence[tuple[int, ...]]) -> None:
     """Refuse questions that are empty or too long, naming the first."""
     for number, (question, prompt) in enumerate(zip(questions, prompts, strict=True), start=1):

@@ -91,8 +91,7 @@ def make_inputs(directory: Path) -> None:
     tokenizer = load_tokenizer(ROOT / "weights" / "tiny-t5")
     torch.manual_seed(0)
     model = T5(T5Config(tokenizer.vocab_size, 16, 8, 24, 2, 2, 1, dropout=0.1)).initialise()
-    model.tokenizer_files = tokenizer.files
-    save_model(model, directory / MODEL)
+    save_model(model, directory / MODEL, tokenizer.files)
     write_rows(directory / "questions.jsonl", [{"question": question} for question in QUESTIONS])
     write_rows(directory / "rows.jsonl", ROWS)
     (directory / "questions.txt").write_text("\n".join(QUESTIONS), encoding="utf-8")

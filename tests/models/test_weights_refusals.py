@@ -32,7 +32,7 @@ def rewrite_json(path: Path, **changes) -> None:
 @pytest.fixture
 def saved(tmp_path) -> Path:
     """A whole and valid directory to be spoilt."""
-    save_model(random_t5(SHAPES[SHAPE]), tmp_path / "model")
+    save_model(random_t5(SHAPES[SHAPE]), tmp_path / "model", [])
     return tmp_path / "model"
 
 
@@ -151,7 +151,7 @@ def test_unexpected_tensor(saved, name):
 
 
 def test_untied_config_needs_a_head(tmp_path):
-    save_model(random_t5(SHAPES["relu-tied-scaled"]), tmp_path)
+    save_model(random_t5(SHAPES["relu-tied-scaled"]), tmp_path, [])
     rewrite_json(tmp_path / "config.json", tie_word_embeddings=False)
     assert_refused(tmp_path, "missing tensor lm_head.weight")
 
