@@ -300,7 +300,7 @@ def test_a_llamas_target_is_a_fixed_point_and_survives(llama, rationale):
 
 
 def test_t5s_vocabulary_is_none_of_a_llamas(shared):
-    with pytest.raises(UserError, match=r"spiece\.model: Llama's format needs begin and end ids"):
+    with pytest.raises(UserError, match=r"spiece\.model: Llama's template needs begin and end ids"):
         LlamaTemplate(load_tokenizer(shared / "tokenizers" / "t5"))
 
 
