@@ -27,7 +27,7 @@ from minidpost.text.templates import Template
 from minidpost.training.state import Terminated, interrupt
 
 RUNS = Path("runs")
-MAX_MESSAGE = 1000  # characters in a line of complaint
+MAX_MESSAGE = 1000  # characters in a message
 MAX_COUNT = 10**6  # of rows, tokens, samples …: what is larger must be a typing error
 
 Value = TypeVar("Value", int, float)

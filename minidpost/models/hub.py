@@ -60,7 +60,7 @@ def find_model(name_or_directory: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
 def _explain_unknown(name: str) -> str:
     """Say what is wrong with a name that is no model's, nor a directory with one."""
     if Path(name).is_dir():
-        return f"{name}: this directory holds no config.json, so it is no model in Hugging Face's layout"
+        return f"{name}: this directory holds no config.json, so it is no model in Hugging Face's format"
     known = (*BUNDLED, *PUBLISHED)
     closest = difflib.get_close_matches(name.rpartition("/")[2].lower(), known, n=1)
     hint = f" (did you mean {closest[0]}?)" if closest else ""
