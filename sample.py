@@ -49,7 +49,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--samples", type=cli.POSITIVE, default=1, metavar="N", help="completions a question")
     parser.add_argument("--temperature", type=cli.TEMPERATURE, default=0.0, metavar="T", help="default: 0, greedy")
     parser.add_argument("--top-k", type=cli.NOT_NEGATIVE, default=0, metavar="K", help="default: 0, all tokens")
-    parser.add_argument("--top-p", type=cli.SHARE, default=1.0, metavar="P", help="default: 1, all tokens")
+    parser.add_argument("--top-p", type=cli.FRACTION, default=1.0, metavar="P", help="default: 1, all tokens")
     parser.add_argument("--no-calculator", action="store_true", help="let the model do its own arithmetic")
     options = parser.parse_args()
     if options.samples > 1 and not options.temperature:
