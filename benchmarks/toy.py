@@ -131,7 +131,8 @@ def report(directories: dict[RunName, Path], seeds: list[int], model: str, comma
 def best_iteration(directory: Path) -> int:
     """The iteration with the best accuracy on dev, the earliest in a tie."""
     iterations = json.loads((directory / "results.json").read_text(encoding="utf-8"))["iterations"]
-    return max(iterations, key=lambda entry: (entry["accuracy"]["toy/dev"], -entry["iteration"]))["iteration"]
+    best = max(iterations, key=lambda entry: (entry["accuracy"]["toy/dev"], -entry["iteration"]))
+    return int(best["iteration"])
 
 
 def greedy_outcomes(directory: Path, split: str, calculator: bool) -> np.ndarray:
