@@ -65,7 +65,6 @@ from minidpost.selftraining.algorithm import encoded  # noqa: E402
 from minidpost.selftraining.presets import Preset, preset_for  # noqa: E402
 from minidpost.selftraining.selection import Candidates, preference_pairs  # noqa: E402
 from minidpost.storage import markdown_table, read_json, write_json  # noqa: E402
-from minidpost.text.grading import is_correct  # noqa: E402
 from minidpost.text.templates import Template  # noqa: E402
 from minidpost.training.batching import TokenizedExample, drop_too_long, epoch_steps  # noqa: E402
 from minidpost.training.dpo import DPOSettings, PreferencePair, train_dpo  # noqa: E402
@@ -239,9 +238,12 @@ def sampled_pairs(
     """Pairs as the method makes them: samples of the policy, graded, chosen by our rules."""
     known = [Candidates(gold[e.question].target_ids if e.question in gold else None) for e in pool]
     questions = [example.question for example in pool]
-    for done in generate(load_model(policy), template, questions, preset.sampling(SEED), SAMPLES):
-        right = is_correct(done.text, pool[done.index].answer)
-        (known[done.index].right if right else known[done.index].wrong).append(tuple(done.completion.token_ids))
+    answers = [example.answer for example in pool]
+    settings = preset.sampling(SEED)
+    for sample in generate(load_model(policy), template, questions, settings, answers=answers, n_samples=SAMPLES):
+        candidates = known[sample.example_index]
+        same_grade = candidates.right if sample.is_correct else candidates.wrong
+        same_grade.append(tuple(sample.token_ids))
     prompts = [tuple(template.prompt_ids(question)) for question in questions]
     return [pair for prompt, candidates in zip(prompts, known, strict=True) for pair in pairs_of(prompt, candidates)]
 

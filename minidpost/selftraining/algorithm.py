@@ -26,7 +26,7 @@ from minidpost.errors import UserError
 from minidpost.models.weights import load_model, load_template, save_model
 from minidpost.precision import sampling_dtype
 from minidpost.sampling import sampler
-from minidpost.sampling.generate import Generated, check_prompts, generate
+from minidpost.sampling.generate import Sample, check_prompts, generate
 from minidpost.sampling.sampler import SamplingSettings
 from minidpost.selftraining.estimates import forward_flops, model_size, sampling_flops, training_flops
 from minidpost.selftraining.evaluation import greedy_accuracy, sampled_scores
@@ -34,7 +34,6 @@ from minidpost.selftraining.presets import Preset
 from minidpost.selftraining.run_directory import Chunks, RunDirectory
 from minidpost.selftraining.selection import Candidates, preference_pairs, pseudo_labels
 from minidpost.storage import read_jsonl, write_json, write_jsonl
-from minidpost.text.grading import is_correct
 from minidpost.text.templates import Template
 from minidpost.training.batching import TokenizedExample, drop_too_long, token_counts
 from minidpost.training.dpo import PreferencePair, train_dpo
@@ -139,15 +138,17 @@ class Run:
         """Sample `n_samples` rationales for every question of the pool and grade them; chunks that are there count."""
         stage, label, pool = f"iteration-{number}/{name}.jsonl", f"{number}/{name}", self.data.pool
 
-        def row(done: Generated) -> dict:
-            example = pool[done.index]
+        def row(sample: Sample) -> dict:
             return {
-                "index": done.index,
-                "sample": done.sample,
-                **question_and_answer(example),
-                "completion": done.text,
-                "correct": is_correct(done.text, example.answer),
-                **asdict(done.completion),
+                "index": sample.example_index,
+                "sample": sample.sample_index,
+                "question": sample.question,
+                "answer": sample.answer,
+                "completion": sample.completion,
+                "correct": sample.is_correct,
+                "token_ids": sample.token_ids,
+                "forced": sample.forced,
+                "finish_reason": sample.finish_reason,
             }
 
         def work(path: Path) -> dict:
@@ -156,7 +157,15 @@ class Run:
             chunks = Chunks(self.directory.progress(stage), stage, settings, n_samples, self.calculator, sampler.CHUNK)
             first = chunks.n_finished()
             completions = generate(
-                model, self.template, questions, settings, n_samples, self.calculator, answers, label, first
+                model,
+                self.template,
+                questions,
+                settings,
+                answers=answers,
+                n_samples=n_samples,
+                calculator=self.calculator,
+                label=label,
+                first_chunk=first,
             )
             for chunk in count(first):
                 if not (rows := [row(done) for done in islice(completions, sampler.CHUNK)]):
@@ -247,7 +256,9 @@ class Run:
             model = self.load_for_sampling(self.path(number) / "sft")
             scores = {
                 name: asdict(
-                    greedy_accuracy(model, self.template, examples, settings, self.calculator, f"{number}/{name}")
+                    greedy_accuracy(
+                        model, self.template, examples, settings, calculator=self.calculator, label=f"{number}/{name}"
+                    )
                 )
                 for name, examples in {dev: self.data.dev, **self.data.tests}.items()
             }
@@ -322,7 +333,9 @@ class Run:
         """pass@1 and pass@10 on (the first of) dev, from ten samples a question."""
         dev = self.data.dev[:PASS_QUESTIONS]
         label = f"{number}/pass@{PASS_AT}"
-        passed, _ = sampled_scores(model, self.template, dev, settings, (1, PASS_AT), (), self.calculator, label)
+        passed, _ = sampled_scores(
+            model, self.template, dev, settings, pass_at=(1, PASS_AT), calculator=self.calculator, label=label
+        )
         return {f"pass_at_{k}": asdict(score) for k, score in passed.items()}
 
     def sampling(self, purpose: str) -> SamplingSettings:

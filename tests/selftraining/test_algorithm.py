@@ -16,8 +16,7 @@ from minidpost.data.example import Example
 from minidpost.errors import UserError
 from minidpost.models.weights import load_model
 from minidpost.sampling import sampler
-from minidpost.sampling.generate import Generated
-from minidpost.sampling.sampler import Completion
+from minidpost.sampling.generate import Sample
 from minidpost.selftraining import algorithm
 from minidpost.selftraining.algorithm import Data, Run
 from minidpost.selftraining.estimates import forward_flops, model_size, training_flops
@@ -26,6 +25,7 @@ from minidpost.selftraining.presets import METHOD_SETTINGS, Preset
 from minidpost.selftraining.run_directory import RunDirectory
 from minidpost.selftraining.selection import Candidates
 from minidpost.storage import read_jsonl
+from minidpost.text.grading import is_correct
 from minidpost.text.templates import T5Template
 from minidpost.training import dpo
 from minidpost.training.optim import read_log
@@ -76,7 +76,7 @@ def script(monkeypatch) -> Callable:
     def install(samples: dict[tuple[str, Example], list], accuracies=(0.1, 0.2, 0.3, 0.4)) -> None:
         by_question = {(stage, example.question): texts for (stage, example), texts in samples.items()}
 
-        def generate(model, template, questions, settings, n_samples, calculator, answers, label, first_chunk=0):
+        def generate(model, template, questions, settings, *, answers, n_samples, calculator, label, first_chunk=0):
             for sample in reversed(range(n_samples)):
                 for index, question in enumerate(questions):
                     texts = by_question.get((label, question), ["What?"])
@@ -84,12 +84,13 @@ def script(monkeypatch) -> Callable:
                     text, reason = given if isinstance(given, tuple) else (given, "stop")
                     ids = template.target_ids(text)
                     ids = ids[:-1] if reason == "length" else ids
-                    yield Generated(index, sample, Completion(ids, [False] * len(ids), reason), text)
+                    answer, forced = answers[index], [False] * len(ids)
+                    yield Sample(index, sample, question, answer, text, is_correct(text, answer), ids, forced, reason)
 
-        def greedy_accuracy(model, template, examples, settings, calculator, label):
+        def greedy_accuracy(model, template, examples, settings, *, calculator, label):
             return wilson(round(1000 * accuracies[int(label.split("/")[0])]), 1000)
 
-        def sampled_scores(model, template, examples, settings, pass_at, maj_at, calculator, label):
+        def sampled_scores(model, template, examples, settings, *, pass_at, calculator, label):
             return {k: wilson(k, 20) for k in pass_at}, {}
 
         monkeypatch.setattr(algorithm, "generate", generate)
@@ -432,15 +433,15 @@ def test_a_sampling_that_was_killed_goes_on_with_the_first_missing_chunk(new_run
     list(chunked.iterations())
     original, begun = algorithm.generate, []
 
-    def killed(*arguments):
-        for n_done, done in enumerate(original(*arguments)):
-            if arguments[7] == stage and n_done == 5:
+    def killed(*arguments, label, **options):
+        for n_done, done in enumerate(original(*arguments, label=label, **options)):
+            if label == stage and n_done == 5:
                 raise KeyboardInterrupt
             yield done
 
-    def noting(*arguments):
-        begun.append(arguments[7:])
-        return original(*arguments)
+    def noting(*arguments, label, first_chunk, **options):
+        begun.append((label, first_chunk))
+        return original(*arguments, label=label, first_chunk=first_chunk, **options)
 
     monkeypatch.setattr(algorithm, "generate", killed)
     with pytest.raises(KeyboardInterrupt):
