@@ -57,7 +57,7 @@ from minidpost.selftraining.presets import T5 as T5_PRESET  # noqa: E402
 from minidpost.selftraining.presets import Preset, preset_for  # noqa: E402
 from minidpost.storage import markdown_table, staged_file  # noqa: E402
 from minidpost.training.batching import TokenizedExample  # noqa: E402
-from minidpost.training.dpo import PreferencePair, train_dpo  # noqa: E402
+from minidpost.training.dpo import PreferencePair, reference_log_probabilities, train_dpo  # noqa: E402
 from minidpost.training.optim import read_log  # noqa: E402
 from minidpost.training.sft import train_sft  # noqa: E402
 
@@ -298,11 +298,16 @@ def measure_training(scaling: Scaling, limits: Limits, options: argparse.Namespa
     dpo = replace(preset.dpo(len(pairs), 0), steps=n_steps, pairs_per_step=len(pairs))
     n_source = sum(len(sequence.prompt_ids) for sequence in sequences)
     rates = []
-    for name, train, items, settings in (("SFT", train_sft, sequences, sft), ("DPO", train_dpo, pairs, dpo)):
+    for name, items in (("SFT", sequences), ("DPO", pairs)):
         print(f"{scaling.name}: {name}", file=sys.stderr, flush=True)
         with TemporaryDirectory() as directory:
-            train(model, items, settings, Path(directory) / "log.jsonl")
-            steps = list(read_log(Path(directory) / "log.jsonl"))[1:]
+            log = Path(directory) / "log.jsonl"
+            if name == "SFT":
+                train_sft(model, sequences, sft, log_path=log)
+            else:
+                reference_P2 = reference_log_probabilities(model, pairs, micro_batch_tokens=dpo.micro_batch_tokens)
+                train_dpo(model, pairs, reference_P2, dpo, log_path=log)
+            steps = list(read_log(log))[1:]
         seconds = median(step["n_tokens"] / step["tokens_per_second"] for step in steps)
         n_target = sum(len(sequence.target_ids) for item in items for sequence in item.sequences)
         flops = training_flops(model_size(model), n_source, n_target)

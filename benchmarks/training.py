@@ -8,11 +8,11 @@ three steps on one batch are compared: losses and gradient norms must agree.
 The peers appear *as they come* (their defaults, but for precision and what the comparison sets: micro-batches of 8 in
 random order, for TRL also gradient checkpointing and a reference model at every step) and *tuned* (micro-batches of the
 size that was fastest here, of examples of like length; for TRL no gradient checkpointing and the reference before the
-first step). The last column is the median over the rounds of a way's time divided by ours.
+first step). The last column is the median over the rounds of a variant's time divided by ours.
 
 Dropout is on in SFT where the model has it (flan-t5: 0.1; tiny-t5 has none) and off in DPO, on both sides: there the
 model's config.json says so, as what TRL 0.28.0 does by itself leaves T5's attention dropout on. TRL also leaves the
-last column of an encoder-decoder's batch out of its log-probabilities, and with it the end token of the longest
+last column of an encoder-decoder's batch out of its log-probabilities, and with it the EOS of the longest
 completion; for the comparison of losses its batches get one more column of padding, it is timed as it is. With several
 micro-batches a step, transformers 5.2.0 adds T5's mean losses up where their mean is meant: another size of the
 gradient, the same work.
@@ -20,7 +20,7 @@ gradient, the same work.
 tiny-t5 has toy problems: the labelled set, and pairs out of samples of tiny-t5-dpo-st, from which DPO starts, in three
 epochs, about as many as in `python train.py`. Other shapes have random weights and GSM8K (toy where its files are not
 at hand), one epoch, and pairs out of five stand-ins for samples a question: rationales of other questions, of nearly
-the gold one's length, three in ten of which count as right. All pairs are chosen by `selection.preference_pairs`; the
+the gold one's length, three in ten of which count as correct. All pairs are chosen by `selection.preference_pairs`; the
 steps are those that our own loop would begin with on all pairs of a thousand questions, since what the pairs of a step
 share depends on how many others there are.
 
@@ -59,6 +59,7 @@ from minidpost.cli import POSITIVE, Parser, run_command  # noqa: E402
 from minidpost.data import datasets  # noqa: E402
 from minidpost.data.example import Example  # noqa: E402
 from minidpost.errors import UserError  # noqa: E402
+from minidpost.models.t5 import T5  # noqa: E402
 from minidpost.models.weights import load_model, load_template  # noqa: E402
 from minidpost.sampling.generate import generate  # noqa: E402
 from minidpost.selftraining.algorithm import encoded  # noqa: E402
@@ -67,29 +68,31 @@ from minidpost.selftraining.selection import Candidates, preference_pairs  # noq
 from minidpost.storage import markdown_table, read_json, write_json  # noqa: E402
 from minidpost.text.templates import Template  # noqa: E402
 from minidpost.training.batching import TokenizedExample, drop_too_long, epoch_steps  # noqa: E402
-from minidpost.training.dpo import DPOSettings, PreferencePair, train_dpo  # noqa: E402
+from minidpost.training.dpo import DPOSettings, PreferencePair, reference_log_probabilities, train_dpo  # noqa: E402
 from minidpost.training.optim import Schedule, adamw, read_log  # noqa: E402
 from minidpost.training.sft import SFTSettings, train_sft  # noqa: E402
 from tools import random_model  # noqa: E402
 
 SEED = 0
-N_COMPARED, ROWS_COMPARED = 3, 4  # steps whose losses and gradient norms are compared, examples or pairs of each
+N_STEPS_COMPARED = 3  # steps whose losses and gradient norms are compared
+N_ROWS_COMPARED = 4  # examples or pairs of each of these steps
 DEFAULT_MICRO_BATCH = 8  # the peers' own
-MAX_QUESTIONS = 1000  # that examples and pairs are drawn from
-SAMPLES = 5  # a question, as in the paper
-N_STAND_INS_DRAWN, SHARE_RIGHT = 9, 0.3
+MAX_QUESTIONS = 1000  # that examples and pairs are chosen from
+SAMPLES_PER_QUESTION = 5  # as in the paper
+N_STAND_IN_CANDIDATES = 9  # rationales of which the one nearest in length stands in for a sample
+FRACTION_CORRECT = 0.3  # of the stand-ins
 BY_LENGTH = {"train_sampling_strategy": "group_by_length"}
 LOGGED = {"logging_strategy": "steps", "logging_steps": 1}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is trained: what a step takes, steps an epoch, epochs of DPO. Then the peers' fastest micro-batches."""
+    """How much is trained, and the peers' fastest micro-batches."""
 
-    examples: int
-    pairs: int
-    sft_steps: int
-    dpo_steps: int
+    examples_per_step: int
+    pairs_per_step: int
+    sft_steps: int  # one epoch
+    dpo_steps: int  # of each epoch
     dpo_epochs: int
     sft_micro_batch: int
     dpo_micro_batch: int
@@ -100,7 +103,7 @@ OTHERS = Plan(16, 16, sft_steps=2, dpo_steps=1, dpo_epochs=1, sft_micro_batch=8,
 
 
 @dataclass(frozen=True)
-class Material:
+class Task:
     """What both sides are given: directories of weights, ids, settings; where peers may write; the data in words."""
 
     sft_model: Path
@@ -110,7 +113,7 @@ class Material:
     sft: SFTSettings
     dpo: DPOSettings
     scratch: Path
-    data: str
+    description: str
 
 
 def main() -> None:
@@ -124,11 +127,11 @@ def main() -> None:
         if options.steps:
             plan = replace(plan, sft_steps=options.steps, dpo_steps=options.steps)
         if options.per_step:
-            plan = replace(plan, examples=options.per_step, pairs=options.per_step)
+            plan = replace(plan, examples_per_step=options.per_step, pairs_per_step=options.per_step)
         with TemporaryDirectory() as scratch:
-            material = prepare(name, plan, options.shared, Path(scratch))
-            sections += [f"## {name}", material.data, *sft_section(material, plan, options.rounds)]
-            sections += dpo_section(material, plan, options.rounds)
+            task = prepare(name, plan, options.shared, Path(scratch))
+            sections += [f"## {name}", task.description, *sft_section(task, plan, options.rounds)]
+            sections += dpo_section(task, plan, options.rounds)
     versions = machine_line("transformers", "trl", "accelerate")
     header = [f"`{command_line()}` · {versions}, fp32", f"Medians of {options.rounds} interleaved rounds."]
     header += __doc__.split("\n\n", 1)[1].strip().split("\n\n")
@@ -172,9 +175,10 @@ def check_environment() -> None:
 # -- what is trained on -----------------------------------------------------------------------------------------------
 
 
-def prepare(name: str, plan: Plan, shared: Path, scratch: Path) -> Material:
+def prepare(name: str, plan: Plan, shared: Path, scratch: Path) -> Task:
     """Weights, ids and settings of one model; UserError where its config, vocabulary or enough data are missing."""
-    n_examples, n_pairs = plan.examples * plan.sft_steps, plan.pairs * plan.dpo_steps
+    n_examples = plan.examples_per_step * plan.sft_steps
+    n_pairs = plan.pairs_per_step * plan.dpo_steps
     if name == "tiny-t5":
         base, policy, source = ROOT / "weights" / "tiny-t5", ROOT / "weights" / "tiny-t5-dpo-st", "toy"
     else:
@@ -196,13 +200,14 @@ def prepare(name: str, plan: Plan, shared: Path, scratch: Path) -> Material:
             f"{name}: {n_examples} examples and {n_pairs} pairs are asked for, {source} has {len(gold)} and "
             f"{len(all_pairs)}; take fewer --steps or --per-step"
         )
-    steps = epoch_steps(len(all_pairs), plan.pairs, plan.dpo_steps, SEED)
-    pairs = [all_pairs[number] for numbers in steps for number in numbers]
-    sft = replace(preset.sft(SEED), epochs=1, examples_per_step=plan.examples)
-    dpo = replace(preset.dpo(n_pairs, SEED), steps=plan.dpo_steps * plan.dpo_epochs, pairs_per_step=plan.pairs)
+    steps = epoch_steps(len(all_pairs), plan.pairs_per_step, plan.dpo_steps, SEED)
+    pairs = [all_pairs[i] for pair_indices in steps for i in pair_indices]
+    sft = replace(preset.sft(SEED), epochs=1, examples_per_step=plan.examples_per_step)
+    n_dpo_steps = plan.dpo_steps * plan.dpo_epochs
+    dpo = replace(preset.dpo(n_pairs, SEED), steps=n_dpo_steps, pairs_per_step=plan.pairs_per_step)
     policy = without_dropout(policy, scratch / "dpo")
-    data = f"{source}: {described(examples, pairs, all_pairs)}"
-    return Material(base, policy, examples, pairs, sft, dpo, scratch, data)
+    description = f"{source}: {described(examples, pairs, all_pairs)}"
+    return Task(base, policy, examples, pairs, sft, dpo, scratch, description)
 
 
 def described(examples: list[TokenizedExample], pairs: list[PreferencePair], all_pairs: list[PreferencePair]) -> str:
@@ -217,7 +222,8 @@ def described(examples: list[TokenizedExample], pairs: list[PreferencePair], all
 
 def mean_tokens(sequences: Collection[TokenizedExample]) -> str:
     """Mean lengths of prompts and targets, in words."""
-    n_prompt, n_target = (sum(len(getattr(s, part)) for s in sequences) for part in ("prompt", "target"))
+    n_prompt = sum(len(sequence.prompt_ids) for sequence in sequences)
+    n_target = sum(len(sequence.target_ids) for sequence in sequences)
     return f"mean tokens: question {n_prompt / len(sequences):.0f}, rationale {n_target / len(sequences):.0f}"
 
 
@@ -226,8 +232,8 @@ def gold_sequences(labelled: list[Example], template: Template, preset: Preset) 
     gold = {}
     for example in labelled:
         sequence = encoded(template, example.question, template.target_ids(example.rationale))
-        survives = template.round_trips(template.target(example.rationale))
-        if survives and drop_too_long([sequence], preset.max_source, preset.max_target):
+        round_trips = template.round_trips(template.target(example.rationale))
+        if round_trips and drop_too_long([sequence], preset.max_source, preset.max_target):
             gold[example.question] = sequence
     return gold
 
@@ -240,7 +246,10 @@ def sampled_pairs(
     questions = [example.question for example in pool]
     answers = [example.answer for example in pool]
     settings = preset.sampling(SEED)
-    for sample in generate(load_model(policy), template, questions, settings, answers=answers, n_samples=SAMPLES):
+    samples = generate(
+        load_model(policy), template, questions, settings, answers=answers, n_samples=SAMPLES_PER_QUESTION
+    )
+    for sample in samples:
         candidates = known[sample.example_index]
         same_grade = candidates.right if sample.is_correct else candidates.wrong
         same_grade.append(tuple(sample.token_ids))
@@ -250,22 +259,24 @@ def sampled_pairs(
 
 def stand_in_pairs(gold: list[TokenizedExample]) -> list[PreferencePair]:
     """Pairs of real rationales where no model is at hand that could sample: see the head of this file."""
-    random, pairs = Random(SEED), []
+    random = Random(SEED)
+    pairs = []
     for sequence in gold:
         candidates = Candidates(gold=sequence.target_ids)
-        for _ in range(SAMPLES):
-            others = [other.target_ids for other in random.sample(gold, N_STAND_INS_DRAWN) if other is not sequence]
+        for _ in range(SAMPLES_PER_QUESTION):
+            others = [other.target_ids for other in random.sample(gold, N_STAND_IN_CANDIDATES) if other is not sequence]
             nearest = min(others, key=lambda ids, gold=sequence.target_ids: abs(len(ids) - len(gold)))
-            (candidates.right if random.random() < SHARE_RIGHT else candidates.wrong).append(nearest)
+            same_grade = candidates.right if random.random() < FRACTION_CORRECT else candidates.wrong
+            same_grade.append(nearest)
         pairs += pairs_of(sequence.prompt_ids, candidates)
     return pairs
 
 
 def pairs_of(prompt: tuple[int, ...], candidates: Candidates) -> list[PreferencePair]:
     """The pairs of one question."""
-    chosen = preference_pairs(candidates)
     return [
-        PreferencePair(TokenizedExample(prompt, winner), TokenizedExample(prompt, loser)) for winner, loser, _ in chosen
+        PreferencePair(TokenizedExample(prompt, chosen), TokenizedExample(prompt, rejected))
+        for chosen, rejected, _ in preference_pairs(candidates)
     ]
 
 
@@ -293,10 +304,10 @@ def pad_only_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<pad>": 0})), pad_token="<pad>")
 
 
-def common_arguments(material: Material, per_step: int, micro_batch: int, schedule: Schedule) -> dict:
+def common_arguments(task: Task, per_step: int, micro_batch: int, schedule: Schedule) -> dict:
     """What TrainingArguments and DPOConfig have in common."""
     return {
-        "output_dir": str(material.scratch / "peer"),
+        "output_dir": str(task.scratch / "peer"),
         "use_cpu": True,
         "bf16": False,
         "seed": SEED,
@@ -318,24 +329,24 @@ def dividing(per_step: int, size: int) -> int:
 def optimizers(model, schedule: Schedule, n_steps: int) -> tuple:
     """Our AdamW and our schedule, for the peers."""
 
-    def share_of_peak(step: int) -> float:
+    def fraction_of_peak(step: int) -> float:
         return schedule.at(step, n_steps) / schedule.learning_rate
 
     optimizer = adamw(model, schedule)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, fraction_of_peak)
 
 
-def sft_trainer(material: Material, micro_batch: int, **more):
+def sft_trainer(task: Task, micro_batch: int, **more):
     """transformers' Seq2SeqTrainer, ready to train; `more` goes to its arguments."""
     from datasets import Dataset
     from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-    settings, model, tokenizer = material.sft, peer_model(material.sft_model), pad_only_tokenizer()
-    arguments = common_arguments(material, settings.examples_per_step, micro_batch, settings.schedule)
+    settings, model, tokenizer = task.sft, peer_model(task.sft_model), pad_only_tokenizer()
+    arguments = common_arguments(task, settings.examples_per_step, micro_batch, settings.schedule)
     arguments |= {"num_train_epochs": settings.epochs, **more}
     rows = [
         {"input_ids": s.prompt_ids, "attention_mask": [1] * len(s.prompt_ids), "labels": s.target_ids}
-        for s in material.examples
+        for s in task.examples
     ]
     n_steps = settings.epochs * len(rows) // settings.examples_per_step
     return Seq2SeqTrainer(
@@ -348,7 +359,7 @@ def sft_trainer(material: Material, micro_batch: int, **more):
     )
 
 
-def dpo_trainer(material: Material, micro_batch: int, **more):
+def dpo_trainer(task: Task, micro_batch: int, **more):
     """TRL's DPOTrainer, ready to train; `more` goes to its DPOConfig."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
@@ -359,8 +370,8 @@ def dpo_trainer(material: Material, micro_batch: int, **more):
         def _prepare_dataset(self, dataset, *_):
             return dataset
 
-    settings, model = material.dpo, peer_model(material.dpo_model)
-    arguments = common_arguments(material, settings.pairs_per_step, micro_batch, settings.schedule)
+    settings, model = task.dpo, peer_model(task.dpo_model)
+    arguments = common_arguments(task, settings.pairs_per_step, micro_batch, settings.schedule)
     arguments |= {"max_steps": settings.steps, "beta": settings.beta}
     arguments |= {"remove_unused_columns": False, **more}  # for `length`, which is what they are grouped by
     rows = [
@@ -370,7 +381,7 @@ def dpo_trainer(material: Material, micro_batch: int, **more):
             "rejected_input_ids": pair.rejected.target_ids,
             "length": pair.n_tokens,
         }
-        for pair in material.pairs
+        for pair in task.pairs
     ]
     return DPOTrainerOfIds(
         model,
@@ -384,66 +395,71 @@ def dpo_trainer(material: Material, micro_batch: int, **more):
 # -- the comparison ---------------------------------------------------------------------------------------------------
 
 
-def sft_section(material: Material, plan: Plan, n_rounds: int) -> list[str]:
+def sft_section(task: Task, plan: Plan, n_rounds: int) -> list[str]:
     """Compare and time SFT; paragraphs."""
 
     def ours() -> Callable[[], object]:
-        return partial(train_sft, load_model(material.sft_model), material.examples, material.sft)
+        return partial(train_sft, load_model(task.sft_model), task.examples, task.sft)
 
     def peer(micro_batch: int, **more) -> Callable[[], object]:
-        return sft_trainer(material, micro_batch, **more).train
+        return sft_trainer(task, micro_batch, **more).train
 
-    default, size = (dividing(plan.examples, size) for size in (DEFAULT_MICRO_BATCH, plan.sft_micro_batch))
-    ways = {
+    default, size = (dividing(plan.examples_per_step, size) for size in (DEFAULT_MICRO_BATCH, plan.sft_micro_batch))
+    variants = {
         "ours": ours,
         "Trainer, as it comes": partial(peer, default),
         f"Trainer, tuned: micro-batches of {size}, by length": partial(peer, size, **BY_LENGTH),
     }
-    n_tokens = sum(sequence.n_tokens for sequence in material.examples)
-    what = f"SFT, {plan.examples} examples a step, steps: {plan.sft_steps}; {n_tokens:,} tokens."
-    return [f"{what} {compare_sft(material)}", *race(ways, n_rounds, n_tokens)]
+    n_tokens = sum(sequence.n_tokens for sequence in task.examples)
+    what = f"SFT, {plan.examples_per_step} examples a step, steps: {plan.sft_steps}; {n_tokens:,} tokens."
+    return [f"{what} {compare_sft(task)}", *race(variants, n_rounds, n_tokens)]
 
 
-def dpo_section(material: Material, plan: Plan, n_rounds: int) -> list[str]:
+def dpo_section(task: Task, plan: Plan, n_rounds: int) -> list[str]:
     """Compare and time DPO; paragraphs."""
 
     def ours() -> Callable[[], object]:
-        return partial(train_dpo, load_model(material.dpo_model), material.pairs, material.dpo)
+        return partial(dpo_with_reference, load_model(task.dpo_model), task)
 
     def peer(micro_batch: int, **more) -> Callable[[], object]:
-        return dpo_trainer(material, micro_batch, **more).train
+        return dpo_trainer(task, micro_batch, **more).train
 
-    default, size = (dividing(plan.pairs, size) for size in (DEFAULT_MICRO_BATCH, plan.dpo_micro_batch))
+    default, size = (dividing(plan.pairs_per_step, size) for size in (DEFAULT_MICRO_BATCH, plan.dpo_micro_batch))
     tuned = {"gradient_checkpointing": False, "precompute_ref_log_probs": True, **BY_LENGTH}
-    ways = {
+    variants = {
         "ours": ours,
         "TRL, as it comes": partial(peer, default),
         f"TRL, tuned: micro-batches of {size}, by length, reference before": partial(peer, size, **tuned),
     }
-    n_tokens = plan.dpo_epochs * sum(pair.n_tokens for pair in material.pairs)
-    what = (
-        f"DPO, {plan.pairs} pairs a step, steps: {material.dpo.steps}, epochs: {plan.dpo_epochs}; {n_tokens:,} tokens."
-    )
-    return [f"{what} {compare_dpo(material)}", *race(ways, n_rounds, n_tokens)]
+    n_tokens = plan.dpo_epochs * sum(pair.n_tokens for pair in task.pairs)
+    what = f"DPO, {plan.pairs_per_step} pairs a step, steps: {task.dpo.steps}, epochs: {plan.dpo_epochs};"
+    what += f" {n_tokens:,} tokens."
+    return [f"{what} {compare_dpo(task)}", *race(variants, n_rounds, n_tokens)]
 
 
-def compare_sft(material: Material) -> str:
+def compare_sft(task: Task) -> str:
     """A few steps of both sides on one small batch, without dropout."""
-    model = without_dropout(material.sft_model, material.scratch / "sft-compared")
-    settings = replace(material.sft, epochs=N_COMPARED, examples_per_step=ROWS_COMPARED)
-    small = replace(material, sft_model=model, examples=material.examples[:ROWS_COMPARED], sft=settings)
-    log = material.scratch / "sft.jsonl"
-    train_sft(load_model(model), small.examples, settings, log)
-    return agreement(list(read_log(log)), sft_trainer(small, ROWS_COMPARED, **LOGGED))
+    model = without_dropout(task.sft_model, task.scratch / "sft-compared")
+    settings = replace(task.sft, epochs=N_STEPS_COMPARED, examples_per_step=N_ROWS_COMPARED)
+    small = replace(task, sft_model=model, examples=task.examples[:N_ROWS_COMPARED], sft=settings)
+    log = task.scratch / "sft.jsonl"
+    train_sft(load_model(model), small.examples, settings, log_path=log)
+    return agreement(list(read_log(log)), sft_trainer(small, N_ROWS_COMPARED, **LOGGED))
 
 
-def compare_dpo(material: Material) -> str:
+def dpo_with_reference(model: T5, task: Task, log_path: Path | None = None) -> None:
+    """Our DPO from beginning to end: the reference's log-probabilities, then the optimizer steps."""
+    reference_P2 = reference_log_probabilities(model, task.pairs, micro_batch_tokens=task.dpo.micro_batch_tokens)
+    train_dpo(model, task.pairs, reference_P2, task.dpo, log_path=log_path)
+
+
+def compare_dpo(task: Task) -> str:
     """A few steps of both sides on one small batch."""
-    settings = replace(material.dpo, steps=N_COMPARED, pairs_per_step=ROWS_COMPARED)
-    small = replace(material, pairs=material.pairs[:ROWS_COMPARED], dpo=settings)
-    log = material.scratch / "dpo.jsonl"
-    train_dpo(load_model(material.dpo_model), small.pairs, settings, log)
-    trainer = dpo_trainer(small, ROWS_COMPARED, **LOGGED)
+    settings = replace(task.dpo, steps=N_STEPS_COMPARED, pairs_per_step=N_ROWS_COMPARED)
+    small = replace(task, pairs=task.pairs[:N_ROWS_COMPARED], dpo=settings)
+    log = task.scratch / "dpo.jsonl"
+    dpo_with_reference(load_model(task.dpo_model), small, log)
+    trainer = dpo_trainer(small, N_ROWS_COMPARED, **LOGGED)
     trainer.data_collator = partial(with_spare_column, trainer.data_collator)
     return agreement(list(read_log(log)), trainer)
 
@@ -482,28 +498,29 @@ def agreement(ours: list[dict], trainer) -> str:
         theirs = ", ".join(f"{loss:.5f}" for loss in losses)
         raise UserError(f"losses differ: ours {shown}, theirs {theirs}; gradient norms by {norm_gap:.1e}")
     return (
-        f"Compared on one batch of {ROWS_COMPARED}, {N_COMPARED} steps without dropout: our losses {shown} nats, "
-        f"theirs equal within {loss_gap:.0e}, the gradient's norms within {norm_gap:.0e} of each other."
+        f"Compared on one batch of {N_ROWS_COMPARED}, {N_STEPS_COMPARED} steps without dropout: "
+        f"our losses {shown} nats, theirs equal within {loss_gap:.0e}, "
+        f"the gradient's norms within {norm_gap:.0e} of each other."
     )
 
 
-def race(ways: dict[str, Callable[[], Callable[[], object]]], n_rounds: int, n_tokens: int) -> list[str]:
-    """Time every way in every round, in alternating order; the table, and the seconds of all rounds."""
+def race(variants: dict[str, Callable[[], Callable[[], object]]], n_rounds: int, n_tokens: int) -> list[str]:
+    """Time every variant in every round, in alternating order; the table, and the seconds of all rounds."""
     rounds = []
-    for number in range(n_rounds):
+    for round_index in range(n_rounds):
         seconds = {}
-        for name in list(ways)[:: -1 if number % 2 else 1]:
-            train = ways[name]()
+        for name in list(variants)[:: -1 if round_index % 2 else 1]:
+            train = variants[name]()
             gc.collect()
             seconds[name] = timed(train)
-            print(f"round {number + 1}: {name}: {seconds[name]:.2f} s", file=sys.stderr, flush=True)
+            print(f"round {round_index + 1}: {name}: {seconds[name]:.2f} s", file=sys.stderr, flush=True)
         rounds.append(seconds)
     rows = []
-    for name in ways:
+    for name in variants:
         middle = median(seconds[name] for seconds in rounds)
         ratio = median(seconds[name] / seconds["ours"] for seconds in rounds)
         rows.append([name, f"{middle:.2f}", f"{n_tokens / middle:,.0f}", f"{ratio:.2f}×"])
-    each = ", ".join(" / ".join(f"{seconds[name]:.2f}" for name in ways) for seconds in rounds)
+    each = ", ".join(" / ".join(f"{seconds[name]:.2f}" for name in variants) for seconds in rounds)
     return [markdown_table(["", "seconds", "tokens/s", "time of ours"], rows), f"Rounds, in seconds: {each}"]
 
 

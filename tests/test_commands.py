@@ -391,7 +391,7 @@ def test_a_whole_run_of_each_method(call, tiny_model_dir, my_data, method):
     for entry in results["iterations"]:
         assert entry["accuracy"] == {"mine/dev": 0.0}
         assert entry["flops"] > 0
-        assert entry["seconds"] > 0
+        assert entry["seconds"] >= 0
         assert entry["pass_at_10"] == 0
         assert (entry["pairs"] is not None) == (method == "dpo-st" and entry["iteration"] == 1)
         assert entry["pseudo_labels"] == (0 if entry["iteration"] else None)
@@ -589,7 +589,7 @@ def test_ctrl_c_ends_quietly_and_leaves_no_half_stage(tiny_model_dir, tmp_path):
     assert outcome.status == 130
     assert outcome.complaints == ["train.py: interrupted; the same command continues from here"]
     assert not stage.exists()
-    assert (stage.with_name("sft.progress") / "checkpoint.safetensors").is_file()
+    assert (stage.with_name("sft.progress") / "state.safetensors").is_file()
 
 
 @pytest.mark.parametrize("flags, dtype", [((), torch.float32), (("--dtype", "bf16"), torch.bfloat16)])

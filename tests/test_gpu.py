@@ -9,7 +9,7 @@ from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.t5 import T5, T5Config
 from minidpost.sampling.sampler import Request, SamplingSettings, sample
 from minidpost.training.batching import TokenizedExample
-from minidpost.training.dpo import DPOSettings, PreferencePair, train_dpo
+from minidpost.training.dpo import DPOSettings, PreferencePair, reference_log_probabilities, train_dpo
 from minidpost.training.optim import Schedule, read_log
 from minidpost.training.sft import SFTSettings, train_sft
 
@@ -59,7 +59,7 @@ def test_recorded_steps_give_the_completions_of_plain_ones(model):
 
 
 def test_sft_in_bf16_lowers_the_loss_and_keeps_fp32_weights(model, tmp_path):
-    train_sft(model, sequences(16), SFTSettings(20, 16, Schedule(1e-3)), tmp_path / "log.jsonl")
+    train_sft(model, sequences(16), SFTSettings(20, 16, Schedule(1e-3)), log_path=tmp_path / "log.jsonl")
     losses = [step["loss"] for step in read_log(tmp_path / "log.jsonl")]
     assert losses[-1] < 0.8 * losses[0]
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
@@ -71,7 +71,9 @@ def test_dpo_in_bf16_begins_near_ln_2_and_learns(model, tmp_path):
         PreferencePair(a, TokenizedExample(a.prompt_ids, b.target_ids))
         for a, b in zip(examples[:8], examples[8:], strict=True)
     ]
-    train_dpo(model, pairs, DPOSettings(20, 8, Schedule(1e-5)), tmp_path / "log.jsonl")
+    settings = DPOSettings(20, 8, Schedule(1e-5))
+    reference_P2 = reference_log_probabilities(model, pairs, micro_batch_tokens=settings.micro_batch_tokens)
+    train_dpo(model, pairs, reference_P2, settings, log_path=tmp_path / "log.jsonl")
     steps = list(read_log(tmp_path / "log.jsonl"))
     assert abs(steps[0]["loss"] - 0.6931) < 0.02
     assert steps[-1]["loss"] < steps[0]["loss"]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,11 @@ class LlamaConfig:
     tied: bool = False
     bos_id: int = 1
     eos_id: int | tuple[int, ...] = 2
-    start_id: None = None
+
+    @property
+    def is_encoder_decoder(self) -> Literal[False]:
+        """False: prompt and target are one sequence."""
+        return False
 
 
 class Rotation(NamedTuple):

@@ -9,7 +9,7 @@ form) and a head of their own. Run it in fp32 or bf16: fp16 overflows.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,11 @@ class T5Config:
     pad_id: int = 0
     eos_id: int = 1
     start_id: int = 0
+
+    @property
+    def is_encoder_decoder(self) -> Literal[True]:
+        """True: an encoder reads the prompt, and the decoder begins each target with `start_id`."""
+        return True
 
 
 class AttendablePrompt(Protocol):

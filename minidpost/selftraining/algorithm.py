@@ -36,10 +36,10 @@ from minidpost.selftraining.selection import Candidates, preference_pairs, pseud
 from minidpost.storage import read_jsonl, write_json, write_jsonl
 from minidpost.text.templates import Template
 from minidpost.training.batching import TokenizedExample, drop_too_long, token_counts
-from minidpost.training.dpo import PreferencePair, train_dpo
+from minidpost.training.dpo import PreferencePair, reference_log_probabilities, train_dpo
 from minidpost.training.optim import derived_seed
 from minidpost.training.sft import train_sft
-from minidpost.training.state import Checkpoint
+from minidpost.training.state import TrainingState
 
 PASS_AT = 10  # samples a dev question, before and after each DPO
 PASS_QUESTIONS = 100  # dev questions that are sampled for it
@@ -126,8 +126,8 @@ class Run:
             sequences = self.drop_too_long(sequences, f"{number}/sft")
             model = load_model(self.base, device=self.device)
             settings = self.preset.sft(self.seed)
-            log, checkpoint = directory / "log.jsonl", self.checkpoint(f"iteration-{number}/sft")
-            train_sft(model, sequences, settings, log, f"{number}/sft", checkpoint)
+            log, state = directory / "log.jsonl", self.training_state(f"iteration-{number}/sft")
+            train_sft(model, sequences, settings, log_path=log, stage=f"{number}/sft", state=state)
             save_model(model, directory)
             n_source, n_target = token_counts(sequences)
             return {"flops": settings.epochs * training_flops(model_size(model), n_source, n_target)}
@@ -210,9 +210,12 @@ class Run:
             size, flops = model_size(model), 0.0
             if pairs:
                 settings = self.preset.dpo(len(pairs), self.seed)
-                log, checkpoint = directory / "log.jsonl", self.checkpoint(f"iteration-{number}/dpo")
-                reference = checkpoint.path.with_name("reference.json")
-                train_dpo(model, pairs, settings, log, f"{number}/dpo", checkpoint, reference)
+                log, state = directory / "log.jsonl", self.training_state(f"iteration-{number}/dpo")
+                stage, micro_batch_tokens = f"{number}/dpo", settings.micro_batch_tokens
+                reference_P2 = reference_log_probabilities(
+                    model, pairs, micro_batch_tokens=micro_batch_tokens, stage=stage
+                )
+                train_dpo(model, pairs, reference_P2, settings, log_path=log, stage=stage, state=state)
                 n_source, n_target = token_counts(pairs)
                 epochs = settings.steps / -(-len(pairs) // settings.pairs_per_step)
                 flops = epochs * training_flops(size, n_source, n_target)
@@ -342,9 +345,9 @@ class Run:
         """The preset's sampling settings, seeded for one purpose."""
         return self.preset.sampling(derived_seed(self.seed, purpose))
 
-    def checkpoint(self, stage: str) -> Checkpoint:
+    def training_state(self, stage: str) -> TrainingState:
         """Where the training of a stage is saved."""
-        return Checkpoint(self.directory.progress(stage) / "checkpoint.safetensors", self.checkpoint_minutes)
+        return TrainingState(self.directory.progress(stage) / "state.safetensors", self.checkpoint_minutes)
 
 
 def encoded(template: Template, question: str, target: Sequence[int]) -> TokenizedExample:

@@ -1,32 +1,43 @@
-"""Examples as padded tensors, rows of like length together.
+"""Examples as padded tensors: collation, micro-batches of similar length, and the order of optimizer steps.
 
-A training step takes its examples in a seeded random order (so that a step is what the paper's is) and then splits them
-by length into micro-batches, of bounded size and where little is padded; the loss is normalised over the whole step, so
-the split changes nothing. Completions of one prompt stay together, as an encoder reads it for all of them once.
+An optimizer step takes its examples in a seeded random order (so that a step is what the paper's is) and then splits
+them by length into micro-batches, of bounded size and with little padding (gradient accumulation). The loss is
+normalised over the whole step, so the split changes nothing. Completions of one prompt stay together, as an encoder
+reads the prompt once for all of them.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from minidpost.models.llama import LlamaConfig
+from minidpost.models.t5 import T5Config
+
+ModelConfig = T5Config | LlamaConfig
+
 IGNORED_LABEL = -100  # a label that carries no loss
+PADDING_ID = 0  # any id would do: padding is recognised by the rows' lengths, never by its id
+
 # What a micro-batch costs besides its tokens (starting kernels, adding up gradients), in tokens.
-CPU_BATCH_COST, GPU_BATCH_COST = 128, 2048
+CPU_BATCH_COST = 128
+GPU_BATCH_COST = 2048
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """The ids of one prompt and of its target; the target ends in the end token unless it was cut."""
+    """The ids of one prompt and of its target; the target ends in EOS unless it was cut."""
 
     prompt_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
 
     @property
     def n_tokens(self) -> int:
+        """Prompt and target tokens."""
         return len(self.prompt_ids) + len(self.target_ids)
 
     @property
@@ -35,131 +46,246 @@ class TokenizedExample:
         return (self,)
 
 
+class TrainingItem(Protocol):
+    """What one row of training data is: an example, or a preference pair (two sequences of one prompt)."""
+
+    @property
+    def sequences(self) -> tuple[TokenizedExample, ...]: ...
+
+
+Item = TypeVar("Item", bound=TrainingItem)
+
+
+class EncoderDecoderInputs(NamedTuple):
+    """What T5's forward pass takes.
+
+    The encoder reads Q distinct prompts of up to S tokens, the decoder B targets of up to T tokens. `row_B` says which
+    row of the encoder each target reads; None where each has its own, Q = B.
+    """
+
+    source_QS: Tensor
+    source_mask_QS: Tensor
+    target_BT: Tensor
+    row_B: Tensor | None
+
+
+class DecoderOnlyInputs(NamedTuple):
+    """What Llama's forward pass takes: prompt and target as one sequence."""
+
+    ids_BT: Tensor
+
+
 @dataclass(frozen=True)
 class Batch:
     """What `model(*inputs)` takes, and what its logits should predict.
 
-    `label_BT` has an id where there is a target token to predict and IGNORED_LABEL elsewhere; `position_N` are the
-    places in the flattened (B·T) that have one.
+    `label_BT` has an id where there is a target token to predict and IGNORED_LABEL elsewhere; `position_N` are the N
+    indices into the flattened (B·T) that have a label.
     """
 
-    inputs: tuple[Tensor, ...]
+    inputs: EncoderDecoderInputs | DecoderOnlyInputs
     label_BT: Tensor
     position_N: Tensor
 
 
-def collate(sequences: Sequence[TokenizedExample], start_id: int | None, device: torch.device | str) -> Batch:
-    """Pad behind the rows, to the longest of the batch.
+# -- from ids to tensors ----------------------------------------------------------------------------------------------
 
-    For an encoder-decoder, which has a start id: inputs (source_QS, source_mask_QS, target_BT) and, where prompts are
-    shared, row_B: the source row of each target row. For a decoder-only model, which has none: inputs (ids_BT,), prompt
-    and target as one sequence, of which the target alone has labels. Rows are masked by length, never by id, so that it
-    does not matter which id pads.
+
+def collate(config: ModelConfig, examples: Sequence[TokenizedExample], device: torch.device | str) -> Batch:
+    """Right-pad examples to the longest of the batch, in the form that the model's family takes.
+
+    Attention is masked by length, never by id, so that it does not matter which id pads.
     """
-    if start_id is None:
-        inputs = [pad([(*sequence.prompt_ids, *sequence.target_ids[:-1]) for sequence in sequences], 0)]
-        label_BT = pad([(*[IGNORED_LABEL] * (len(s.prompt_ids) - 1), *s.target_ids) for s in sequences], IGNORED_LABEL)
-    else:
-        rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(sequence.prompt_ids for sequence in sequences))}
-        mask_QS = pad([[1] * len(prompt) for prompt in rows], 0).bool()
-        target_BT = pad([(start_id, *sequence.target_ids[:-1]) for sequence in sequences], 0)
-        inputs = [pad(list(rows), 0), mask_QS, target_BT]
-        if len(rows) < len(sequences):
-            inputs.append(torch.tensor([rows[sequence.prompt_ids] for sequence in sequences]))
-        label_BT = pad([sequence.target_ids for sequence in sequences], IGNORED_LABEL)
-    position_N = (
-        (label_BT != IGNORED_LABEL).flatten().nonzero()[:, 0]
-    )  # here, as counting them on a GPU would wait for it
-    # Without blocking, as a copy would otherwise wait until a GPU has done with the micro-batch before.
-    *inputs, label_BT, position_N = (x.to(device, non_blocking=True) for x in (*inputs, label_BT, position_N))
-    return Batch(tuple(inputs), label_BT, position_N)
+    if config.is_encoder_decoder:
+        return collate_encoder_decoder(examples, config.start_id, device)
+    return collate_decoder_only(examples, device)
+
+
+def collate_encoder_decoder(examples: Sequence[TokenizedExample], start_id: int, device: torch.device | str) -> Batch:
+    """A batch in which each distinct prompt is encoded once, however many targets it has.
+
+    The decoder's input is the target shifted right by one, so that each position predicts the next token:
+
+        target ids      8  9  EOS
+        decoder input   s  8  9        (s = start_id)
+        labels          8  9  EOS
+
+    Three examples of the prompts a, b, a give the sources [a, b] and row_B = [0, 1, 0].
+    """
+    prompts = list(dict.fromkeys(example.prompt_ids for example in examples))
+    source_QS = pad(prompts, PADDING_ID)
+    source_mask_QS = pad([[1] * len(prompt) for prompt in prompts], 0).bool()
+    target_BT = pad([(start_id, *example.target_ids[:-1]) for example in examples], PADDING_ID)
+    label_BT = pad([example.target_ids for example in examples], IGNORED_LABEL)
+    position_N = labelled_positions(label_BT)
+
+    row_B = None
+    if len(prompts) < len(examples):
+        row_of_prompt = {prompt: row for row, prompt in enumerate(prompts)}
+        row_B = to_device(torch.tensor([row_of_prompt[example.prompt_ids] for example in examples]), device)
+    inputs = EncoderDecoderInputs(
+        to_device(source_QS, device), to_device(source_mask_QS, device), to_device(target_BT, device), row_B
+    )
+    return Batch(inputs, to_device(label_BT, device), to_device(position_N, device))
+
+
+def collate_decoder_only(examples: Sequence[TokenizedExample], device: torch.device | str) -> Batch:
+    """A batch of prompt and target as one sequence, of which the target alone has labels.
+
+    Each position predicts the next token, and the last token has none to predict:
+
+        prompt ids 4 5 6, target ids 8 9 EOS
+        input     4  5  6  8  9
+        labels    –  –  8  9  EOS      (– = IGNORED_LABEL: len(prompt) − 1 of them)
+    """
+    ids_BT = pad([(*example.prompt_ids, *example.target_ids[:-1]) for example in examples], PADDING_ID)
+    labels = [[IGNORED_LABEL] * (len(example.prompt_ids) - 1) + list(example.target_ids) for example in examples]
+    label_BT = pad(labels, IGNORED_LABEL)
+    position_N = labelled_positions(label_BT)
+    inputs = DecoderOnlyInputs(to_device(ids_BT, device))
+    return Batch(inputs, to_device(label_BT, device), to_device(position_N, device))
+
+
+def labelled_positions(label_BT: Tensor) -> Tensor:
+    """Indices into the flattened (B·T) that have a label. To be called on the CPU: a GPU would wait for the count."""
+    return (label_BT != IGNORED_LABEL).flatten().nonzero()[:, 0]
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy without waiting for what a GPU is still doing with the micro-batch before."""
+    return tensor.to(device, non_blocking=True)
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Rows of different lengths as one (B, longest) tensor of ids."""
+    """Rows of different lengths as one (B, longest) tensor of ids, padded on the right."""
     longest = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.long)
 
 
-def drop_too_long(items: Sequence, max_source: int, max_target: int) -> list:
+# -- which examples ---------------------------------------------------------------------------------------------------
+
+
+def drop_too_long(items: Sequence[Item], max_source: int, max_target: int) -> list[Item]:
     """The examples or pairs of which no sequence is longer than the limits, in tokens. None is ever cut."""
 
-    def fits(sequence: TokenizedExample) -> bool:
-        return len(sequence.prompt_ids) <= max_source and len(sequence.target_ids) <= max_target
+    def fits(example: TokenizedExample) -> bool:
+        return len(example.prompt_ids) <= max_source and len(example.target_ids) <= max_target
 
-    return [item for item in items if all(map(fits, item.sequences))]
+    return [item for item in items if all(fits(example) for example in item.sequences)]
 
 
-def token_counts(items: Sequence) -> tuple[int, int]:
+def token_counts(items: Sequence[TrainingItem]) -> tuple[int, int]:
     """Source and target tokens of all examples or pairs."""
-    sequences = [sequence for item in items for sequence in item.sequences]
-    return sum(len(s.prompt_ids) for s in sequences), sum(len(s.target_ids) for s in sequences)
+    sequences = [example for item in items for example in item.sequences]
+    n_source = sum(len(example.prompt_ids) for example in sequences)
+    n_target = sum(len(example.target_ids) for example in sequences)
+    return n_source, n_target
 
 
-def length_buckets(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Split 0 … n−1 into groups of like size, each of one or more, whose padded total stays within `max_tokens`."""
-    groups: list[list[int]] = []
-    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        if not groups or sizes[groups[-1][0]] * (len(groups[-1]) + 1) > max_tokens:
-            groups.append([])
-        groups[-1].append(index)
-    return groups
+def epoch_steps(n_examples: int, per_step: int, n_steps: int, seed: int) -> Iterator[list[int]]:
+    """The example indices of each optimizer step: epochs in seeded random order, a short step at the end of each.
+
+    With 10 examples, 4 a step, the steps have 4, 4, 2, 4, 4, 2, … examples.
+    """
+    n_given = 0
+    epoch = 0
+    while n_given < n_steps and n_examples:
+        order = Random(f"{seed} {epoch}").sample(range(n_examples), n_examples)
+        for start in range(0, n_examples, per_step):
+            if n_given == n_steps:
+                return
+            yield order[start : start + per_step]
+            n_given += 1
+        epoch += 1
+
+
+# -- micro-batches ----------------------------------------------------------------------------------------------------
+
+
+class PaddedShape(NamedTuple):
+    """What one prompt and its targets occupy when collated: targets of so many tokens, one source of so many tokens."""
+
+    target_length: int
+    source_length: int
+    n_targets: int
 
 
 def micro_batches(
-    items: Sequence[Sequence[TokenizedExample]], max_tokens: int, start_id: int | None, device: torch.device | str
+    config: ModelConfig,
+    items: Sequence[Sequence[TokenizedExample]],
+    max_tokens: int,
+    device: torch.device | str,
 ) -> list[list[int]]:
-    """Split 0 … n−1 into groups within `max_tokens`, and further where that saves more padding than a batch costs.
+    """Split items 0 … n−1 into micro-batches: first within `max_tokens` padded tokens, then so as to pad little.
 
-    Each item is sequences of one prompt, which are kept together.
+    Each item is the sequences of one prompt, which stay together; one that is larger than `max_tokens` gets a
+    micro-batch of its own.
     """
-    batch_cost, groups = CPU_BATCH_COST if torch.device(device).type == "cpu" else GPU_BATCH_COST, []
-    for group in length_buckets([sum(sequence.n_tokens for sequence in item) for item in items], max_tokens):
-        shapes = {i: padded_shape(items[i], start_id) for i in group}
-        order = sorted(group, key=shapes.get, reverse=True)
-        cuts = optimal_micro_batches([shapes[i] for i in order], batch_cost)
-        groups += [order[begin:end] for begin, end in pairwise(cuts)]
-    return groups
+    batch_cost = CPU_BATCH_COST if torch.device(device).type == "cpu" else GPU_BATCH_COST
+    shapes = [padded_shape(config, item) for item in items]
+    sizes = [sum(example.n_tokens for example in item) for item in items]
+
+    batches: list[list[int]] = []
+    for bucket in length_buckets(sizes, max_tokens):
+        # Neighbours in this order have like target lengths, then like source lengths, so cutting it saves padding.
+        order = sorted(bucket, key=lambda i: shapes[i], reverse=True)
+        cuts = optimal_cuts([shapes[i] for i in order], batch_cost)
+        batches += [order[begin:end] for begin, end in pairwise(cuts)]
+    return batches
 
 
-def padded_shape(item: Sequence[TokenizedExample], start_id: int | None) -> tuple[int, int, int]:
-    """The target length, source length and target rows of one prompt's sequences, as `collate` would pad them."""
-    if start_id is None:
-        return max(sequence.n_tokens for sequence in item), 0, len(item)
-    return max(len(sequence.target_ids) for sequence in item), len(item[0].prompt_ids), len(item)
+def length_buckets(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Split 0 … n−1 into buckets of like size, each of one or more, whose padded total stays within `max_tokens`.
 
-
-def optimal_micro_batches(shapes: Sequence[tuple[int, int, int]], batch_cost: int) -> list[int]:
-    """Where to cut a list of (target length, source length, target rows) so that padded tokens and batches cost least.
-
-    The cuts include both ends. Best ways to cut the first 1, 2, … shapes are built on those of fewer (as lines of a
-    paragraph are broken).
+    Sizes [3, 9, 3, 4] with 12 tokens give [[1], [3, 0, 2]]: 9 alone, as two rows of 9 would be 18; then 3 rows of 4.
     """
-    best = [(0, 0)]  # the cost of the first so many, and where the last of their batches begins
+    longest_first = sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True)
+    buckets: list[list[int]] = []
+    for index in longest_first:
+        # A bucket is padded to its first item, which is its longest.
+        if not buckets or sizes[buckets[-1][0]] * (len(buckets[-1]) + 1) > max_tokens:
+            buckets.append([])
+        buckets[-1].append(index)
+    return buckets
+
+
+def padded_shape(config: ModelConfig, item: Sequence[TokenizedExample]) -> PaddedShape:
+    """The shape of one prompt's sequences, as `collate` would pad them."""
+    if config.is_encoder_decoder:  # the prompt is encoded once
+        return PaddedShape(max(len(example.target_ids) for example in item), len(item[0].prompt_ids), len(item))
+    return PaddedShape(max(example.n_tokens for example in item), 0, len(item))  # the prompt is part of each sequence
+
+
+def optimal_cuts(shapes: Sequence[PaddedShape], batch_cost: int) -> list[int]:
+    """Where to cut a list of shapes into micro-batches so that padded tokens plus `batch_cost` a batch are fewest.
+
+    The cuts include both ends. Four targets of 10, 9, 3 and 3 tokens without sources, at a cost of 8 tokens a batch:
+
+        [0, 4]          one batch           4 · 10 + 8                   = 48
+        [0, 2, 4]       two batches         (2 · 10 + 8) + (2 · 3 + 8)   = 42   ← least
+        [0, 1, 2, 4]    three batches       18 + 17 + 14                 = 49
+
+    Dynamic programming, as lines of a paragraph are broken: the best cuts of the first `end` shapes are the best cuts
+    of the first `begin` and one more batch [begin, end), for the best `begin`.
+    """
+    best = [(0, 0)]  # of the first 0, 1, 2, … shapes: the least cost, and where their last batch begins
     for end in range(1, len(shapes) + 1):
-        longest_target = longest_source = n_rows = 0
-        ways = []
-        for begin in reversed(range(end)):
-            target, source, rows = shapes[begin]
-            longest_target, longest_source = max(longest_target, target), max(longest_source, source)
-            n_rows += rows
-            padded = longest_target * n_rows + longest_source * (end - begin)
-            ways.append((best[begin][0] + padded + batch_cost, begin))
-        best.append(min(ways))
+        longest_target = 0
+        longest_source = 0
+        n_targets = 0
+        candidates = []
+        for begin in reversed(range(end)):  # the last batch grows to the left
+            shape = shapes[begin]
+            longest_target = max(longest_target, shape.target_length)
+            longest_source = max(longest_source, shape.source_length)
+            n_targets += shape.n_targets
+            n_sources = end - begin
+            padded_tokens = longest_target * n_targets + longest_source * n_sources
+            candidates.append((best[begin][0] + padded_tokens + batch_cost, begin))
+        best.append(min(candidates))
+
+    # Walk back from the end: 4, where its last batch begins (2), where the last batch of the first 2 begins (0).
     cuts = [len(shapes)]
     while cuts[-1]:
         cuts.append(best[cuts[-1]][1])
     return cuts[::-1]
-
-
-def epoch_steps(n_examples: int, per_step: int, n_steps: int, seed: int) -> Iterator[list[int]]:
-    """The example numbers of each step: epochs in seeded random order, a short step at the end of each."""
-    done, epoch = 0, 0
-    while done < n_steps and n_examples:
-        order = Random(f"{seed} {epoch}").sample(range(n_examples), n_examples)
-        for start in range(0, n_examples, per_step):
-            if done == n_steps:
-                return
-            yield order[start : start + per_step]
-            done += 1
-        epoch += 1

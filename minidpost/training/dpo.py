@@ -1,36 +1,55 @@
-"""Direct preference optimization from a frozen copy of the starting weights (Rafailov et al. 2023; paper, equation 5).
+"""Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290; paper, equations 4 and 5).
 
-The encoder reads the question and the decoder the rationale alone: feeding the prompt to the decoder makes an
-encoder-decoder diverge. A step encodes each question once and scores each completion once, in however many of its pairs
-they are. The reference's log-probabilities are computed once, before the first step, by the very model that is about to
-be trained, so no second model is held; a file may keep them for other trainings from the same weights on the same
-pairs. There is no dropout, here or there.
+The model is trained to prefer the chosen completion of a question over the rejected one. Its reward for a completion is
+implicit, r(y) = β (log π_θ(y|x) − log π_ref(y|x)): how much likelier the completion has become than it was under the
+reference, the model as it was before the first step. The loss of a pair is −log σ(r(y_w) − r(y_l)).
+
+Three choices, none of which changes the equation.
+
+- No second model is held. π_ref never changes, so its log-probabilities are computed once, before the first step, by
+  the very model that is about to be trained (`reference_log_probabilities`), and handed to `train_dpo`.
+- The encoder reads the question and the decoder the rationale alone: feeding the question to the decoder too makes an
+  encoder-decoder diverge.
+- A step encodes each question once and scores each completion once, in however many of its pairs they are.
+
+There is no dropout, neither in the reference nor in training: it would make log π_θ − log π_ref noise at the start.
 """
 
+import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from minidpost.precision import autocast
-from minidpost.storage import read_json, write_json
+from minidpost.precision import at_least_fp32, autocast
 from minidpost.training.batching import TokenizedExample, collate, epoch_steps, micro_batches
-from minidpost.training.losses import dpo_loss, log_probabilities
-from minidpost.training.optim import Schedule, StepLog, adamw, apply_step, derived_seed, enable_activation_checkpointing
-from minidpost.training.state import Checkpoint, fingerprint, weights_fingerprint
+from minidpost.training.losses import TrainableModel, dpo_loss, log_probabilities
+from minidpost.training.optim import (
+    Schedule,
+    StepLog,
+    adamw,
+    apply_step,
+    derived_seed,
+    enable_activation_checkpointing,
+    tokens_per_second,
+)
+from minidpost.training.state import TrainingState
 
-BIGGER = 4  # times the tokens of a micro-batch that is trained on: the reference's on a GPU
+# Without gradients no activations are stored, so a GPU has room for larger batches when it computes the reference.
+GPU_REFERENCE_BATCH_FACTOR = 4
 
 
 @dataclass(frozen=True)
 class DPOSettings:
-    """Optimizer steps, pairs a step, β, and how memory is saved: padded tokens a micro-batch (which changes results by
-    rounding), activations computed twice."""
+    """The hyperparameters of DPO, and two ways to save memory.
+
+    `micro_batch_tokens` bounds the padded tokens of a micro-batch; it changes results by rounding.
+    `activation_checkpointing` computes activations twice instead of keeping them.
+    """
 
     steps: int
     pairs_per_step: int
@@ -43,146 +62,175 @@ class DPOSettings:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A preferred and a dispreferred completion of one prompt."""
+    """A chosen (y_w) and a rejected (y_l) completion of one prompt x: an element of equation 4's data set."""
 
     chosen: TokenizedExample
     rejected: TokenizedExample
 
     @property
     def n_tokens(self) -> int:
+        """The tokens of both sequences, the prompt counted twice."""
         return self.chosen.n_tokens + self.rejected.n_tokens
 
     @property
     def sequences(self) -> tuple[TokenizedExample, TokenizedExample]:
+        """Both, in the order of the columns of every (…, 2) tensor in this file."""
         return (self.chosen, self.rejected)
 
 
 def train_dpo(
-    model: nn.Module,
+    model: TrainableModel,
     pairs: Sequence[PreferencePair],
+    reference_P2: Tensor,
     settings: DPOSettings,
-    log_path: Path | None = None,
+    *,
+    log_path: str | Path | None = None,
     stage: str = "dpo",
-    checkpoint: Checkpoint | None = None,
-    reference_path: Path | None = None,
+    state: TrainingState | None = None,
 ) -> None:
-    """Train `model` in place, against itself as it is now. Each step's loss is the mean over the pairs of the step.
+    """Train `model` in place, in eval mode.
 
-    The log has loss, lr, grad_norm, tokens_per_second, the mean log-probabilities of chosen and rejected completions
-    (nats), the mean margin, and the share of pairs whose margin is positive. With a checkpoint, the training begins
-    where an earlier one of the same stage, settings and pairs was stopped. The file at `reference_path` keeps what the
-    reference gives, for other trainings from the same weights on the same pairs.
+    `reference_P2` is what `reference_log_probabilities` gave for these pairs and the model as it was before the first
+    step: log π_ref in nats, (P, 2), columns chosen and rejected, on the CPU. ValueError where its shape is another.
+
+    The order of the pairs is seeded by (seed, stage). The log at `log_path` has for each optimizer step the means over
+    its pairs of loss (equation 5), chosen_logp and rejected_logp (log π_θ of the completions, nats), margin
+    (r(y_w) − r(y_l)) and accuracy (the fraction of pairs whose margin is positive), then lr, grad_norm (before
+    clipping), n_tokens and tokens_per_second. With a `state`, the training goes on where an earlier one of the same
+    stage, settings, pairs and reference was stopped. UserError where the state's file is broken.
     """
-    device = next(model.parameters()).device
+    if reference_P2.shape != (len(pairs), 2):
+        raise ValueError(f"{len(pairs)} pairs, but reference log-probabilities of shape {tuple(reference_P2.shape)}")
+    order_seed = derived_seed(settings.seed, stage, "order")
+    steps = epoch_steps(len(pairs), settings.pairs_per_step, settings.steps, order_seed)
+
+    # Weights and AdamW's moments are those of a training that was stopped, if there was one.
     optimizer = adamw(model, settings.schedule)
-    model.eval()
+    state = state or TrainingState()
+    state.restore(model, optimizer, stage, settings, pairs, tensor_sha256(reference_P2))
+
+    model.eval()  # no dropout
     if settings.activation_checkpointing:
         enable_activation_checkpointing(model)
-    checkpoint = checkpoint or Checkpoint()
-    first = checkpoint.restore(model, optimizer, stage, settings, pairs)
-    if not first:  # later the model is no longer the reference
-        reference_P2 = kept_reference(model, pairs, settings.micro_batch_tokens, stage, reference_path)
-        checkpoint.kept["reference_P2"] = reference_P2
-    reference_P2 = checkpoint.kept["reference_P2"]
-    seed = derived_seed(settings.seed, stage, "order")
-    order = epoch_steps(len(pairs), settings.pairs_per_step, settings.steps, seed)
-    progress = tqdm(total=settings.steps, initial=first, desc=stage, unit="step")
-    with StepLog(log_path, checkpoint.log) as log, progress, checkpoint.stops_between_steps():
-        for step, numbers in islice(enumerate(order), first, None):
+    progress = tqdm(total=settings.steps, initial=state.next_step, desc=stage, unit="step")
+    with StepLog(log_path, state.log) as log, progress, state.stops_between_steps():
+        for step, pair_indices in enumerate(steps):
+            if step < state.next_step:
+                continue  # done before the training was stopped
             started = time.perf_counter()
-            totals = torch.zeros(5, device=device)
-            for group in groups_of_questions(model, pairs, numbers, settings.micro_batch_tokens):
-                policy_B2 = pair_log_probabilities(model, [pairs[number] for number in group])
-                reference_B2 = reference_P2[group].to(device, non_blocking=True)
-                loss_B, margin_B = dpo_loss(*policy_B2.unbind(1), *reference_B2.unbind(1), settings.beta)
-                (loss_B.sum() / len(numbers)).backward()
-                totals += measures(loss_B, margin_B, policy_B2) / len(numbers)
-            update = apply_step(model, optimizer, settings.schedule, step, settings.steps)
-            n_tokens = sum(pairs[number].n_tokens for number in numbers)
-            names = ("loss", "chosen_logp", "rejected_logp", "margin", "accuracy")
-            values = dict(zip(names, totals.tolist(), strict=True))
-            speed = n_tokens / (time.perf_counter() - started)
-            log.write(step=step, **values, **update, n_tokens=n_tokens, tokens_per_second=speed)
-            progress.set_postfix(loss=f"{values['loss']:.3f}", prefers=f"{values['accuracy']:.0%}", refresh=False)
+            batch = [pairs[i] for i in pair_indices]
+            metrics = dpo_gradients(
+                model,
+                batch,
+                reference_P2[pair_indices],
+                beta=settings.beta,
+                micro_batch_tokens=settings.micro_batch_tokens,
+            )
+            update = apply_step(model, optimizer, settings.schedule, step=step, n_steps=settings.steps)
+
+            # Only now are the metrics read, as reading them makes the CPU wait for the GPU.
+            means = {name: value.item() for name, value in metrics.items()}
+            n_tokens = sum(pair.n_tokens for pair in batch)
+            speed = tokens_per_second(n_tokens, started)
+            log.write(step=step, **means, **update, n_tokens=n_tokens, tokens_per_second=speed)
+            progress.set_postfix(loss=f"{means['loss']:.3f}", accuracy=f"{means['accuracy']:.0%}", refresh=False)
             progress.update()
-            checkpoint.after(step, model, optimizer, log_path)
+            state.after_step(step, model, optimizer, log_path)
 
 
-def groups_of_questions(
-    model: nn.Module, pairs: Sequence[PreferencePair], numbers: Sequence[int], max_tokens: int
-) -> Iterator[list[int]]:
-    """Split pair numbers into those of each micro-batch, in which all pairs of a question are."""
-    questions: dict[tuple[int, ...], list[int]] = {}
-    for number in numbers:
-        questions.setdefault(pairs[number].chosen.prompt_ids, []).append(number)
-    members = list(questions.values())
-    items = [distinct_sequences([pairs[number] for number in question]) for question in members]
+def dpo_gradients(
+    model: TrainableModel,
+    batch: Sequence[PreferencePair],
+    reference_P2: Tensor,
+    *,
+    beta: float,
+    micro_batch_tokens: int,
+) -> dict[str, Tensor]:
+    """Forward and backward pass of one optimizer step, whose pairs are `batch` and whose log π_ref is `reference_P2`.
+
+    Adds to each parameter's `.grad` the gradient of equation 5's mean over the batch; returns the batch's means of
+    loss, chosen_logp, rejected_logp, margin and accuracy (scalars without gradient, on the model's device).
+    """
     device = next(model.parameters()).device
-    for group in micro_batches(items, max_tokens, model.config.start_id, device):
-        yield [number for i in group for number in members[i]]
+    names = ("loss", "chosen_logp", "rejected_logp", "margin", "accuracy")
+    metrics = {name: torch.zeros((), device=device) for name in names}
 
+    # Gradient accumulation: every part is divided by the pairs of the whole step, so that the parts add up to its mean.
+    for indices in pair_micro_batches(model, batch, micro_batch_tokens):
+        policy_B2 = pair_log_probabilities(model, [batch[i] for i in indices])  # log π_θ, with gradient
+        reference_B2 = reference_P2[indices].to(device, non_blocking=True)  # log π_ref, constants
+        loss_B, margin_B = dpo_loss(policy_B2, reference_B2, beta)  # equation 5
+        (loss_B.sum() / len(batch)).backward()
 
-def distinct_sequences(pairs: Sequence[PreferencePair]) -> list[TokenizedExample]:
-    """The completions of some pairs, each once."""
-    return list(dict.fromkeys(sequence for pair in pairs for sequence in pair.sequences))
-
-
-def pair_log_probabilities(model: nn.Module, pairs: Sequence[PreferencePair]) -> Tensor:
-    """log π of (chosen, rejected), (B, 2), in one forward pass over all distinct completions."""
-    device, sequences = next(model.parameters()).device, distinct_sequences(pairs)
-    batch = collate(sequences, model.config.start_id, device)
-    with autocast(device):
-        log_probability_B = log_probabilities(model, batch).sum(-1)
-    place = {sequence: i for i, sequence in enumerate(sequences)}
-    place_B2 = torch.tensor([[place[sequence] for sequence in pair.sequences] for pair in pairs])
-    return log_probability_B[place_B2.to(device, non_blocking=True)]
-
-
-def kept_reference(
-    model: nn.Module, pairs: Sequence[PreferencePair], max_tokens: int, stage: str, path: Path | None
-) -> Tensor:
-    """`reference_log_probabilities`, from the file at `path` if it is whole and of these weights and pairs."""
-    if path is None:
-        return reference_log_probabilities(model, pairs, max_tokens, stage)
-    key = fingerprint(weights_fingerprint(model), max_tokens, pairs)
-    rows = _read_reference(path, key)
-    if rows is None:
-        rows = reference_log_probabilities(model, pairs, max_tokens, stage).tolist()
-        write_json(path, {"key": key, "checksum": fingerprint(rows), "log_probabilities": rows})
-    return torch.tensor(rows, dtype=_at_least_fp32(model)).view(-1, 2)
-
-
-def _read_reference(path: Path, key: str) -> list | None:
-    """A pair of numbers for each pair, or None where the file is not there, is broken or is of something else."""
-    try:
-        content = read_json(path)
-        rows = content["log_probabilities"]
-        return rows if (content["key"], content["checksum"]) == (key, fingerprint(rows)) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        chosen_B, rejected_B = policy_B2.detach().unbind(1)
+        is_preferred_B = (margin_B > 0).to(chosen_B.dtype)
+        for name, value_B in zip(names, (loss_B, chosen_B, rejected_B, margin_B, is_preferred_B), strict=True):
+            metrics[name] += value_B.detach().sum() / len(batch)
+    return metrics
 
 
 @torch.no_grad()
 def reference_log_probabilities(
-    model: nn.Module, pairs: Sequence[PreferencePair], max_tokens: int, stage: str
+    model: TrainableModel, pairs: Sequence[PreferencePair], *, micro_batch_tokens: int, stage: str = "dpo"
 ) -> Tensor:
-    """log π_ref of every pair's (chosen, rejected), (P, 2), on the CPU."""
-    reference_P2 = torch.empty(len(pairs), 2, dtype=_at_least_fp32(model))
-    if next(model.parameters()).device.type != "cpu":  # where nothing is kept for gradients there is room for more
-        max_tokens *= BIGGER
-    groups = list(groups_of_questions(model, pairs, range(len(pairs)), max_tokens))
-    for group in tqdm(groups, desc=f"{stage} reference", unit="batch", leave=False):
-        reference_P2[group] = pair_log_probabilities(model, [pairs[number] for number in group]).cpu()
+    """log π_ref of every pair's completions in nats, (P, 2), columns chosen and rejected, on the CPU.
+
+    `model` is the policy before its first step; it is put into eval mode. `stage` is for the progress bar alone.
+    """
+    model.eval()  # no dropout
+    weight = next(model.parameters())
+    max_tokens = micro_batch_tokens
+    if weight.device.type != "cpu":
+        max_tokens *= GPU_REFERENCE_BATCH_FACTOR
+
+    reference_P2 = torch.empty(len(pairs), 2, dtype=at_least_fp32(weight.dtype))
+    batches = pair_micro_batches(model, pairs, max_tokens)
+    for indices in tqdm(batches, desc=f"{stage} reference", unit="batch", leave=False):
+        reference_P2[indices] = pair_log_probabilities(model, [pairs[i] for i in indices]).cpu()
     return reference_P2
 
 
-def _at_least_fp32(model: nn.Module) -> torch.dtype:
-    """The precision of log-probabilities."""
-    return torch.promote_types(next(model.parameters()).dtype, torch.float32)
+def pair_log_probabilities(model: TrainableModel, pairs: Sequence[PreferencePair]) -> Tensor:
+    """log π(y|x) of the completions of each pair in nats, (B, 2), columns chosen and rejected.
+
+    One forward pass scores every distinct completion once. Pairs a ≻ b and a ≻ c have three:
+
+        completions         a     b     c
+        log π             [-5,   -9,   -7]
+        index_B2          [[0, 1], [0, 2]]         a and b, a and c
+        result            [[-5, -9], [-5, -7]]
+    """
+    device = next(model.parameters()).device
+    completions = distinct_completions(pairs)
+    with autocast(device):
+        log_probability_C = log_probabilities(model, collate(model.config, completions, device)).sum(-1)
+
+    index_of = {completion: index for index, completion in enumerate(completions)}
+    index_B2 = torch.tensor([[index_of[pair.chosen], index_of[pair.rejected]] for pair in pairs])
+    return log_probability_C[index_B2.to(device, non_blocking=True)]
 
 
-def measures(loss_B: Tensor, margin_B: Tensor, policy_B2: Tensor) -> Tensor:
-    """Sums over the pairs: loss, chosen and rejected log-probability, margin, pairs preferred rightly."""
-    chosen_B, rejected_B = policy_B2.detach().unbind(1)
-    columns = (loss_B.detach(), chosen_B, rejected_B, margin_B.detach(), (margin_B > 0).to(chosen_B.dtype))
-    return torch.stack([column.sum() for column in columns])
+def pair_micro_batches(model: TrainableModel, pairs: Sequence[PreferencePair], max_tokens: int) -> list[list[int]]:
+    """Split pairs 0 … n−1 into micro-batches, in each of which all pairs of a question are together.
+
+    Pairs of the questions x, y, x, z may give [[0, 2], [1, 3]]: x has a micro-batch of its own, y and z share one.
+    """
+    pairs_of_question: dict[tuple[int, ...], list[int]] = {}
+    for index, pair in enumerate(pairs):
+        pairs_of_question.setdefault(pair.chosen.prompt_ids, []).append(index)
+
+    questions = list(pairs_of_question.values())
+    items = [distinct_completions([pairs[i] for i in indices]) for indices in questions]
+    device = next(model.parameters()).device
+    batches = micro_batches(model.config, items, max_tokens, device)
+    return [[index for question in batch for index in questions[question]] for batch in batches]
+
+
+def distinct_completions(pairs: Sequence[PreferencePair]) -> list[TokenizedExample]:
+    """The completions of some pairs (with their prompts), each once, in order of appearance."""
+    return list(dict.fromkeys(completion for pair in pairs for completion in pair.sequences))
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """A hash of a tensor's values, bit for bit."""
+    return hashlib.sha256(tensor.detach().cpu().numpy().tobytes()).hexdigest()

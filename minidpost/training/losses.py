@@ -1,58 +1,80 @@
-"""Token log-probabilities and the two losses (paper, equations 2 and 5).
+"""Token log-probabilities and the two losses: supervised fine-tuning (paper, equation 2) and DPO (equation 5).
 
-The logits of a whole batch never exist: with Llama-3's 128,256 pieces they would outweigh the model. The output matrix
-is applied to a bounded number of positions at a time, only where there is a token to predict, and once more in the
-backward pass.
+The logits of a whole batch never exist: with Llama-3's vocabulary of 128,256 tokens they would outweigh the model. The
+output matrix is applied to a bounded number of positions at a time, only where there is a token to predict, and once
+more in the backward pass.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from minidpost.models.llama import Llama
+from minidpost.models.t5 import T5
+from minidpost.precision import at_least_fp32
 from minidpost.training.batching import Batch
 
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in fp32
 
+# What can be trained. Both have `hidden(*inputs)`, which gives the final hidden states (B, T, D), `logits(hidden)`,
+# which applies the output matrix, a `config`, and the `stacks` of layers that source and target tokens pass through.
+TrainableModel = T5 | Llama
+
 
 def token_log_probabilities(logits_NV: Tensor, label_N: Tensor) -> Tensor:
     """log f(y_t | x, y_<t) of each label in nats, (N,), computed in at least fp32."""
-    return -F.cross_entropy(logits_NV.float() if logits_NV.itemsize < 4 else logits_NV, label_N, reduction="none")
+    return -F.cross_entropy(logits_NV.to(at_least_fp32(logits_NV.dtype)), label_N, reduction="none")
 
 
-def log_probabilities(model: nn.Module, batch: Batch, logits_at_once: int = LOGITS_AT_ONCE) -> Tensor:
-    """log f(y_t | x, y_<t) of every label of a batch in nats, (B, T), 0 where there is none."""
+def log_probabilities(model: TrainableModel, batch: Batch, logits_at_once: int = LOGITS_AT_ONCE) -> Tensor:
+    """log f(y_t | x, y_<t) of every label of a batch in nats, (B, T), 0 where there is no label.
 
-    def of_positions(hidden_ND: Tensor, label_N: Tensor) -> Tensor:
-        return token_log_probabilities(model.logits(hidden_ND), label_N)
+    At most `logits_at_once` logits exist at a time. But for that, the definition is
 
+        log_BTV = model(*batch.inputs).log_softmax(-1)
+        has_label_BT = batch.label_BT != IGNORED_LABEL
+        label_BT1 = batch.label_BT.clamp(min=0)[..., None]
+        result_BT = log_BTV.gather(-1, label_BT1)[..., 0]
+        return result_BT * has_label_BT
+    """
+    # Only the N positions that have a label go through the output matrix, not the padding, and not Llama's prompts.
     hidden_ND = model.hidden(*batch.inputs).flatten(0, 1)[batch.position_N]
     label_N = batch.label_BT.flatten()[batch.position_N]
-    at_once = max(1, logits_at_once // model.config.vocab_size)
-    if len(label_N) <= at_once:
-        result_N = of_positions(hidden_ND, label_N)
+
+    positions_at_once = max(1, logits_at_once // model.config.vocab_size)
+    if len(label_N) <= positions_at_once:
+        result_N = _of_positions(model, hidden_ND, label_N)
     else:
-        chunks = zip(hidden_ND.split(at_once), label_N.split(at_once), strict=True)
-        result_N = torch.cat([checkpoint(of_positions, *chunk, use_reentrant=False) for chunk in chunks])
+        # Each chunk's logits are freed once its log-probabilities are known; the backward pass computes them again.
+        chunks = zip(hidden_ND.split(positions_at_once), label_N.split(positions_at_once), strict=True)
+        result_N = torch.cat([checkpoint(_of_positions, model, *chunk, use_reentrant=False) for chunk in chunks])
+
+    # Back to where the labels stand: positions [0, 1, 4] of a (2, 3) batch give [[r0, r1, 0], [0, r2, 0]].
     result = result_N.new_zeros(batch.label_BT.numel()).index_copy(0, batch.position_N, result_N)
     return result.view(batch.label_BT.shape)
 
 
-def sft_loss(log_probability_BT: Tensor, n_tokens: int) -> Tensor:
-    """Equation 2, −Σ_t log f(y_t | x, y_<t), divided by `n_tokens`: the target tokens of the whole optimizer step.
+def _of_positions(model: TrainableModel, hidden_ND: Tensor, label_N: Tensor) -> Tensor:
+    """The log-probability of the label at each of N positions, (N,)."""
+    return token_log_probabilities(model.logits(hidden_ND), label_N)
 
-    The micro-batches of a step add up to its mean loss a token, however they were cut.
+
+def sft_loss(log_probability_BT: Tensor, n_tokens: int) -> Tensor:
+    """Equation 2's −Σ_t log f(y_t | x, y_<t), divided by `n_tokens`: the target tokens of the whole optimizer step.
+
+    Summed over the micro-batches of a step, it is the step's mean loss in nats a token, however the step was cut.
     """
     return -log_probability_BT.sum() / n_tokens
 
 
-def dpo_loss(
-    chosen_B: Tensor, rejected_B: Tensor, reference_chosen_B: Tensor, reference_rejected_B: Tensor, beta: float
-) -> tuple[Tensor, Tensor]:
-    """Equation 5, −log σ(r(y_w) − r(y_l)) with r(y) = β (log π(y|x) − log π_ref(y|x)), a pair each.
+def dpo_loss(policy_B2: Tensor, reference_B2: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Equation 5, −log σ(r(y_w) − r(y_l)) with the reward r(y) = β (log π_θ(y|x) − log π_ref(y|x)), for each pair.
 
-    Arguments are log-probabilities of whole completions in nats, (B,). Returns (loss_B, margin_B), the margin being
-    r(y_w) − r(y_l); before the first step margins are 0 and losses ln 2.
+    `policy_B2` and `reference_B2` are log-probabilities of whole completions in nats: column 0 of the chosen ones
+    (y_w), column 1 of the rejected ones (y_l). Returns (loss_B, margin_B), the margin being r(y_w) − r(y_l): how much
+    more the reward is for the chosen completion. Before the first update all margins are 0 and all losses ln 2.
     """
-    margin_B = beta * ((chosen_B - reference_chosen_B) - (rejected_B - reference_rejected_B))
+    log_ratio_chosen_B, log_ratio_rejected_B = (policy_B2 - reference_B2).unbind(1)  # log π_θ/π_ref: rewards over β
+    margin_B = beta * (log_ratio_chosen_B - log_ratio_rejected_B)
     return -F.logsigmoid(margin_B), margin_B

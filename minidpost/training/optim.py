@@ -1,25 +1,29 @@
-"""What the two training loops share: AdamW, schedule, a step's random seed, precision and memory, the log of steps."""
+"""What the two training loops share: AdamW and its schedule, seeds, activation checkpointing, the log of steps."""
 
 import hashlib
 import json
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from minidpost.training.losses import TrainableModel
+
 
 @dataclass(frozen=True)
 class Schedule:
-    """The optimizer's settings: linear warm-up over a share of the steps, then a cosine down to a share of the peak."""
+    """The optimizer's hyperparameters: linear warm-up over a fraction of the steps, then a cosine down to a floor."""
 
-    learning_rate: float
-    warmup: float = 0.1
-    floor: float = 0.1
+    learning_rate: float  # at its peak
+    warmup: float = 0.1  # fraction of the steps
+    floor: float = 0.1  # fraction of the peak
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
 
@@ -27,22 +31,30 @@ class Schedule:
         """The learning rate of step 0 … n_steps − 1."""
         n_warmup = math.ceil(self.warmup * n_steps)
         if step < n_warmup:
-            return self.learning_rate * (step + 1) / n_warmup
+            return self.learning_rate * (step + 1) / n_warmup  # the first step is not wasted on a rate of 0
         progress = (step - n_warmup) / max(1, n_steps - n_warmup)
-        return self.learning_rate * (self.floor + (1 - self.floor) * (1 + math.cos(math.pi * progress)) / 2)
+        cosine = (1 + math.cos(math.pi * progress)) / 2  # from 1 down to 0
+        return self.learning_rate * (self.floor + (1 - self.floor) * cosine)
 
 
 def adamw(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
-    """AdamW over all parameters; the norms' weights (one dimension) do not decay."""
+    """AdamW over all parameters; vectors (the norms' weights, biases) do not decay."""
+    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+    vectors = [weight for weight in model.parameters() if weight.dim() == 1]
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": schedule.weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": schedule.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=schedule.learning_rate, fused=True)
 
 
-def apply_step(model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, step: int, n_steps: int) -> dict:
-    """Clip, update, clear; returns the learning rate and the gradient norm before clipping, for the log."""
+def apply_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, *, step: int, n_steps: int
+) -> dict[str, float]:
+    """Clip the gradients, update the weights, clear the gradients.
+
+    Returns the learning rate and the gradient norm before clipping, for the log.
+    """
     learning_rate = schedule.at(step, n_steps)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -58,23 +70,32 @@ def derived_seed(*names: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def enable_activation_checkpointing(model: nn.Module) -> None:
-    """From now on keep only each layer's input for the backward pass and compute the rest again."""
-    for stack in dict.fromkeys(model.stacks):
-        for layer in stack.layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+def enable_activation_checkpointing(model: TrainableModel) -> None:
+    """From now on keep only each layer's input for the backward pass, and compute the rest again."""
+    layers = dict.fromkeys(layer for stack in model.stacks for layer in stack.layers)  # once, if both stacks are one
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def tokens_per_second(n_tokens: int, started: float) -> float:
+    """The speed since `started`, a value of `time.perf_counter`; finite even if the clock has not moved."""
+    return n_tokens / max(time.perf_counter() - started, 1e-9)
 
 
 class StepLog:
-    """One JSON object a step, flushed as it is written; `earlier` is the log of the steps done before."""
+    """The metrics of a training: one JSON object a step, flushed as it is written. Without a path nothing is written.
 
-    def __init__(self, path: str | Path | None, earlier: str = ""):
+    `earlier` is the log of the steps that were done before the training was stopped.
+    """
+
+    def __init__(self, path: str | Path | None, earlier: str = "") -> None:
         self.stream = open(path, "w", encoding="utf-8") if path else None
         if self.stream:
             self.stream.write(earlier)
             self.stream.flush()
 
     def write(self, **values: float) -> None:
+        """Append one step."""
         if self.stream:
             self.stream.write(json.dumps({name: rounded(value) for name, value in values.items()}) + "\n")
             self.stream.flush()
@@ -92,7 +113,7 @@ def rounded(value: float) -> float:
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-def read_log(path: str | Path) -> Iterator[dict]:
+def read_log(path: str | Path) -> Iterator[dict[str, Any]]:
     """The steps of a log, in order."""
     with open(path, encoding="utf-8") as stream:
         yield from map(json.loads, stream)

@@ -1,26 +1,42 @@
-"""Supervised fine-tuning on rationales (paper, equation 2): the warm-up, and the end of every iteration."""
+"""Supervised fine-tuning on rationales (paper, equation 2): the warm-up, and the end of every iteration.
+
+Departure. Equation 2 is an expectation over examples of −Σ_t log f(y_t | x, y_<t), the sum over a rationale's tokens.
+Ours is the mean over all target tokens of the optimizer step: the same sum, divided by the step's number of tokens
+instead of its number of examples. So the size of a gradient does not depend on how long the rationales are, which
+clipping its norm takes for granted; and it is what transformers' models return as their loss.
+"""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 from tqdm import tqdm
 
 from minidpost.precision import autocast
 from minidpost.training.batching import TokenizedExample, collate, epoch_steps, micro_batches
-from minidpost.training.losses import log_probabilities, sft_loss
-from minidpost.training.optim import Schedule, StepLog, adamw, apply_step, derived_seed, enable_activation_checkpointing
-from minidpost.training.state import Checkpoint
+from minidpost.training.losses import TrainableModel, log_probabilities, sft_loss
+from minidpost.training.optim import (
+    Schedule,
+    StepLog,
+    adamw,
+    apply_step,
+    derived_seed,
+    enable_activation_checkpointing,
+    tokens_per_second,
+)
+from minidpost.training.state import TrainingState
 
 
 @dataclass(frozen=True)
 class SFTSettings:
-    """Epochs over the data, examples an optimizer step, and how memory is saved: padded tokens a micro-batch at most
-    (which changes results by rounding and by which units dropout hits), activations computed twice."""
+    """The hyperparameters of SFT, and two ways to save memory.
+
+    `micro_batch_tokens` bounds the padded tokens of a micro-batch; it changes results by rounding, and by which units
+    dropout hits. `activation_checkpointing` computes activations twice instead of keeping them.
+    """
 
     epochs: int
     examples_per_step: int
@@ -31,49 +47,76 @@ class SFTSettings:
 
 
 def train_sft(
-    model: nn.Module,
-    sequences: Sequence[TokenizedExample],
+    model: TrainableModel,
+    examples: Sequence[TokenizedExample],
     settings: SFTSettings,
-    log_path: Path | None = None,
+    *,
+    log_path: str | Path | None = None,
     stage: str = "sft",
-    checkpoint: Checkpoint | None = None,
+    state: TrainingState | None = None,
 ) -> None:
-    """Fine-tune `model` in place. Each step's loss is the mean over all target tokens of the step, in nats a token.
+    """Fine-tune `model` in place; it is in eval mode afterwards.
 
-    Dropout is on, and seeded by (seed, stage, step). The log has loss, lr, grad_norm and tokens_per_second a step. With
-    a checkpoint, the training begins where an earlier one of the same stage, settings and data was stopped.
+    Dropout is on. The order of the examples and dropout are seeded by (seed, stage, step). The log at `log_path` has,
+    for each optimizer step, loss (nats a target token), lr, grad_norm (before clipping), n_tokens and
+    tokens_per_second (source and target). With a `state`, the training goes on where an earlier one of the same stage,
+    settings and examples was stopped. UserError where the state's file is broken.
     """
-    device, start_id = next(model.parameters()).device, model.config.start_id
-    n_steps = settings.epochs * -(-len(sequences) // settings.examples_per_step)
+    # A plan of all optimizer steps; the last step of an epoch may be a short one.
+    steps_per_epoch = -(-len(examples) // settings.examples_per_step)
+    n_steps = settings.epochs * steps_per_epoch
+    order_seed = derived_seed(settings.seed, stage, "order")
+    steps = epoch_steps(len(examples), settings.examples_per_step, n_steps, order_seed)
+
+    # Weights and AdamW's moments are those of a training that was stopped, if there was one.
     optimizer = adamw(model, settings.schedule)
-    order = epoch_steps(
-        len(sequences), settings.examples_per_step, n_steps, derived_seed(settings.seed, stage, "order")
-    )
-    checkpoint = checkpoint or Checkpoint()
-    first = checkpoint.restore(model, optimizer, stage, settings, sequences)
-    model.train()
+    state = state or TrainingState()
+    state.restore(model, optimizer, stage, settings, examples)
+
+    model.train()  # dropout on
     if settings.activation_checkpointing:
         enable_activation_checkpointing(model)
-    progress = tqdm(total=n_steps, initial=first, desc=stage, unit="step")
-    with StepLog(log_path, checkpoint.log) as log, progress, checkpoint.stops_between_steps():
-        for step, numbers in islice(enumerate(order), first, None):
+    progress = tqdm(total=n_steps, initial=state.next_step, desc=stage, unit="step")
+    with StepLog(log_path, state.log) as log, progress, state.stops_between_steps():
+        for step, example_indices in enumerate(steps):
+            if step < state.next_step:
+                continue  # done before the training was stopped
             started = time.perf_counter()
+            batch = [examples[i] for i in example_indices]
+
+            # Every step has random numbers of its own, so that it is the same one after a restart.
             torch.manual_seed(derived_seed(settings.seed, stage, step))
-            batch = [sequences[number] for number in numbers]
-            n_targets = sum(len(sequence.target_ids) for sequence in batch)
-            loss = torch.zeros((), device=device)
-            for group in micro_batches([[s] for s in batch], settings.micro_batch_tokens, start_id, device):
-                micro = collate([batch[i] for i in group], start_id, device)
-                with autocast(device):
-                    log_probability_BT = log_probabilities(model, micro)
-                micro_loss = sft_loss(log_probability_BT, n_targets)
-                micro_loss.backward()
-                loss += micro_loss.detach()
-            update = apply_step(model, optimizer, settings.schedule, step, n_steps)
-            n_tokens = sum(sequence.n_tokens for sequence in batch)
-            speed = n_tokens / (time.perf_counter() - started)
+            loss = sft_gradients(model, batch, settings.micro_batch_tokens)
+            update = apply_step(model, optimizer, settings.schedule, step=step, n_steps=n_steps)
+
+            # Only now is the loss read, as reading it makes the CPU wait for the GPU.
+            n_tokens = sum(example.n_tokens for example in batch)
+            speed = tokens_per_second(n_tokens, started)
             log.write(step=step, loss=loss.item(), **update, n_tokens=n_tokens, tokens_per_second=speed)
             progress.set_postfix(loss=f"{loss.item():.3f}", tok_s=f"{speed:.0f}", refresh=False)
             progress.update()
-            checkpoint.after(step, model, optimizer, log_path)
+            state.after_step(step, model, optimizer, log_path)
     model.eval()
+
+
+def sft_gradients(model: TrainableModel, batch: Sequence[TokenizedExample], micro_batch_tokens: int) -> Tensor:
+    """Forward and backward pass of one optimizer step, whose examples are `batch`.
+
+    Adds to each parameter's `.grad` the gradient of the mean loss over all target tokens of the batch; returns that
+    loss (nats a token, without gradient, on the model's device).
+    """
+    device = next(model.parameters()).device
+    n_target_tokens = sum(len(example.target_ids) for example in batch)
+    loss = torch.zeros((), device=device)
+
+    # Gradient accumulation. Each micro-batch's loss is divided by the target tokens of the whole step, not by its own
+    # (dividing by its own would give the tokens of small micro-batches more weight), so that the parts add up to
+    # the mean and the gradients to its gradient.
+    for indices in micro_batches(model.config, [[example] for example in batch], micro_batch_tokens, device):
+        micro_batch = collate(model.config, [batch[i] for i in indices], device)
+        with autocast(device):
+            log_probability_BT = log_probabilities(model, micro_batch)
+        micro_loss = sft_loss(log_probability_BT, n_target_tokens)  # equation 2
+        micro_loss.backward()
+        loss += micro_loss.detach()
+    return loss

@@ -1,9 +1,8 @@
-"""What a stage in progress is continued from: checkpoints of a training, chunks of a sampling. And how both stop.
+"""Training that can be stopped at any step and continued bit for bit; and how Ctrl-C and SIGTERM stop it.
 
-A checkpoint is one safetensors file: weights, AdamW's moments, the number of the next step, the log so far, and what
-else the loop would have to compute again. A step's examples and dropout are drawn from (seed, stage, step), so that the
-steps after it equal those of a training that was never stopped, bit for bit. The sampler begins each chunk with empty
-slots, so that a chunk's completions depend on the chunk alone. Both are whole or absent (files.py).
+A training state is one safetensors file: fp32 weights, AdamW's moments, the number of the next step and the log so far.
+A step's examples and dropout are random numbers seeded by (seed, stage, step), so nothing else needs to be saved: the
+steps that follow equal those of a training that was never stopped. The file is written atomically (storage.py).
 """
 
 import hashlib
@@ -12,10 +11,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from minidpost.models.weights import open_tensors
 from minidpost.storage import staged_file
@@ -25,100 +25,109 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: ends a command as Ctrl-C does, with another status."""
 
 
-def interrupt(number: int, _frame: object = None) -> None:
+def interrupt(signal_number: int, _frame: FrameType | None = None) -> None:
     """A signal handler: raise what ends a command with status 130 (SIGINT) or 143 (SIGTERM)."""
-    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    raise Terminated if signal_number == signal.SIGTERM else KeyboardInterrupt
 
 
-class Checkpoint:
-    """Where one training keeps its state, and when it is asked to stop.
+class TrainingState:
+    """Where one training is saved, how often, and whether it has been asked to stop.
 
-    `kept` are further tensors that are saved with it. Without a path nothing is saved, and signals do as always.
+    Without a path nothing is saved, and signals stop the training at once.
     """
 
-    def __init__(self, path: Path | None = None, minutes: float = 5.0):
-        self.path, self.minutes = path, minutes
-        self.kept: dict[str, Tensor] = {}
-        self.log = ""  # of the steps that are done
-        self.stop: int | None = None  # the signal that asked for it
+    def __init__(self, path: Path | None = None, minutes: float = 5.0) -> None:
+        self.path = path
+        self.minutes = minutes  # between two saves
+        self.next_step = 0  # the step that the training goes on with
+        self.log = ""  # of the steps before it
+        self.fingerprint = ""  # of what is being trained, with what
+        self.saved_at = 0.0  # time.monotonic() of the last save, or of the start
+        self.stop_signal: int | None = None  # the signal that asked to stop
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, *identity: object) -> int:
-        """Take up the state that was saved for the same `identity` (stage, settings, data); the step to go on with.
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, *identity: object) -> None:
+        """Take up the state that was saved for the same `identity` (stage, settings, data): sets `next_step`, `log`.
 
-        That is 0, and nothing changes, where there is none. UserError where the file is broken.
+        Where there is none, or it is of something else, nothing changes: the training begins at step 0.
+        UserError where the file is broken.
         """
-        self.fingerprint, self.saved = fingerprint(*identity), time.monotonic()
+        self.fingerprint = fingerprint(*identity)
+        self.saved_at = time.monotonic()
         if self.path is None or not self.path.is_file():
-            return 0
+            return
+
         with open_tensors(self.path) as file, torch.no_grad():
             metadata = file.metadata() or {}
             if metadata.get("fingerprint") != self.fingerprint:
-                return 0
+                return
+            # Names are "weight/NAME" for a parameter, "exp_avg/NAME" and so on for what AdamW keeps for it.
             parameters = dict(model.named_parameters())
-            for name in file.keys():
-                kind, _, rest = name.partition("/")
-                tensor = file.get_tensor(name)
+            for key in file.keys():
+                kind, _, name = key.partition("/")
+                weight = parameters[name]
+                tensor = file.get_tensor(key)
                 if kind == "weight":
-                    parameters[rest].copy_(tensor)
-                elif kind == "kept":
-                    self.kept[rest] = tensor.to(next(model.parameters()).device)
+                    weight.copy_(tensor)
                 else:
-                    weight = parameters[rest]
                     optimizer.state[weight][kind] = tensor.to(weight.device, copy=True)
         self.log = metadata["log"]
-        return int(metadata["next_step"])
+        self.next_step = int(metadata["next_step"])
 
-    def after(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, log_path: Path | None) -> None:
-        """Save if it is time to; if asked to stop, save and do so."""
-        if self.path is None or (self.stop is None and time.monotonic() - self.saved < 60 * self.minutes):
+    def after_step(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, log_path: str | Path | None
+    ) -> None:
+        """Save if it is time to; if asked to stop, save and stop (KeyboardInterrupt or Terminated)."""
+        if self.path is None:
             return
-        parameters = dict(model.named_parameters())
-        tensors = {f"weight/{name}": weight.detach() for name, weight in parameters.items()}
-        for name, weight in parameters.items():
-            tensors |= {f"{kind}/{name}": value for kind, value in optimizer.state[weight].items()}
-        tensors |= {f"kept/{name}": tensor for name, tensor in self.kept.items()}
-        log = log_path.read_text(encoding="utf-8") if log_path else ""
+        is_due = time.monotonic() - self.saved_at >= 60 * self.minutes
+        if self.stop_signal is None and not is_due:
+            return
+
+        tensors = {}
+        for name, weight in model.named_parameters():
+            tensors[f"weight/{name}"] = weight.detach()
+            for kind, value in optimizer.state[weight].items():
+                tensors[f"{kind}/{name}"] = value
+        log = Path(log_path).read_text(encoding="utf-8") if log_path else ""
         metadata = {"fingerprint": self.fingerprint, "next_step": str(step + 1), "log": log}
         with staged_file(self.path) as temporary:
             save_file(tensors, temporary, metadata)
-        self.saved = time.monotonic()
-        if self.stop is not None:
-            interrupt(self.stop)
+        self.saved_at = time.monotonic()
+
+        if self.stop_signal is not None:
+            interrupt(self.stop_signal)
 
     @contextmanager
     def stops_between_steps(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM wait for the end of the step, once; a second one does as always."""
+        """Ctrl-C and SIGTERM wait for the end of the step, so that it can be saved; a second one does not wait."""
         if self.path is None:
             yield
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # nohup
 
-        def note(number: int, _frame: object) -> None:
-            self.stop = number
-            for other, handler in before.items():
-                signal.signal(other, handler)
+        handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler != signal.SIG_IGN:  # nohup: what is ignored stays ignored
+                handlers[number] = handler
+
+        def restore_handlers() -> None:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+        def stop_after_step(number: int, _frame: FrameType | None = None) -> None:
+            self.stop_signal = number
+            restore_handlers()
 
         try:
-            for number in before:
-                signal.signal(number, note)
+            for number in handlers:
+                signal.signal(number, stop_after_step)
             yield
-            if self.stop is not None:  # asked for behind the last step
-                interrupt(self.stop)
+            if self.stop_signal is not None:  # asked for after the last step was saved
+                interrupt(self.stop_signal)
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            restore_handlers()
 
 
 def fingerprint(*identity: object) -> str:
     """A hash of what stage, settings and data print as."""
     return hashlib.sha256(repr(identity).encode()).hexdigest()
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """A hash of a model's parameters: names, precision and values."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -79,7 +79,8 @@ def test_loss_and_every_gradient_equal_transformers(shape, saves_memory):
     model = random_llama(LLAMA_SHAPES[shape])
     twin = hf_llama(model)
     prompts, targets = ragged([3, 9, 6], model.config.vocab_size), ragged([7, 2, 12], model.config.vocab_size, seed=2)
-    batch = collate([TokenizedExample(tuple(p), tuple(t)) for p, t in zip(prompts, targets, strict=True)], None, "cpu")
+    examples = [TokenizedExample(tuple(p), tuple(t)) for p, t in zip(prompts, targets, strict=True)]
+    batch = collate(model.config, examples, "cpu")
     whole = [[*prompt, *target] for prompt, target in zip(prompts, targets, strict=True)]
     labels = [[*[-100] * len(prompt), *target] for prompt, target in zip(prompts, targets, strict=True)]
     expected = twin(pad(whole, 0), attention_mask=pad([[1] * len(row) for row in whole], 0), labels=pad(labels, -100))
@@ -101,7 +102,7 @@ def test_log_probabilities_sum_over_the_completion():
     logits_1TV = model(torch.tensor([[*prompt, *target]]))
     expected = sum(logits_1TV[0, len(prompt) - 1 + t].log_softmax(-1)[label] for t, label in enumerate(target))
     found = log_probabilities(
-        model, collate([TokenizedExample(prompt, target), TokenizedExample((3,), (2,))], None, "cpu")
+        model, collate(model.config, [TokenizedExample(prompt, target), TokenizedExample((3,), (2,))], "cpu")
     )
     assert found[0].sum().item() == pytest.approx(expected.item(), abs=1e-10)
 
@@ -173,4 +174,6 @@ def test_bf16_logits_are_near_and_finite():
 
 
 def test_a_llama_has_no_start_id():
-    assert LlamaConfig(10, 4, 4, 1, 1, 1, 4).start_id is None
+    config = LlamaConfig(10, 4, 4, 1, 1, 1, 4)
+    assert not config.is_encoder_decoder
+    assert not hasattr(config, "start_id")

@@ -277,9 +277,9 @@ def test_labels_are_gold_and_the_right_samples(new_run, script, tiny_template):
 def test_fine_tuning_takes_the_labels_and_nothing_else(new_run, script, monkeypatch):
     trained, original = [], algorithm.train_sft
 
-    def train(model, sequences, *rest):
+    def train(model, sequences, *rest, **more):
         trained.append([(sequence.prompt_ids, sequence.target_ids) for sequence in sequences])
-        original(model, sequences, *rest)
+        original(model, sequences, *rest, **more)
 
     monkeypatch.setattr(algorithm, "train_sft", train)
     script({("1/samples-sft", BEN): ["Ben: 2 bags of 6.\n#### 12"]})
@@ -455,7 +455,7 @@ def test_a_sampling_that_was_killed_goes_on_with_the_first_missing_chunk(new_run
     assert files_of(chunked).keys() == files_of(whole).keys()
 
 
-def test_a_reference_outlives_a_kill_before_the_first_step(new_run, script, monkeypatch):
+def test_a_kill_before_the_first_step_of_dpo_changes_nothing(new_run, script, monkeypatch):
     script({("1/samples-dpo", TOM): ["Tom has 7.\n#### 7", "Tom has 8.\n#### 8"]})
     whole = new_run(name="whole")
     list(whole.iterations())
@@ -463,9 +463,7 @@ def test_a_reference_outlives_a_kill_before_the_first_step(new_run, script, monk
         patch.setattr(dpo, "dpo_loss", None)  # TypeError
         with pytest.raises(TypeError):
             list(new_run(name="broken").iterations())
-    monkeypatch.setattr(dpo, "reference_log_probabilities", None)
     broken = new_run(name="broken")
-    assert [path.name for path in broken.directory.progress("iteration-1/dpo").iterdir()] == ["reference.json"]
     list(broken.iterations())
     assert files_of(broken) == files_of(whole)
 

@@ -22,7 +22,7 @@ def random_sequences(n: int, vocab_size: int) -> list[TokenizedExample]:
     return [TokenizedExample(prompt, target) for prompt, target in zip(ids[:n], ids[n:], strict=True)]
 
 
-def test_token_log_probabilities_are_the_log_softmax_of_the_labels():
+def test_token_log_probabilities_are_log_softmax_of_labels():
     torch.manual_seed(0)
     logits_NV = torch.randn(6, 11, dtype=torch.float64) * 3
     label_N = torch.randint(11, (6,))
@@ -49,10 +49,10 @@ def small_t5(vocab_size: int = 30) -> T5:
     return T5(T5Config(vocab_size, 16, 8, 24, 2, 1, 1)).initialise().double().eval()
 
 
-def test_log_probabilities_stand_where_the_labels_do_and_are_0_elsewhere():
+def test_log_probabilities_are_0_where_no_label_is():
     model = small_t5()
     sequences = [TokenizedExample((4, 5, 6, 7), (8, 9, 1)), TokenizedExample((2,), (3,))]
-    batch = collate(sequences, 0, "cpu")
+    batch = collate(model.config, sequences, "cpu")
     result_BT = log_probabilities(model, batch)
     logits_BTV = model(*batch.inputs)
     for b, sequence in enumerate(sequences):
@@ -65,7 +65,7 @@ def test_log_probabilities_stand_where_the_labels_do_and_are_0_elsewhere():
 @pytest.mark.parametrize("at_once", [1, 4, 1000])
 def test_chunks_of_logits_change_neither_values_nor_gradients(at_once):
     model = small_t5()
-    batch = collate(random_sequences(7, 30), 0, "cpu")
+    batch = collate(model.config, random_sequences(7, 30), "cpu")
 
     def values_and_gradients(logits_at_once: int) -> list[torch.Tensor]:
         model.zero_grad()
@@ -77,25 +77,26 @@ def test_chunks_of_logits_change_neither_values_nor_gradients(at_once):
         torch.testing.assert_close(cut, whole, rtol=1e-12, atol=1e-12)
 
 
-def test_logits_never_exist_for_more_positions_than_asked_for(monkeypatch):
+def test_logits_exist_for_a_bounded_number_of_positions(monkeypatch):
     model = small_t5()
     sizes = []
     original = model.logits
     monkeypatch.setattr(model, "logits", lambda hidden_ND: sizes.append(len(hidden_ND)) or original(hidden_ND))
-    batch = collate([TokenizedExample((4, 5), tuple(range(2, 13))), TokenizedExample((4,), (3, 1))], 0, "cpu")
+    examples = [TokenizedExample((4, 5), tuple(range(2, 13))), TokenizedExample((4,), (3, 1))]
+    batch = collate(model.config, examples, "cpu")
     log_probabilities(model, batch, logits_at_once=4 * 30 + 29).sum().backward()
     assert sizes == [4, 4, 4, 1, 1, 4, 4, 4]  # 13 labels of 22 positions, forwards and again backwards
 
 
-def test_sft_loss_is_the_mean_over_the_tokens_of_the_step_however_it_is_cut():
+def test_sft_loss_is_the_token_mean_however_it_is_cut():
     model = small_t5()
     sequences = random_sequences(5, 30)
     n_tokens = sum(len(sequence.target_ids) for sequence in sequences)
 
     def loss_of(part: list[TokenizedExample]) -> float:
-        return sft_loss(log_probabilities(model, collate(part, 0, "cpu")), n_tokens).item()
+        return sft_loss(log_probabilities(model, collate(model.config, part, "cpu")), n_tokens).item()
 
-    batch = collate(sequences, 0, "cpu")
+    batch = collate(model.config, sequences, "cpu")
     mean = nn.CrossEntropyLoss(ignore_index=IGNORED_LABEL)(model(*batch.inputs).flatten(0, 1), batch.label_BT.flatten())
     assert loss_of(sequences) == pytest.approx(mean.item(), abs=1e-12)
     assert loss_of(sequences[:1]) + loss_of(sequences[1:]) == pytest.approx(mean.item(), abs=1e-12)
@@ -120,8 +121,8 @@ def test_sft_loss_equals_transformers(tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = load_model(tmp_path)
     sequences = random_sequences(7, 50)
-    batch = collate(sequences, ours.config.start_id, "cpu")
-    source_BS, mask_BS, _ = batch.inputs
+    batch = collate(ours.config, sequences, "cpu")
+    source_BS, mask_BS, *_ = batch.inputs
     n_tokens = sum(len(sequence.target_ids) for sequence in sequences)
     expected = theirs(input_ids=source_BS, attention_mask=mask_BS.long(), labels=batch.label_BT).loss
     loss = sft_loss(log_probabilities(ours, batch), n_tokens)
@@ -129,27 +130,27 @@ def test_sft_loss_equals_transformers(tmp_path):
 
 
 def test_dpo_loss_is_the_equation():
-    chosen, rejected, reference_chosen, reference_rejected = (
-        torch.tensor(column, dtype=torch.float64) for column in ([-5.0, -40], [-9.0, -30], [-6.0, -20], [-8.0, -35])
-    )
-    loss_B, margin_B = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta=0.1)
+    policy_B2 = torch.tensor([[-5.0, -9.0], [-40.0, -30.0]], dtype=torch.float64)  # chosen, rejected
+    reference_B2 = torch.tensor([[-6.0, -8.0], [-20.0, -35.0]], dtype=torch.float64)
+    loss_B, margin_B = dpo_loss(policy_B2, reference_B2, beta=0.1)
     assert margin_B.tolist() == pytest.approx([0.2, -2.5])  # 0.1 · ((−5+6) − (−9+8)) and 0.1 · ((−40+20) − (−30+35))
     assert loss_B.tolist() == pytest.approx([-math.log(1 / (1 + math.exp(-m))) for m in (0.2, -2.5)])
 
 
 def test_dpo_loss_of_the_reference_itself_is_ln_2():
-    chosen_B, rejected_B = -torch.rand(2, 8) * 100
-    loss_B, margin_B = dpo_loss(chosen_B, rejected_B, chosen_B, rejected_B, beta=0.1)
+    policy_B2 = -torch.rand(8, 2) * 100
+    loss_B, margin_B = dpo_loss(policy_B2, policy_B2, beta=0.1)
     assert margin_B.abs().max() == 0
     torch.testing.assert_close(loss_B, torch.full((8,), LN2), rtol=0, atol=1e-6)
 
 
-def test_dpo_gradient_pushes_as_the_margin_asks():
+def test_dpo_gradient_is_weighted_by_the_margin():
     """dL/dlog π(y_w) = −β σ(−margin), and the opposite for y_l (Rafailov et al. 2023, section 4)."""
     chosen_B = torch.tensor([-5.0, -40.0, -3.0], dtype=torch.float64, requires_grad=True)
     rejected_B = torch.tensor([-9.0, -30.0, -300.0], dtype=torch.float64, requires_grad=True)
     reference_B = torch.tensor([-7.0, -20.0, -3.0], dtype=torch.float64)
-    loss_B, margin_B = dpo_loss(chosen_B, rejected_B, reference_B, reference_B, beta=0.3)
+    policy_B2, reference_B2 = torch.stack([chosen_B, rejected_B], 1), torch.stack([reference_B, reference_B], 1)
+    loss_B, margin_B = dpo_loss(policy_B2, reference_B2, beta=0.3)
     loss_B.sum().backward()
     expected_B = -0.3 * torch.sigmoid(-margin_B.detach())
     torch.testing.assert_close(chosen_B.grad, expected_B)
@@ -157,6 +158,6 @@ def test_dpo_gradient_pushes_as_the_margin_asks():
 
 
 def test_dpo_loss_is_finite_at_extreme_margins():
-    loss_B, margin_B = dpo_loss(torch.tensor([-1e4, 0.0]), torch.tensor([0.0, -1e4]), *torch.zeros(2, 2), beta=1.0)
+    loss_B, margin_B = dpo_loss(torch.tensor([[-1e4, 0.0], [0.0, -1e4]]), torch.zeros(2, 2), beta=1.0)
     assert margin_B.tolist() == [-1e4, 1e4]
     assert loss_B.tolist() == [1e4, 0.0]

@@ -1,4 +1,4 @@
-"""The schedule's values, what decays, what is clipped, derived seeds, and the log of steps."""
+"""The schedule's values, what decays, what is clipped, derived seeds, speed, and the log of steps."""
 
 import json
 import math
@@ -9,7 +9,16 @@ from torch import nn
 
 from minidpost.models.t5 import T5, T5Config
 from minidpost.precision import autocast
-from minidpost.training.optim import Schedule, StepLog, adamw, apply_step, derived_seed, read_log
+from minidpost.training import optim
+from minidpost.training.optim import (
+    Schedule,
+    StepLog,
+    adamw,
+    apply_step,
+    derived_seed,
+    read_log,
+    tokens_per_second,
+)
 
 torch.set_num_threads(1)
 
@@ -39,7 +48,7 @@ def test_schedule_at_its_edges():
     assert Schedule(1.0, warmup=0.0).at(0, 10) == 1.0
     assert Schedule(1.0, warmup=1.0).at(9, 10) == 1.0
     assert Schedule(1.0, warmup=0.15).at(0, 10) == 0.5  # one step and a half are two
-    assert Schedule(1.0, warmup=0.01).at(0, 10) == 1.0  # a share of less than a step is one step
+    assert Schedule(1.0, warmup=0.01).at(0, 10) == 1.0  # a fraction of a step is one step
     assert Schedule(1.0, warmup=0.0, floor=0.0).at(5, 10) == pytest.approx(0.5)
 
 
@@ -51,8 +60,8 @@ def test_norms_do_not_decay_and_everything_else_does():
         weight.grad = torch.zeros_like(weight)
     optimizer.step()  # with no gradient the decay is all that happens
     for name, weight in model.named_parameters():
-        share = 1.0 if "norm" in name else 1 - 0.5 * 0.01
-        torch.testing.assert_close(weight.detach(), before[name] * share, rtol=1e-6, atol=0)
+        factor = 1.0 if "norm" in name else 1 - 0.5 * 0.01
+        torch.testing.assert_close(weight.detach(), before[name] * factor, rtol=1e-6, atol=0)
     assert any("norm" in name for name in before)
 
 
@@ -65,7 +74,7 @@ def test_adamw_has_every_parameter_once_and_the_usual_moments():
 
 
 @pytest.mark.parametrize(("norm", "applied"), [(5.0, 1.0), (0.5, 0.5)])
-def test_apply_step_clips_to_the_largest_norm_and_reports_the_norm_before(norm, applied):
+def test_apply_step_clips_and_reports_the_norm_before(norm, applied):
     model = nn.Linear(2, 1, bias=False)
     before = model.weight.detach().clone()
     direction = torch.tensor([[0.6, 0.8]])
@@ -94,6 +103,12 @@ def test_derived_seeds_belong_to_their_names():
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert derived_seed(42, "sft", 0) == derived_seed(42, "sft", 0) == 7064932454153035806  # on every machine
     torch.manual_seed(max(seeds))  # torch takes what it gives
+
+
+def test_speed_is_finite_when_the_clock_stands_still(monkeypatch):
+    monkeypatch.setattr(optim.time, "perf_counter", lambda: 5.0)
+    assert tokens_per_second(100, started=3.0) == 50.0
+    assert math.isfinite(tokens_per_second(100, started=5.0))
 
 
 def test_no_autocast_without_a_gpu():

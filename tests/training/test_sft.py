@@ -10,9 +10,9 @@ import torch
 
 from minidpost.models.t5 import T5, T5Config
 from minidpost.training import sft
-from minidpost.training.batching import TokenizedExample
-from minidpost.training.optim import Schedule, apply_step, read_log
-from minidpost.training.sft import SFTSettings, train_sft
+from minidpost.training.batching import TokenizedExample, epoch_steps
+from minidpost.training.optim import Schedule, adamw, apply_step, derived_seed, read_log
+from minidpost.training.sft import SFTSettings, sft_gradients, train_sft
 
 torch.set_num_threads(1)
 
@@ -26,7 +26,7 @@ def tiny(dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> T5:
 
 
 def examples(n: int, longest: int = 9) -> list[TokenizedExample]:
-    """Ragged examples; ids include the padding id, targets end in the end id."""
+    """Ragged examples; ids include the padding id, targets end in EOS."""
     generator = Random(1)
     ids = [[generator.randrange(30) for _ in range(generator.randrange(1, longest))] for _ in range(2 * n)]
     return [TokenizedExample(tuple(prompt), (*target, 1)) for prompt, target in zip(ids[::2], ids[1::2], strict=True)]
@@ -44,39 +44,38 @@ def target_log_probability(model: T5, sequence: TokenizedExample) -> torch.Tenso
     return sum(log_TV[t, label] for t, label in enumerate(sequence.target_ids))
 
 
-@pytest.fixture
-def trained_numbers(monkeypatch):
-    """The example numbers of each step, as the loop draws them."""
-    drawn = []
-    original = sft.epoch_steps
-
-    def recorded(*arguments):
-        for numbers in original(*arguments):
-            drawn.append(numbers)
-            yield numbers
-
-    monkeypatch.setattr(sft, "epoch_steps", recorded)
-    return drawn
+def planned_steps(n_examples: int, settings: SFTSettings) -> list[list[int]]:
+    """The example indices of each optimizer step of `train_sft`."""
+    n_steps = settings.epochs * math.ceil(n_examples / settings.examples_per_step)
+    order_seed = derived_seed(settings.seed, "sft", "order")
+    return list(epoch_steps(n_examples, settings.examples_per_step, n_steps, order_seed))
 
 
-def test_every_step_descends_the_mean_over_all_its_target_tokens(monkeypatch, trained_numbers, tmp_path):
-    model, sequences, checked = tiny(dtype=torch.float64), examples(10), []
+def test_each_gradient_is_that_of_the_mean_token_loss(tmp_path):
+    """A training written out step by step, each gradient against separate forward passes without padding."""
+    model, sequences = tiny(dtype=torch.float64), examples(10)
+    steps = planned_steps(len(sequences), SETTINGS)
+    assert [len(indices) for indices in steps] == [4, 4, 2, 4, 4, 2]
+    assert sorted(chain(*steps[:3])) == sorted(chain(*steps[3:])) == list(range(10))
 
-    def checking(model, optimizer, schedule, step, n_steps):
-        batch = [sequences[number] for number in trained_numbers[-1]]
+    optimizer, losses = adamw(model, SETTINGS.schedule), []
+    for step, indices in enumerate(steps):
+        batch = [sequences[i] for i in indices]
+        sft_gradients(model, batch, SETTINGS.micro_batch_tokens)
+
         n_tokens = sum(len(sequence.target_ids) for sequence in batch)
         loss = -sum(target_log_probability(model, sequence) for sequence in batch) / n_tokens
         expected = torch.autograd.grad(loss, list(model.parameters()))
         for (name, weight), gradient in zip(model.named_parameters(), expected, strict=True):
             torch.testing.assert_close(weight.grad, gradient, rtol=1e-9, atol=1e-12, msg=name)
-        checked.append(loss.item())
-        return apply_step(model, optimizer, schedule, step, n_steps)
+        losses.append(loss.item())
+        apply_step(model, optimizer, SETTINGS.schedule, step=step, n_steps=len(steps))
 
-    monkeypatch.setattr(sft, "apply_step", checking)
-    train_sft(model, sequences, SETTINGS, tmp_path / "log.jsonl")
-    assert [row["loss"] for row in read_log(tmp_path / "log.jsonl")] == pytest.approx(checked, abs=2e-6)
-    assert [len(numbers) for numbers in trained_numbers] == [4, 4, 2, 4, 4, 2]
-    assert sorted(chain(*trained_numbers[:3])) == sorted(chain(*trained_numbers[3:])) == list(range(10))
+    # train_sft takes these steps and no others, and logs these losses.
+    trained = tiny(dtype=torch.float64)
+    train_sft(trained, sequences, SETTINGS, log_path=tmp_path / "log.jsonl")
+    assert all(torch.equal(weight, weights(trained)[name]) for name, weight in weights(model).items())
+    assert [row["loss"] for row in read_log(tmp_path / "log.jsonl")] == pytest.approx(losses, abs=2e-6)
 
 
 def test_micro_batches_change_nothing():
@@ -91,7 +90,7 @@ def test_micro_batches_change_nothing():
     assert all((weight - start[name]).abs().max() > 1e-3 for name, weight in results[0].items())
 
 
-def test_activation_checkpointing_changes_nothing_dropout_included():
+def test_activation_checkpointing_changes_nothing_even_with_dropout():
     results = []
     for saves_memory in (False, True):
         model = tiny(dropout=0.3, dtype=torch.float64)
@@ -104,28 +103,32 @@ def test_activation_checkpointing_changes_nothing_dropout_included():
 def test_micro_batches_are_as_large_as_they_may(monkeypatch):
     n_rows = []
     original = sft.collate
-    monkeypatch.setattr(sft, "collate", lambda batch, *rest: n_rows.append(len(batch)) or original(batch, *rest))
+
+    def counting(config, batch, device):
+        n_rows.append(len(batch))
+        return original(config, batch, device)
+
+    monkeypatch.setattr(sft, "collate", counting)
     for micro_batch_tokens, expected in ((10**6, [4]), (1, [1] * 4)):
         train_sft(tiny(), examples(4), replace(SETTINGS, epochs=1, micro_batch_tokens=micro_batch_tokens))
         assert n_rows == expected
         n_rows.clear()
 
 
-def test_the_log_has_every_step(tmp_path, trained_numbers):
+def test_the_log_has_every_step(tmp_path):
     sequences = examples(10)
     schedule = Schedule(2e-3, warmup=0.3, floor=0.2)
-    train_sft(tiny(), sequences, replace(SETTINGS, schedule=schedule), tmp_path / "log.jsonl")
+    train_sft(tiny(), sequences, replace(SETTINGS, schedule=schedule), log_path=tmp_path / "log.jsonl")
     rows = list(read_log(tmp_path / "log.jsonl"))
     assert [row["step"] for row in rows] == list(range(6))
     names = {"step", "loss", "lr", "grad_norm", "n_tokens", "tokens_per_second"}
     assert all(row.keys() == names for row in rows)
     cosine = [2e-3 * (0.2 + 0.8 * (1 + math.cos(math.pi * k / 4)) / 2) for k in range(4)]
     assert [row["lr"] for row in rows] == pytest.approx([1e-3, 2e-3, *cosine], rel=1e-6)
-    counts = [
-        sum(len(sequences[i].prompt_ids) + len(sequences[i].target_ids) for i in numbers) for numbers in trained_numbers
-    ]
-    assert [row["n_tokens"] for row in rows] == counts
-    assert all(row["grad_norm"] > 0 and row["tokens_per_second"] > 0 for row in rows)
+    n_tokens = [len(sequence.prompt_ids) + len(sequence.target_ids) for sequence in sequences]
+    expected = [sum(n_tokens[i] for i in indices) for indices in planned_steps(10, SETTINGS)]
+    assert [row["n_tokens"] for row in rows] == expected
+    assert all(row["grad_norm"] > 0 and isinstance(row["tokens_per_second"], float) for row in rows)
 
 
 def test_it_learns_a_few_examples_by_heart(tmp_path):
@@ -133,12 +136,8 @@ def test_it_learns_a_few_examples_by_heart(tmp_path):
     sequences = [
         TokenizedExample((i, *sequence.prompt_ids), sequence.target_ids) for i, sequence in enumerate(examples(8))
     ]
-    train_sft(
-        model,
-        sequences,
-        replace(SETTINGS, epochs=40, examples_per_step=8, schedule=Schedule(3e-2)),
-        tmp_path / "log.jsonl",
-    )
+    settings = replace(SETTINGS, epochs=40, examples_per_step=8, schedule=Schedule(3e-2))
+    train_sft(model, sequences, settings, log_path=tmp_path / "log.jsonl")
     losses = [row["loss"] for row in read_log(tmp_path / "log.jsonl")]
     assert losses[0] > 2
     assert losses[-1] < 0.1
@@ -151,7 +150,7 @@ def test_same_seed_same_weights_bit_for_bit(dropout):
     results = []
     for seed, stage in ((1, "sft"), (1, "sft"), (2, "sft"), (1, "iteration-1/sft")):
         model = tiny(dropout)
-        torch.manual_seed(len(results))  # what was drawn before does not matter
+        torch.manual_seed(len(results))  # earlier random numbers do not matter
         train_sft(model, examples(10), replace(SETTINGS, seed=seed), stage=stage)
         results.append(weights(model))
     same, other_seed, other_stage = (
@@ -166,7 +165,7 @@ def test_dropout_is_on_while_training_and_off_afterwards(tmp_path):
     losses = []
     for dropout in (0.0, 0.5):
         model = tiny(dropout).eval()
-        train_sft(model, examples(4), replace(SETTINGS, epochs=1), tmp_path / "log.jsonl")
+        train_sft(model, examples(4), replace(SETTINGS, epochs=1), log_path=tmp_path / "log.jsonl")
         losses.append(next(read_log(tmp_path / "log.jsonl"))["loss"])
         assert not any(module.training for module in model.modules())
     assert abs(losses[0] - losses[1]) > 1e-2
@@ -174,5 +173,5 @@ def test_dropout_is_on_while_training_and_off_afterwards(tmp_path):
 
 def test_dropout_differs_from_step_to_step(tmp_path):
     settings = SFTSettings(3, 1, Schedule(0.0), seed=7)  # a rate of zero: only dropout can change the loss
-    train_sft(tiny(dropout=0.5), examples(1), settings, tmp_path / "log.jsonl")
+    train_sft(tiny(dropout=0.5), examples(1), settings, log_path=tmp_path / "log.jsonl")
     assert len({row["loss"] for row in read_log(tmp_path / "log.jsonl")}) == 3

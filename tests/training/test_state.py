@@ -1,4 +1,4 @@
-"""Trainings that are stopped at a step, and samplings at a chunk, end as if they had not been."""
+"""Trainings that are stopped at a step, and samplings at a chunk, end as if they had not been stopped."""
 
 import errno
 import os
@@ -15,10 +15,10 @@ from minidpost.models.t5 import T5, T5Config
 from minidpost.selftraining.run_directory import Chunks
 from minidpost.training import dpo, sft, state
 from minidpost.training.batching import TokenizedExample
-from minidpost.training.dpo import DPOSettings, PreferencePair, train_dpo
+from minidpost.training.dpo import DPOSettings, PreferencePair, reference_log_probabilities, train_dpo
 from minidpost.training.optim import Schedule, apply_step, read_log
 from minidpost.training.sft import SFTSettings, train_sft
-from minidpost.training.state import Checkpoint, Terminated
+from minidpost.training.state import Terminated, TrainingState
 
 torch.set_num_threads(1)
 
@@ -45,12 +45,18 @@ def pairs(n: int) -> list[PreferencePair]:
     ]
 
 
-LOOPS = {"sft": (sft, train_sft, examples(7), SFT, N_STEPS), "dpo": (dpo, train_dpo, pairs(7), DPO, 8)}
+def dpo_against_itself(model, data, settings, **more) -> None:
+    """DPO as a run does it: the reference is computed from the model that is to be trained."""
+    reference_P2 = reference_log_probabilities(model, data, micro_batch_tokens=settings.micro_batch_tokens)
+    train_dpo(model, data, reference_P2, settings, **more)
+
+
+LOOPS = {"sft": (sft, train_sft, examples(7), SFT, N_STEPS), "dpo": (dpo, dpo_against_itself, pairs(7), DPO, 8)}
 
 
 @pytest.fixture(autouse=True)
 def ctrl_c_is_heard():
-    """As in a terminal; what runs in the background may have been started deaf to it."""
+    """As in a terminal; what runs in the background may have been started with Ctrl-C ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -61,15 +67,15 @@ def train(request, monkeypatch, tmp_path):
     """Runs a loop, calling `at_step[step]()` before the step's update; gives weights and log without speeds."""
     module, loop, data, settings, n_steps = LOOPS[request.param]
 
-    def run(checkpoint: Checkpoint | None, at_step: dict = {}, **changes):  # noqa: B006
-        def with_events(model, optimizer, schedule, step, n_steps):
+    def run(state: TrainingState | None, at_step: dict = {}, **changes):  # noqa: B006
+        def with_events(model, optimizer, schedule, *, step, n_steps):
             at_step.get(step, lambda: None)()
-            return apply_step(model, optimizer, schedule, step, n_steps)
+            return apply_step(model, optimizer, schedule, step=step, n_steps=n_steps)
 
         monkeypatch.setattr(module, "apply_step", with_events)
         model, log = tiny(), tmp_path / "log.jsonl"
         items, stage = changes.pop("data", data), changes.pop("stage", "stage")
-        loop(model, items, replace(settings, **changes), log, stage, checkpoint)
+        loop(model, items, replace(settings, **changes), log_path=log, stage=stage, state=state)
         rows = [{name: value for name, value in row.items() if "second" not in name} for row in read_log(log)]
         assert [row["step"] for row in rows] == list(range(n_steps))
         return {name: weight.detach().clone() for name, weight in model.named_parameters()}, rows
@@ -80,7 +86,7 @@ def train(request, monkeypatch, tmp_path):
 
 @pytest.fixture
 def path(tmp_path) -> Path:
-    return tmp_path / "sft.progress" / "checkpoint.safetensors"
+    return tmp_path / "sft.progress" / "state.safetensors"
 
 
 def same(a: tuple, b: tuple) -> bool:
@@ -94,37 +100,36 @@ def send(*numbers: int) -> None:
 
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
 @pytest.mark.parametrize("step", [0, 4, -1])
-def test_a_training_that_was_asked_to_stop_ends_as_one_that_was_not(train, path, monkeypatch, number, kind, step):
+def test_a_stopped_training_ends_as_one_that_was_not(train, path, number, kind, step):
     whole, step = train(None), range(train.n_steps)[step]
     handler = signal.signal(signal.SIGTERM, state.interrupt)
     try:
         with pytest.raises(kind) as stopped:
-            train(Checkpoint(path), {step: lambda: send(number)})
+            train(TrainingState(path), {step: lambda: send(number)})
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert stopped.type is kind
     assert [file.name for file in path.parent.iterdir()] == [path.name]
-    if train.module is dpo:
-        monkeypatch.setattr(dpo, "reference_log_probabilities", None)  # the model is no longer the reference
     steps = []
-    resumed = train(Checkpoint(path), {later: lambda later=later: steps.append(later) for later in range(99)})
+    resumed = train(TrainingState(path), {later: lambda later=later: steps.append(later) for later in range(99)})
     assert steps == list(range(step + 1, train.n_steps))
     assert same(resumed, whole)
 
 
-def test_a_kill_loses_the_steps_behind_the_last_checkpoint_and_their_log(train, path):
-    whole, checkpoint = train(None), Checkpoint(path, minutes=0)
+def test_a_kill_loses_the_steps_after_the_last_save(train, path):
+    """And what was logged of them."""
+    whole, saving = train(None), TrainingState(path, minutes=0)
 
     def killed():
         raise RuntimeError
 
     def no_more():
-        checkpoint.minutes = 1e9
+        saving.minutes = 1e9
 
     with pytest.raises(RuntimeError):
-        train(checkpoint, {3: no_more, 5: killed})
+        train(saving, {3: no_more, 5: killed})
     steps = []
-    resumed = train(Checkpoint(path), {later: lambda later=later: steps.append(later) for later in range(99)})
+    resumed = train(TrainingState(path), {later: lambda later=later: steps.append(later) for later in range(99)})
     assert steps[0] == 3
     assert same(resumed, whole)
 
@@ -135,14 +140,14 @@ def test_a_training_may_be_killed_again_and_again(train, path):
 
     for step in range(1, train.n_steps):
         with pytest.raises(RuntimeError):
-            train(Checkpoint(path, minutes=0), {step: killed})
-    assert same(train(Checkpoint(path)), train(None))
+            train(TrainingState(path, minutes=0), {step: killed})
+    assert same(train(TrainingState(path)), train(None))
 
 
 def test_a_second_ctrl_c_does_not_wait(train, path):
     done = []
     with pytest.raises(KeyboardInterrupt):
-        train(Checkpoint(path), {2: lambda: (send(signal.SIGINT), send(signal.SIGINT), done.append(2))})
+        train(TrainingState(path), {2: lambda: (send(signal.SIGINT), send(signal.SIGINT), done.append(2))})
     assert not done
     assert not path.exists()
 
@@ -150,30 +155,48 @@ def test_a_second_ctrl_c_does_not_wait(train, path):
 def test_signals_are_as_they_were_afterwards(train, path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     during = []
-    train(Checkpoint(path), {1: lambda: during.append(signal.getsignal(signal.SIGINT))})
+    train(TrainingState(path), {1: lambda: during.append(signal.getsignal(signal.SIGINT))})
     train(None, {1: lambda: during.append(signal.getsignal(signal.SIGINT))})
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert during[0] != before[0]
-    assert during[1] == before[0]  # without a checkpoint nobody waits
+    assert during[1] == before[0]  # without a path nobody waits
+
+
+def test_the_state_of_another_reference_is_not_used(path, tmp_path):
+    """Although pairs, settings and stage are the same."""
+
+    def run(state: TrainingState | None, reference_P2: torch.Tensor) -> dict[str, torch.Tensor]:
+        model = tiny()
+        train_dpo(model, pairs(7), reference_P2, DPO, log_path=tmp_path / "log.jsonl", state=state)
+        return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+    reference_P2 = reference_log_probabilities(tiny(), pairs(7), micro_batch_tokens=60)
+    other_P2 = reference_P2.clone()
+    other_P2[3, 1] += 1
+    first = run(TrainingState(path, minutes=0), reference_P2)
+    second = run(TrainingState(path), other_P2)
+    expected = run(None, other_P2)
+    assert all(torch.equal(weight, second[name]) for name, weight in expected.items())
+    assert not all(torch.equal(weight, first[name]) for name, weight in expected.items())
 
 
 @pytest.mark.parametrize("change", ["stage", "seed", "schedule", "data"])
-def test_the_checkpoint_of_something_else_is_not_used(train, path, change):
+def test_the_state_of_something_else_is_not_used(train, path, change):
     data = LOOPS[train.module.__name__.split(".")[-1]][2]
     other = {"stage": "other", "seed": 4, "schedule": Schedule(2e-3), "data": [*data[:-1], data[0]]}[change]
     with pytest.raises(KeyboardInterrupt):
-        train(Checkpoint(path), {4: lambda: send(signal.SIGINT)})
-    assert same(train(Checkpoint(path), **{change: other}), train(None, **{change: other}))
+        train(TrainingState(path), {4: lambda: send(signal.SIGINT)})
+    assert same(train(TrainingState(path), **{change: other}), train(None, **{change: other}))
 
 
-def test_a_broken_checkpoint_is_named(train, path):
+def test_a_broken_state_is_named(train, path):
     path.parent.mkdir()
     path.write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{")
-    with pytest.raises(UserError, match=r"checkpoint\.safetensors: not a whole safetensors file"):
-        train(Checkpoint(path))
+    with pytest.raises(UserError, match=r"state\.safetensors: not a whole safetensors file"):
+        train(TrainingState(path))
 
 
-def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(train, path, monkeypatch):
+def test_a_full_disk_leaves_the_state_before(train, path, monkeypatch):
     original = state.save_file
 
     def no_room(tensors, temporary, metadata):
@@ -181,10 +204,10 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(train, path, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        train(Checkpoint(path, minutes=0), {3: lambda: monkeypatch.setattr(state, "save_file", no_room)})
+        train(TrainingState(path, minutes=0), {3: lambda: monkeypatch.setattr(state, "save_file", no_room)})
     monkeypatch.setattr(state, "save_file", original)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
-    assert same(train(Checkpoint(path)), train(None))
+    assert same(train(TrainingState(path)), train(None))
 
 
 def test_time_decides_when_to_save(train, path, monkeypatch):
@@ -195,15 +218,15 @@ def test_time_decides_when_to_save(train, path, monkeypatch):
         saved.append(path.is_file())
         now[0] += 60
 
-    train(Checkpoint(path, minutes=3), dict.fromkeys(range(99), pass_minutes))
+    train(TrainingState(path, minutes=3), dict.fromkeys(range(99), pass_minutes))
     assert saved == [False] * 3 + [True] * (train.n_steps - 3)
 
 
 def test_chunks_count_from_the_first_without_a_gap(tmp_path):
     chunks = Chunks(tmp_path / "a", "stage", 1)
     assert chunks.n_finished() == 0
-    for number in (0, 1, 3):
-        chunks.commit(number, [{"n": number}, {"text": "½"}])
+    for chunk_index in (0, 1, 3):
+        chunks.commit(chunk_index, [{"n": chunk_index}, {"text": "½"}])
     again = Chunks(tmp_path / "a", "stage", 1)
     assert again.n_finished() == 2
     assert list(again.rows()) == [{"n": 0}, {"text": "½"}, {"n": 1}, {"text": "½"}]
