@@ -28,27 +28,29 @@ from minidpost.cli import POSITIVE, Parser, run_command  # noqa: E402
 from minidpost.errors import UserError  # noqa: E402
 from minidpost.models import kvcache, layers, t5  # noqa: E402
 from minidpost.sampling import sampler  # noqa: E402
-from minidpost.sampling.sampler import MAX_PARAMETERS_FOR_WORKERS, Slots  # noqa: E402
+from minidpost.sampling.workers import MAX_PARAMETERS_FOR_WORKERS  # noqa: E402
 from minidpost.storage import markdown_table  # noqa: E402
+from minidpost.text.calculator import Automaton  # noqa: E402
 
 N_THREADS = torch.get_num_threads()
 PREFILL, REST = "prefill: encoder, keys and values of the prompts", "everything else"
 PARTS = [  # what is clocked: owner, attribute, part
     (t5.T5, "prefill", PREFILL),
     (t5.FeedForward, "forward", "products: feed-forward"),
-    (t5.Attention, "forward", "products: queries, keys, values, outputs"),
-    (t5.Attention, "keys_values", "products: queries, keys, values, outputs"),
+    (t5.SelfAttention, "forward", "products: queries, keys, values, outputs"),
+    (t5.CrossAttention, "forward", "products: queries, keys, values, outputs"),
     (t5.T5, "logits", "products: output matrix"),
-    (t5, "attention", "attention: own tokens"),
-    (kvcache, "attention", "attention: prompts"),
-    (kvcache.SharedPromptCache, "attend", "which rows share a prompt"),
+    (kvcache.CachedTokens, "attend", "attention: own tokens"),
+    (kvcache.CachedPrompts, "attend", "attention: prompts"),
+    (kvcache.SharedPromptCache, "plan", "which rows share a prompt"),
+    (kvcache.PromptPlan, "by_prompt", "which rows share a prompt"),
+    (kvcache.PromptPlan, "by_row", "which rows share a prompt"),
     (kvcache.KVCache, "append", "writing keys and values"),
     (layers.RMSNorm, "forward", "norms"),
     (kvcache.T5Cache, "bias", "position biases and mask"),
     (sampler, "choose", "choice of ids"),
-    (Slots, "emit", "tokens, calculator, rows that come and go"),
-    (Slots, "start", "tokens, calculator, rows that come and go"),
-    (Slots, "close", "tokens, calculator, rows that come and go"),
+    (Automaton, "push", "calculator"),
+    (kvcache.T5Cache, "copy_rows", "rows that come and go"),
 ]
 STEP = (t5.T5, "decode", "sums, calls between the parts")
 
@@ -139,14 +141,14 @@ def profile(model: t5.T5, work: Work, rows: int) -> Clock:
 
 
 def table(clock: Clock) -> str:
-    """A line a part, in the order of a step: milliseconds a step, share of the whole."""
+    """A line a part, in the order of a step: milliseconds a step, fraction of the whole."""
     whole = sum(clock.seconds.values())
     lines = []
     for part in dict.fromkeys([*(part for _, _, part in (*PARTS, STEP)), REST]):
         seconds = clock.seconds[part]
         lines.append([part, f"{1000 * seconds / clock.n_steps:.2f}", f"{seconds / whole:.0%}"])
     lines.append(["together", f"{1000 * whole / clock.n_steps:.2f}", ""])
-    return markdown_table(["part", "ms a step", "share"], lines)
+    return markdown_table(["part", "ms a step", "fraction"], lines)
 
 
 def summary(clock: Clock, work: Work) -> str:

@@ -54,7 +54,6 @@ from benchmarks.scripted import (  # noqa: E402
 from minidpost.cli import POSITIVE, Parser, device, run_command  # noqa: E402
 from minidpost.models.t5 import T5  # noqa: E402
 from minidpost.precision import DTYPES, default_device  # noqa: E402
-from minidpost.sampling.cuda_graphs import plain_steps  # noqa: E402
 from minidpost.selftraining.presets import TINY_T5  # noqa: E402
 from minidpost.storage import markdown_table  # noqa: E402
 from minidpost.text.templates import Template  # noqa: E402
@@ -309,7 +308,7 @@ def runs_of(sides: Sides, rows: int) -> Iterator[tuple[str, dict[str, Run]]]:
     yield OURS, {"": clocked(sampled, sides.model, rows)}
     yield OFF, {"": clocked(sampled, sides.model, rows, has_calculator=False)}
     if next(sides.model.parameters()).is_cuda:
-        yield PLAIN, {"": plain_steps()(clocked(sampled, sides.model, rows))}
+        yield PLAIN, {"": clocked(sampled, sides.model, rows, use_cuda_graphs=False)}
     yield PEER, {"": clocked(peers.generate, sides.peer, rows, is_sorted=False)}
     yield PEER_SORTED, {"": clocked(peers.generate, sides.peer, rows)}
     yield ONE, {"": clocked(one_at_a_time, sides.peer)}

@@ -270,7 +270,8 @@ def clocked_sampling(model: nn.Module, eos_id: int, rows: int, n_prompt: int, n_
     prompts = [tuple(random.choices(ids, k=n_prompt)) for _ in range(rows)]
     clocked = Clocked(model, prompts, [random.choices(ids, k=n_new) for _ in range(rows)])
     requests = [Request(prompt, str(number)) for number, prompt in enumerate(prompts)]
-    for _ in sample(clocked, requests, SamplingSettings(max_new_tokens=n_new, slots=rows), eos_id):
+    settings = SamplingSettings(max_new_tokens=n_new, slots=rows)
+    for _ in sample(clocked, requests, settings, eos_id, use_cuda_graphs=False):  # the scripted model's own are used
         pass
     return clocked
 
@@ -329,7 +330,8 @@ def sampling_rate(options: argparse.Namespace, n_questions: int = 256) -> float:
     scripted = ScriptedModel(model, work.prompts, work.scripts)
     requests = [Request(p, str(i), k) for i, p in enumerate(work.prompts) for k in range(T5_PRESET.dpo_samples)]
     started = time.perf_counter()
-    for _, completion in sample(scripted, requests, T5_PRESET.sampling(0), template.eos_id, template.new_calculator):
+    settings, new_override = T5_PRESET.sampling(0), template.new_calculator
+    for _, completion in sample(scripted, requests, settings, template.eos_id, new_override, use_cuda_graphs=False):
         n_tokens += len(completion.token_ids)
     return n_tokens / (time.perf_counter() - started)
 

@@ -9,8 +9,9 @@ there.
 import argparse
 import json
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from random import Random
@@ -24,7 +25,9 @@ from minidpost.data import datasets
 from minidpost.data.example import Example
 from minidpost.models.hf_config import mapping_for, model_type, read_config
 from minidpost.models.hub import WEIGHTS_DIR
+from minidpost.models.kvcache import KVCache, T5Cache
 from minidpost.models.weights import load_model, load_template
+from minidpost.sampling.cuda_graphs import CUDAGraphs
 from minidpost.sampling.sampler import Request, SamplingSettings, sample
 from minidpost.selftraining.presets import T5
 from minidpost.text.templates import Template, template_for
@@ -45,23 +48,18 @@ TEMPERATURE = T5.temperature  # of samples
 SPREAD, LIBRARY = 0.25, 1000  # how the lengths of a question's samples scatter, and rationales they are taken from
 CERTAIN = 1e4  # a logit beside which all others are nothing, and whose softmax is still a number
 
+Cache = KVCache | T5Cache
+Step = Callable[[Tensor], Tensor]
+
 
 class ScriptedCache:
     """The model's cache, and where in the scripts each row stands."""
 
-    def __init__(self, cache, n_rows: int, device: torch.device):
+    def __init__(self, cache: Cache, step: Step, n_rows: int, device: torch.device):
         self.cache = cache
+        self.step = step  # the model's decode for this cache, plain or recorded
         self.pointer_B = torch.zeros(n_rows, dtype=torch.long, device=device)
         self.starts: dict[int, Iterator[int]] = {}  # of prefilled rows: where the scripts of the next samples begin
-
-    @property
-    def runner(self):
-        """How the model's cache runs its steps."""
-        return self.cache.runner
-
-    @runner.setter
-    def runner(self, runner) -> None:
-        self.cache.runner = runner
 
     def clear(self) -> None:
         """Forget all rows."""
@@ -79,11 +77,21 @@ class ScriptedCache:
 
 
 class ScriptedModel:
-    """A model for `sampler.sample` whose tokens are those of the prompt's script."""
+    """A model for `sampler.sample` whose tokens are those of the prompt's script.
 
-    def __init__(self, model: nn.Module, prompts: Sequence[tuple[int, ...]], scripts: Sequence[Sequence[int]]):
+    On a GPU it takes the model's steps as CUDA graphs itself: its own cannot be recorded, `sample` must not try.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[tuple[int, ...]],
+        scripts: Sequence[Sequence[int]],
+        use_cuda_graphs: bool = True,
+    ):
         """Scripts are ids, the end id among them; those of one prompt are said by its samples in turn."""
         self.model, self.device = model, next(model.parameters()).device
+        self.use_cuda_graphs = use_cuda_graphs and self.device.type == "cuda"
         self.starts: dict[tuple[int, ...], list[int]] = {}
         ids = []
         for prompt, script in zip(prompts, scripts, strict=True):
@@ -97,7 +105,9 @@ class ScriptedModel:
 
     def new_cache(self, rows: int, max_prompt: int, max_new: int) -> ScriptedCache:
         """The model's, and a pointer a row."""
-        return ScriptedCache(self.model.new_cache(rows, max_prompt, max_new), rows, self.device)
+        cache = self.model.new_cache(rows, max_prompt, max_new)
+        step = CUDAGraphs(self.model, cache) if self.use_cuda_graphs else partial(self.model.decode, cache)
+        return ScriptedCache(cache, step, rows, self.device)
 
     @torch.inference_mode()
     def prefill(self, cache: ScriptedCache, rows: Sequence[int], prompts: Sequence[tuple[int, ...]]) -> list[int]:
@@ -109,7 +119,7 @@ class ScriptedModel:
     @torch.inference_mode()
     def decode(self, cache: ScriptedCache, ids_B: Tensor) -> Tensor:
         """The model's logits_BV, with the scripts' ids certain."""
-        logits_BV = self.model.decode(cache.cache, ids_B)
+        logits_BV = cache.step(ids_B)
         pointer_B = cache.pointer_B[: len(ids_B)]
         logits_BV.scatter_(1, self.script_N[pointer_B, None], CERTAIN)
         pointer_B += 1
@@ -184,14 +194,20 @@ def natural_work(template: Template, n_questions: int, max_new_tokens: int) -> W
     return Work(template, prompts, None, max_new_tokens)
 
 
-def sampled(model: nn.Module, work: Work, rows: int, has_calculator: bool = True) -> list[list[int]]:
+def sampled(
+    model: nn.Module, work: Work, rows: int, has_calculator: bool = True, use_cuda_graphs: bool = True
+) -> list[list[int]]:
     """All of our completions, ids in the order of the work."""
-    scripted = model if work.scripts is None else ScriptedModel(model, work.prompts, work.scripts)
+    is_scripted = work.scripts is not None
+    scripted = ScriptedModel(model, work.prompts, work.scripts, use_cuda_graphs) if is_scripted else model
     numbered = ((prompt, *divmod(number, work.n_samples)) for number, prompt in enumerate(work.prompts))
     requests = [Request(prompt, str(question), sample) for prompt, question, sample in numbered]
     settings = SamplingSettings(work.temperature, max_new_tokens=work.max_new_tokens, slots=rows)
     new_override = work.template.new_calculator if has_calculator else None
-    done = dict(sample(scripted, requests, settings, work.template.eos_id, new_override))
+    use_cuda_graphs = use_cuda_graphs and not is_scripted  # a scripted model sees to it itself
+    done = dict(
+        sample(scripted, requests, settings, work.template.eos_id, new_override, use_cuda_graphs=use_cuda_graphs)
+    )
     return [done[number].token_ids for number in range(len(requests))]
 
 

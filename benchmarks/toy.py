@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from minidpost.data import toy  # noqa: E402
 from minidpost.models.weights import load_model, load_template  # noqa: E402
-from minidpost.sampling.generate import generate_samples as generate  # noqa: E402
+from minidpost.sampling.generate import generate  # noqa: E402
 from minidpost.sampling.sampler import SamplingSettings  # noqa: E402
 from minidpost.selftraining.evaluation import pass_at_k  # noqa: E402
 from minidpost.selftraining.presets import TINY_T5  # noqa: E402

@@ -7,7 +7,6 @@ import torch
 
 from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.t5 import T5, T5Config
-from minidpost.sampling.cuda_graphs import plain_steps
 from minidpost.sampling.sampler import Request, SamplingSettings, sample
 from minidpost.training.batching import TokenizedExample
 from minidpost.training.dpo import DPOSettings, PreferencePair, reference_log_probabilities, train_dpo
@@ -32,30 +31,30 @@ def sequences(n: int) -> list[TokenizedExample]:
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(5, 60, (n, 2), generator=generator).tolist()
 
-    def draw(length: int) -> tuple[int, ...]:
+    def random_ids(length: int) -> tuple[int, ...]:
         return tuple(torch.randint(3, 32000, (length,), generator=generator).tolist())
 
-    return [TokenizedExample(draw(source), (*draw(target), 1)) for source, target in lengths]
+    return [TokenizedExample(random_ids(source), (*random_ids(target), 1)) for source, target in lengths]
 
 
 def test_sampling_in_bf16_gives_every_request_its_completion(model):
     requests = [Request(s.prompt_ids, str(i // 2), i % 2) for i, s in enumerate(sequences(20))]
     settings = SamplingSettings(temperature=0.7, max_new_tokens=24, slots=8)
-    done = dict(sample(model.to(torch.bfloat16), requests, settings, eos_id=1))
-    assert sorted(done) == list(range(20))
-    assert all(1 <= len(completion.token_ids) <= 24 for completion in done.values())
+    rows = list(sample(model.to(torch.bfloat16), requests, settings, eos_id=1))
+    assert sorted(row.request_index for row in rows) == list(range(20))
+    assert all(1 <= len(row.token_ids) <= 24 for row in rows)
 
 
 def test_recorded_steps_give_the_completions_of_plain_ones(model):
-    """In fp32, where hardly a draw lies within the rounding; a failure to record would be a warning, which fails."""
+    """In fp32, where hardly a token hangs on the rounding; a failure to record would be a warning, which fails."""
     requests = [Request(s.prompt_ids, str(i // 4), i % 4) for i, s in enumerate(sequences(40))]
     settings = SamplingSettings(temperature=0.7, max_new_tokens=100, slots=16)
-    with plain_steps():
-        expected = dict(sample(model, requests, settings, eos_id=1))
+    rows = sample(model, requests, settings, eos_id=1, use_cuda_graphs=False)
+    expected = {row.request_index: row.token_ids for row in rows}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        done = dict(sample(model, requests, settings, eos_id=1))
-    same = sum(done[number].token_ids == expected[number].token_ids for number in expected)
+        rows = list(sample(model, requests, settings, eos_id=1))
+    same = sum(row.token_ids == expected[row.request_index] for row in rows)
     assert same >= 0.95 * len(requests), f"{same} of {len(requests)} completions are the same"
 
 
@@ -66,11 +65,11 @@ def test_sft_in_bf16_lowers_the_loss_and_keeps_fp32_weights(model, tmp_path):
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
-def test_dpo_in_bf16_begins_near_ln_2_and_learns_the_preference(model, tmp_path):
-    drawn = sequences(16)
+def test_dpo_in_bf16_begins_near_ln_2_and_learns(model, tmp_path):
+    examples = sequences(16)
     pairs = [
         PreferencePair(a, TokenizedExample(a.prompt_ids, b.target_ids))
-        for a, b in zip(drawn[:8], drawn[8:], strict=True)
+        for a, b in zip(examples[:8], examples[8:], strict=True)
     ]
     settings = DPOSettings(20, 8, Schedule(1e-5))
     reference_P2 = reference_log_probabilities(model, pairs, micro_batch_tokens=settings.micro_batch_tokens)

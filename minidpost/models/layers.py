@@ -1,11 +1,32 @@
-"""Linear, RMSNorm and attention as decoding wants them: few rows, one position each."""
+"""What both families are made of: linear layers, RMS norm, attention of few queries, and what a layer attends to.
+
+Three of these operations are torch's own, computed in another way where decoding on a CPU is faster for it: there a
+step has few rows, and each row has one position.
+
+Letters of the shapes, here and in the other files of this folder: B rows, T new or target positions, S source or
+cached positions, N packed tokens, Q distinct prompts, R queries that share keys, D model width, F feed-forward width,
+H heads, G key and value heads, K head width, V vocabulary, L layers, O outputs of a matrix; C cells of the table of
+rows and prompts, X entries of the table of position biases (both in kvcache.py).
+"""
+
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LARGE_MATRIX = 2**17  # entries
-FEW_ROWS = 128
+MIN_ENTRIES_FOR_SWAP = 2**17  # entries of a matrix from which on the swapped product is faster, see `linear`
+MAX_ROWS_FOR_SWAP = 128
+
+
+class Attendable(Protocol):
+    """What a layer may attend to: in training the positions of a batch, in decoding a cache.
+
+    q_BTHK are the queries of the new positions, k_BTGK and v_BTGK their keys and values (G = H but for Llama's grouped
+    heads). Given back is what each query reads, y_BTHK.
+    """
+
+    def attend(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor: ...
 
 
 def mask_bias(mask_BS: Tensor, dtype: torch.dtype) -> Tensor:
@@ -14,41 +35,52 @@ def mask_bias(mask_BS: Tensor, dtype: torch.dtype) -> Tensor:
     return bias_BS[:, None, None]
 
 
-def attention(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_BHTS: Tensor, scale: float) -> Tensor:
-    """softmax(q kᵀ · scale + bias) v for few queries a row; (B, G, R, K)."""
+def attention(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_BGRS: Tensor, scale: float) -> Tensor:
+    """softmax(q kᵀ · scale + bias) v for few queries a row, (B, G, R, K).
+
+    Each of the G heads of keys and values is read by R queries. The bias is anything that broadcasts to (B, G, R, S).
+    """
     if q_BGRK.device.type != "cpu":
-        return F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, bias_BHTS, scale=scale)
+        return F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, bias_BGRS, scale=scale)
     # The fused kernel is made for many queries; for one a row, plain products take a fifth less time on a CPU.
-    weight_BGRS = torch.matmul(q_BGRK * scale if scale != 1.0 else q_BGRK, k_BGSK.mT).add_(bias_BHTS).softmax(-1)
+    if scale != 1.0:
+        q_BGRK = q_BGRK * scale
+    weight_BGRS = torch.matmul(q_BGRK, k_BGSK.mT).add_(bias_BGRS).softmax(-1)
     return torch.matmul(weight_BGRS, v_BGSK)
 
 
-def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
-    """x weightᵀ, (…, K) to (…, N).
+def linear(x_BTD: Tensor, weight_OD: Tensor) -> Tensor:
+    """x weightᵀ, (…, D) to (…, O).
 
-    For few rows and a large matrix on a CPU it is computed the other way round, as the threads of the library then
-    share the matrix and need not copy it first: a fifth to a half less time.
+    For few rows and a large matrix on a CPU it is computed as (weight xᵀ)ᵀ: the threads of the library then share the
+    matrix and need not copy it first, which takes a fifth to a half less time.
     """
-    few = weight_NK.numel() >= LARGE_MATRIX and x.numel() <= FEW_ROWS * x.shape[-1]
-    if few and x.device.type == "cpu" and not torch.is_grad_enabled():
-        return torch.mm(weight_NK, x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
-    return F.linear(x, weight_NK)
+    has_few_rows = x_BTD.numel() <= MAX_ROWS_FOR_SWAP * x_BTD.shape[-1]
+    is_faster_swapped = weight_OD.numel() >= MIN_ENTRIES_FOR_SWAP and has_few_rows
+    if is_faster_swapped and x_BTD.device.type == "cpu" and not torch.is_grad_enabled():
+        y_ON = torch.mm(weight_OD, x_BTD.flatten(0, -2).T)
+        return torch.unflatten(y_ON.T, 0, x_BTD.shape[:-1])
+    return F.linear(x_BTD, weight_OD)
 
 
 class Linear(nn.Linear):
-    """torch's, but for its speed with few rows."""
+    """torch's Linear, with the faster product for few rows (see `linear`)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = linear(x, self.weight)
-        return y if self.bias is None else y + self.bias
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        y_BTO = linear(x_BTD, self.weight)
+        return y_BTO if self.bias is None else y_BTO + self.bias
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, but on a CPU without gradients in three passes over x, where that one takes six."""
+    """torch's RMSNorm, x / √(mean(x²) + eps) · weight; without gradients on a CPU in three passes over x, not six."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype == torch.bfloat16 or torch.is_grad_enabled():
-            return super().forward(x)
-        size = x.shape[-1]
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(size * self.eps).rsqrt_()
-        return (x * scale).mul_(self.weight * size**0.5)
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        if x_BTD.device.type != "cpu" or x_BTD.dtype == torch.bfloat16 or torch.is_grad_enabled():
+            return super().forward(x_BTD)
+        # x · weight · √D / √(Σx² + D·eps) is the same number.
+        width = x_BTD.shape[-1]
+        eps = torch.finfo(x_BTD.dtype).eps if self.eps is None else self.eps
+        norm_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True)
+        scale_BT1 = norm_BT1.square_().add_(width * eps).rsqrt_()
+        scaled_BTD: Tensor = x_BTD * scale_BT1
+        return scaled_BTD.mul_(self.weight * width**0.5)

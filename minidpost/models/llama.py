@@ -9,19 +9,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidpost.models.kvcache import KVCache, decoding_step
-from minidpost.models.layers import Linear, RMSNorm, attention, linear
+from minidpost.models.kvcache import CachedTokens, KVCache, StepPlan
+from minidpost.models.layers import Attendable, Linear, RMSNorm, linear
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotations are slowed: "linear" all alike, "llama3" those that turn less than the other numbers say."""
+    """How rotations are slowed for longer contexts than a model was first trained on.
+
+    "linear" divides all frequencies by the factor. "llama3" does so where a rotation makes fewer than
+    low_frequency_factor turns within the original context, leaves those alone that make more than
+    high_frequency_factor, and blends in between.
+    """
 
     kind: str
     factor: float
@@ -44,7 +49,7 @@ class LlamaConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
-    max_positions: int = 2048
+    max_positions: int = 2048  # carried from and to config.json; nothing here consults it
     attention_bias: bool = False
     mlp_bias: bool = False
     tied: bool = False
@@ -57,8 +62,69 @@ class LlamaConfig:
         return False
 
 
+class Rotation(NamedTuple):
+    """Cosines and sines of the angles by which queries and keys are turned at each position."""
+
+    cos_BT1K: Tensor
+    sin_BT1K: Tensor
+
+
+@dataclass(frozen=True)
+class CausalAttention:
+    """Attention within a batch, in training: each position sees itself and those before it (a layers.Attendable).
+
+    mask_B1TT is True where a query (next to last) may see a key (last); without it rows are taken to begin together.
+    """
+
+    mask_B1TT: Tensor | None = None
+
+    def attend(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
+        """What each query reads, (B, T, H, K)."""
+        y_BHTK = F.scaled_dot_product_attention(
+            q_BTHK.transpose(1, 2),
+            k_BTGK.transpose(1, 2),
+            v_BTGK.transpose(1, 2),
+            self.mask_B1TT,
+            is_causal=self.mask_B1TT is None,
+            enable_gqa=q_BTHK.shape[2] != k_BTGK.shape[2],
+        )
+        return y_BHTK.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class PackedPrompts:
+    """One layer's prompts in the prefill (a layers.Attendable): packed tokens are put into rows, cached, attended to.
+
+    Packed token n belongs to position position_N[n] of prompt prompt_N[n], whose keys and values go to the cache's row
+    row_ids[prompt_N[n]].
+    """
+
+    cache: KVCache
+    layer: int
+    row_ids: list[int]
+    prompt_N: Tensor
+    position_N: Tensor
+    longest: int
+
+    def unpack(self, x_1NHK: Tensor) -> Tensor:
+        """A row for each prompt, padded with zeros on the right: (1, N, …) to (Q, T, …)."""
+        x_QTHK = x_1NHK.new_zeros(len(self.row_ids), self.longest, *x_1NHK.shape[2:])
+        return x_QTHK.index_put_((self.prompt_N, self.position_N), x_1NHK[0])
+
+    def attend(self, q_1NHK: Tensor, k_1NGK: Tensor, v_1NGK: Tensor) -> Tensor:
+        """What each packed token reads of its own prompt, (1, N, H, K)."""
+        q_QTHK = self.unpack(q_1NHK)
+        k_QTGK = self.unpack(k_1NGK)
+        v_QTGK = self.unpack(v_1NGK)
+        self.cache.keys_LBGSK[self.layer, self.row_ids, :, : self.longest] = k_QTGK.transpose(1, 2)
+        self.cache.values_LBGSK[self.layer, self.row_ids, :, : self.longest] = v_QTGK.transpose(1, 2)
+        # Padding comes after a prompt's tokens, where the causal order hides it from them.
+        y_QTHK = CausalAttention().attend(q_QTHK, k_QTGK, v_QTGK)
+        return y_QTHK[self.prompt_N, self.position_N][None]
+
+
 class Attention(nn.Module):
-    """Causal attention of grouped heads: each key and value head serves n_heads / n_kv_heads queries."""
+    """Attention of grouped heads with rotary positions: each key and value head serves H / G query heads."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -68,24 +134,14 @@ class Attention(nn.Module):
         self.value = Linear(config.d_model, config.n_kv_heads * config.d_head, bias=bias)
         self.output = Linear(config.n_heads * config.d_head, config.d_model, bias=bias)
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values: (…, D) to (…, H, K) and twice (…, G, K); cos and sin are (…, 1, K)."""
-        q, k, v = (linear(x).unflatten(-1, (-1, self.d_head)) for linear in (self.query, self.key, self.value))
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
-
-    def attend(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask_B1TT: Tensor | None) -> Tensor:
-        """Attention within rows, (B, T, H·K); without a mask each position sees itself and those before it."""
-        q_BHTK, k_BGTK, v_BGTK = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
-        is_grouped = q_BHTK.shape[1] != k_BGTK.shape[1]
-        y_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BGTK, v_BGTK, mask_B1TT, is_causal=mask_B1TT is None, enable_gqa=is_grouped
-        )
-        return y_BHTK.transpose(1, 2).flatten(2)
-
-    def attend_one(self, q_BHK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_B11S: Tensor) -> Tensor:
-        """Attention of one position a row, (B, H·K); the queries of a group stand where others have several times."""
-        q_BGRK = q_BHK.unflatten(1, (k_BGSK.shape[1], -1))
-        return attention(q_BGRK, k_BGSK, v_BGSK, bias_B11S, self.d_head**-0.5).flatten(1)
+    def forward(self, x_BTD: Tensor, rotation: Rotation, own: Attendable) -> Tensor:
+        q_BTHK = self.query(x_BTD).unflatten(-1, (-1, self.d_head))
+        k_BTGK = self.key(x_BTD).unflatten(-1, (-1, self.d_head))
+        v_BTGK = self.value(x_BTD).unflatten(-1, (-1, self.d_head))
+        # Only what is compared is turned: scores then depend on the distance of two positions.
+        y_BTHK = own.attend(rotate(q_BTHK, rotation), rotate(k_BTGK, rotation), v_BTGK)
+        y_BTD: Tensor = self.output(y_BTHK.flatten(2))
+        return y_BTD
 
 
 class FeedForward(nn.Module):
@@ -97,8 +153,9 @@ class FeedForward(nn.Module):
         self.up = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
         self.down = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        y_BTD: Tensor = self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        return y_BTD
 
 
 class Layer(nn.Module):
@@ -111,18 +168,15 @@ class Layer(nn.Module):
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x_BTD: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor, mask_B1TT: Tensor | None) -> Tensor:
-        q, k, v = self.attention.project(self.attention_norm(x_BTD), cos_BT1K, sin_BT1K)
-        return self.finish(x_BTD, self.attention.attend(q, k, v, mask_B1TT))
-
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """What follows attention: (…, D) and (…, H·K) to (…, D)."""
-        x = x + self.attention.output(attended)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+    def forward(self, x_BTD: Tensor, rotation: Rotation, own: Attendable) -> Tensor:
+        """One layer, (B, T, D) to (B, T, D); `own` is what its positions attend to."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, own)
+        x_BTD = x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+        return x_BTD
 
 
 class Stack(nn.Module):
-    """All layers and the norm behind the last."""
+    """All layers, and the norm that follows the last."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -142,7 +196,7 @@ class Llama(nn.Module):
 
     @property
     def stacks(self) -> tuple[Stack, Stack]:
-        """What source tokens pass, and what target tokens do: the same."""
+        """The layers that source tokens pass, and those that target tokens pass: the same."""
         return self.stack, self.stack
 
     @torch.no_grad()
@@ -160,96 +214,124 @@ class Llama(nn.Module):
     def forward(self, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """Logits for the token after each position, (B, T, V).
 
-        mask_BT is bool, True = a token, for padding anywhere; without it every row begins at once, and what pads it
-        stands behind its end, where no token can see it.
+        mask_BT is bool, True = a token, for padding anywhere. Without it rows are right-padded: all begin at once, and
+        padding comes after a row's end, where no token can see it.
         """
         return self.logits(self.hidden(ids_BT, mask_BT))
 
     def hidden(self, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-        """What the output matrix turns into logits, (B, T, D)."""
-        n_positions, mask_B1TT = ids_BT.shape[1], None
-        position_BT = torch.arange(n_positions, device=ids_BT.device)[None]
+        """Final hidden states, (B, T, D), which `logits` multiplies by the output matrix.
+
+        The product right-pads and gives no mask: that branch is here for the contract `llama(ids_BT, mask_BT)`, for
+        tests that compare with left-padded rows, and for users of the class.
+        """
+        position_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+        mask_B1TT = None
         if mask_BT is not None:
             causal_TT = position_BT.T >= position_BT
-            itself_TT = position_BT == position_BT.T  # so that a padded position, which nobody reads, sees something
+            # Padded positions see themselves, so that their softmax has something to see; nobody reads the result.
+            itself_TT = position_BT == position_BT.T
             mask_B1TT = ((causal_TT & mask_BT[:, None]) | itself_TT)[:, None]
-            position_BT = mask_BT.long().cumsum(1).sub(1).clamp(min=0)
+            position_BT = mask_BT.long().cumsum(1).sub(1).clamp(min=0)  # a row's first token is at position 0
+
         rotation = self.rotation(position_BT)
+        own = CausalAttention(mask_B1TT)
         x_BTD = self.embedding(ids_BT)
         for layer in self.stack.layers:
-            x_BTD = layer(x_BTD, *rotation, mask_B1TT)
-        return self.stack.norm(x_BTD)
+            x_BTD = layer(x_BTD, rotation, own)
+        hidden_BTD: Tensor = self.stack.norm(x_BTD)
+        return hidden_BTD
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """The output matrix, which may be the embedding's: (…, D) to (…, V)."""
         return linear(hidden_BTD, self.embedding.weight if self.head is None else self.head.weight)
 
-    def rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the angles at each position: (…) to twice (…, 1, K). Angles are fp32, as published."""
-        angle = position[..., None].float() * frequencies(self.config, position.device)
-        angle = torch.cat([angle, angle], dim=-1)[..., None, :]
+    def rotation(self, position_BT: Tensor) -> Rotation:
+        """Cosines and sines of the angles at each position, (B, T) to twice (B, T, 1, K)."""
+        # Angles are fp32, as published: in bf16 neighbouring positions far from 0 would have the same.
+        angle_BTK = position_BT[..., None].float() * frequencies(self.config, position_BT.device)
+        angle_BT1K = torch.cat([angle_BTK, angle_BTK], dim=-1)[..., None, :]  # one for each half of a head
         dtype = self.embedding.weight.dtype
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        return Rotation(angle_BT1K.cos().to(dtype), angle_BT1K.sin().to(dtype))
 
     @torch.inference_mode()
-    def new_cache(self, rows: int, max_prompt: int, max_new: int) -> KVCache:
-        """Room for `rows` sequences of at most `max_prompt` + `max_new` tokens."""
+    def new_cache(self, n_rows: int, max_prompt: int, max_new: int) -> KVCache:
+        """Room for `n_rows` sequences of at most `max_prompt` + `max_new` tokens."""
         self.eval()
-        config, weight = self.config, self.embedding.weight
-        size = max_prompt + max_new
-        return KVCache(config.n_layers, rows, config.n_kv_heads, size, config.d_head, weight.dtype, weight.device)
+        return KVCache(
+            n_layers=self.config.n_layers,
+            n_rows=n_rows,
+            n_heads=self.config.n_kv_heads,
+            max_tokens=max_prompt + max_new,
+            d_head=self.config.d_head,
+            dtype=self.embedding.weight.dtype,
+            device=self.embedding.weight.device,
+        )
 
     @torch.inference_mode()
-    def prefill(self, cache: KVCache, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[int]:
-        """Start `rows` afresh on the prompts but for their last ids, which it gives: each row decodes its own first.
+    def prefill(self, cache: KVCache, row_ids: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Start the rows afresh on their prompts, of which the last ids are given back: each row decodes its own first.
 
-        The tokens of all prompts stand in one line, so that no padding is multiplied; attention alone sees rows.
+        The prefill is packed: the tokens of all prompts pass the layers as one row of N tokens, so that no padding is
+        multiplied. Attention alone puts them into rows.
         """
-        device, rows = self.embedding.weight.device, list(rows)
         lengths = [len(prompt) - 1 for prompt in prompts]
-        cache.set_lengths(rows, lengths)
-        if any(lengths):
-            ids_N = torch.tensor([token_id for prompt in prompts for token_id in prompt[:-1]], device=device)
-            shape = (len(rows), max(lengths))
-            place = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).nonzero().to(device).unbind(1)
-            rotation, x_ND = self.rotation(place[1]), self.embedding(ids_N)
+        longest = max(lengths, default=0)
+        cache.set_lengths(row_ids, lengths)
+        if longest:
+            device = self.embedding.weight.device
+            ids_1N = torch.tensor([[token_id for prompt in prompts for token_id in prompt[:-1]]], device=device)
+            # Prompts of 2 and 3 tokens: prompt_N is 0 0 1 1 1, position_N is 0 1 0 1 2.
+            is_token_QT = torch.arange(longest) < torch.tensor(lengths)[:, None]
+            prompt_N, position_N = is_token_QT.nonzero().to(device).unbind(1)
+
+            rotation = self.rotation(position_N[None])
+            x_1ND = self.embedding(ids_1N)
             for index, layer in enumerate(self.stack.layers):
-                projected = layer.attention.project(layer.attention_norm(x_ND), *rotation)
-                padded = [x.new_zeros(*shape, *x.shape[1:]).index_put_(place, x) for x in projected]
-                cache.keys_LBHSK[index, rows, :, : shape[1]] = padded[1].transpose(1, 2)
-                cache.values_LBHSK[index, rows, :, : shape[1]] = padded[2].transpose(1, 2)
-                x_ND = layer.finish(x_ND, layer.attention.attend(*padded, None)[place])
+                own = PackedPrompts(cache, index, list(row_ids), prompt_N, position_N, longest)
+                x_1ND = layer(x_1ND, rotation, own)
         return [prompt[-1] for prompt in prompts]
 
-    @decoding_step
     def decode(self, cache: KVCache, ids_B: Tensor) -> Tensor:
         """Feed one token to each of the cache's first B rows, at the row's own position; logits_BV of what follows."""
         n_rows = len(ids_B)
-        bias_B11S, rotation, x_BD = cache.bias(n_rows), self.rotation(cache.length_B[:n_rows]), self.embedding(ids_B)
+        with torch.inference_mode():
+            logits_BV = self.step(cache, cache.plan(n_rows), ids_B)
+            cache.advance(n_rows)
+        return logits_BV
+
+    def step(self, cache: KVCache, plan: StepPlan, ids_B: Tensor) -> Tensor:
+        """The device's part of `decode`, which is the same operations for every plan of the same sizes; logits_BV."""
+        bias_B11S = cache.bias(plan)
+        rotation = self.rotation(plan.position_B[:, None])
+        scale = self.config.d_head**-0.5
+        x_B1D = self.embedding(ids_B)[:, None]
         for index, layer in enumerate(self.stack.layers):
-            q_BHK, k_BGK, v_BGK = layer.attention.project(layer.attention_norm(x_BD), *rotation)
-            k_BGSK, v_BGSK = cache.append(index, k_BGK[:, :, None], v_BGK[:, :, None])
-            x_BD = layer.finish(x_BD, layer.attention.attend_one(q_BHK, k_BGSK, v_BGSK, bias_B11S))
-        return self.logits(self.stack.norm(x_BD))
+            own = CachedTokens(cache, index, plan, bias_B11S, scale)
+            x_B1D = layer(x_B1D, rotation, own)
+        return self.logits(self.stack.norm(x_B1D))[:, 0]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (first half, second half) of a head by its angle."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+def rotate(x_BTHK: Tensor, rotation: Rotation) -> Tensor:
+    """Turn each pair of a head's numbers, (k, k + K/2) as Hugging Face pairs them, by the angle of its position."""
+    first_half, second_half = x_BTHK.chunk(2, dim=-1)
+    partner_BTHK = torch.cat([-second_half, first_half], dim=-1)
+    return x_BTHK * rotation.cos_BT1K + partner_BTHK * rotation.sin_BT1K
 
 
 @cache
 def frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
-    """Radians a position of each of the K/2 rotations, fp32."""
-    frequency = 1.0 / config.rope_theta ** (torch.arange(0, config.d_head, 2).float() / config.d_head).to(device)
+    """Radians by which each of the K/2 pairs turns from one position to the next, fp32."""
+    exponent = torch.arange(0, config.d_head, 2).float() / config.d_head
+    frequency = 1.0 / config.rope_theta ** exponent.to(device)
     scaling = config.rope_scaling
     if scaling is None:
         return frequency
     if scaling.kind == "linear":
         return frequency / scaling.factor
-    # llama3: rotations slower than the original context are stretched, fast ones are not, and between it is blended
-    turns = scaling.original_max_positions * frequency / (2 * math.pi)
+    # llama3: rotations that make few turns within the original context are slowed, fast ones are not, and those in
+    # between are blended.
+    n_turns = scaling.original_max_positions * frequency / (2 * math.pi)
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    share = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - share) * frequency / scaling.factor + share * frequency
+    unscaled_fraction = ((n_turns - low) / (high - low)).clamp(0, 1)
+    return (1 - unscaled_fraction) * frequency / scaling.factor + unscaled_fraction * frequency

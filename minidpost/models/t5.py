@@ -7,17 +7,16 @@ form) and a head of their own. Run it in fp32 or bf16: fp16 overflows.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidpost.models.kvcache import KVCache, SharedPromptCache, T5Cache, decoding_step
-from minidpost.models.layers import Linear, RMSNorm, attention, linear, mask_bias
+from minidpost.models.kvcache import CachedPrompts, CachedTokens, KVCache, SharedPromptCache, T5Cache, T5Plan
+from minidpost.models.layers import Attendable, Linear, RMSNorm, linear, mask_bias
 
 
 @dataclass(frozen=True)
@@ -48,36 +47,96 @@ class T5Config:
         return True
 
 
+class AttendablePrompt(Protocol):
+    """What cross-attention may attend to, as layers.Attendable, but for where keys and values come from.
+
+    In training they are those of the encoder's output, which the layer has just computed. In decoding they are None:
+    the prefill has put them into the cache.
+    """
+
+    def attend(self, q_BTHK: Tensor, k_BSHK: Tensor | None, v_BSHK: Tensor | None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class FullAttention:
+    """Attention within a batch, in training and in the encoder: softmax(q kᵀ + bias) v over all positions.
+
+    The bias (broadcastable to (B, H, T, S)) holds T5's position bias, and −inf where a query must not look. `dropout`
+    is the probability with which a weight is dropped. Where several target rows share a source row, row_B says which
+    source row each of them reads; keys and values are then given for the source rows alone, (Q, S, H, K).
+    """
+
+    bias_BHTS: Tensor
+    dropout: float
+    row_B: Tensor | None = None
+
+    def attend(self, q_BTHK: Tensor, k_BSHK: Tensor | None, v_BSHK: Tensor | None) -> Tensor:
+        """What each query reads, (B, T, H, K)."""
+        assert k_BSHK is not None and v_BSHK is not None, "keys and values are in no cache here"
+        q_BHTK = q_BTHK.transpose(1, 2)
+        k_BHSK = k_BSHK.transpose(1, 2)
+        v_BHSK = v_BSHK.transpose(1, 2)
+        if self.row_B is not None:
+            k_BHSK = k_BHSK.index_select(0, self.row_B)
+            v_BHSK = v_BHSK.index_select(0, self.row_B)
+        if q_BHTK.is_cpu and q_BHTK.requires_grad:
+            # On a CPU no fused kernel trains a bias, and what torch puts in its place is slower than these products.
+            weight_BHTS = (q_BHTK @ k_BHSK.mT + self.bias_BHTS).softmax(-1)
+            y_BHTK = F.dropout(weight_BHTS, self.dropout) @ v_BHSK
+        else:
+            bias_BHTS = self.bias_BHTS.to(q_BHTK.dtype)
+            y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, bias_BHTS, self.dropout, scale=1.0)
+        return y_BHTK.transpose(1, 2)
+
+
 class Attention(nn.Module):
-    """Multi-head attention whose scores are not scaled: T5's initialisation absorbs the factor."""
+    """Multi-head attention whose scores are not scaled: T5's initialisation absorbs the factor 1/√K."""
 
     def __init__(self, config: T5Config):
         super().__init__()
         inner = config.n_heads * config.d_kv
-        self.n_heads, self.dropout = config.n_heads, config.dropout
+        self.n_heads = config.n_heads
         self.query = Linear(config.d_model, inner, bias=False)
         self.key = Linear(config.d_model, inner, bias=False)
         self.value = Linear(config.d_model, inner, bias=False)
         self.output = Linear(inner, config.d_model, bias=False)
 
-    def split(self, x_BTE: Tensor) -> Tensor:
-        """Split the last dimension into heads: (B, T, H·K) to (B, H, T, K)."""
-        return x_BTE.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+    def queries(self, x_BTD: Tensor) -> Tensor:
+        """Queries of the heads, (B, T, H, K)."""
+        q_BTHK: Tensor = self.query(x_BTD).unflatten(-1, (self.n_heads, -1))
+        return q_BTHK
 
     def keys_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, each (B, H, S, K)."""
-        return self.split(self.key(x_BSD)), self.split(self.value(x_BSD))
+        """Keys and values of the heads, each (B, S, H, K)."""
+        k_BSHK = self.key(x_BSD).unflatten(-1, (self.n_heads, -1))
+        v_BSHK = self.value(x_BSD).unflatten(-1, (self.n_heads, -1))
+        return k_BSHK, v_BSHK
 
-    def attend(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_BHTS: Tensor) -> Tensor:
-        """What each query reads, (B, H, T, K); the bias (broadcastable) is −inf where it must not look."""
-        p = self.dropout * self.training
-        if q_BHTK.is_cpu and q_BHTK.requires_grad:  # no kernel there trains a bias; its substitute is slower
-            return F.dropout((q_BHTK @ k_BHSK.mT + bias_BHTS).softmax(-1), p) @ v_BHSK
-        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, bias_BHTS.to(q_BHTK.dtype), p, scale=1.0)
 
-    def forward(self, x_BTD: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        """Attention from x, of which `attend` takes the queries."""
-        return self.output(attend(self.split(self.query(x_BTD))).transpose(1, 2).flatten(2))
+class SelfAttention(Attention):
+    """Attention whose queries, keys and values are all made of x."""
+
+    def forward(self, x_BTD: Tensor, own: Attendable) -> Tensor:
+        k_BTHK, v_BTHK = self.keys_values(x_BTD)
+        y_BTHK = own.attend(self.queries(x_BTD), k_BTHK, v_BTHK)
+        y_BTD: Tensor = self.output(y_BTHK.flatten(2))
+        return y_BTD
+
+
+class CrossAttention(Attention):
+    """Attention from x to the encoder's output.
+
+    Without that (in decoding) the prefill has put its keys and values into the cache, which `prompt` reads.
+    """
+
+    def forward(self, x_BTD: Tensor, prompt: AttendablePrompt, encoded_QSD: Tensor | None) -> Tensor:
+        k_QSHK: Tensor | None = None
+        v_QSHK: Tensor | None = None
+        if encoded_QSD is not None:
+            k_QSHK, v_QSHK = self.keys_values(encoded_QSD)
+        y_BTHK = prompt.attend(self.queries(x_BTD), k_QSHK, v_QSHK)
+        y_BTD: Tensor = self.output(y_BTHK.flatten(2))
+        return y_BTD
 
 
 class FeedForward(nn.Module):
@@ -92,8 +151,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         up_BTF = self.up(x_BTD)
-        hidden_BTF = F.relu(up_BTF) if self.gate is None else F.gelu(self.gate(x_BTD), approximate="tanh") * up_BTF
-        return self.down(self.dropout(hidden_BTF))
+        if self.gate is None:
+            hidden_BTF = F.relu(up_BTF)
+        else:
+            hidden_BTF = F.gelu(self.gate(x_BTD), approximate="tanh") * up_BTF
+        y_BTD: Tensor = self.down(self.dropout(hidden_BTF))
+        return y_BTD
 
 
 class EncoderLayer(nn.Module):
@@ -102,16 +165,16 @@ class EncoderLayer(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = SelfAttention(config)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BSD: Tensor, bias_BHSS: Tensor) -> Tensor:
-        h_BSD = self.attention_norm(x_BSD)
-        memory = *self.attention.keys_values(h_BSD), bias_BHSS
-        x_BSD = x_BSD + self.dropout(self.attention(h_BSD, lambda q_BHSK: self.attention.attend(q_BHSK, *memory)))
-        return x_BSD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BSD)))
+    def forward(self, x_BSD: Tensor, own: Attendable) -> Tensor:
+        """One layer, (B, S, D) to (B, S, D); `own` are the source positions themselves."""
+        x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BSD), own))
+        x_BSD = x_BSD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BSD)))
+        return x_BSD
 
 
 class DecoderLayer(nn.Module):
@@ -120,26 +183,27 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.self_attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.self_attention = Attention(config)
+        self.self_attention = SelfAttention(config)
         self.cross_attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.cross_attention = Attention(config)
+        self.cross_attention = CrossAttention(config)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor, attend_own: Callable, attend_prompt: Callable) -> Tensor:
-        """`attend_own` takes queries, keys and values of the new positions, `attend_prompt` queries alone."""
-        h_BTD = self.self_attention_norm(x_BTD)
-        k_BHTK, v_BHTK = self.self_attention.keys_values(h_BTD)
-        x_BTD = x_BTD + self.dropout(self.self_attention(h_BTD, lambda q_BHTK: attend_own(q_BHTK, k_BHTK, v_BHTK)))
-        x_BTD = x_BTD + self.dropout(self.cross_attention(self.cross_attention_norm(x_BTD), attend_prompt))
-        return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
+    def forward(
+        self, x_BTD: Tensor, own: Attendable, prompt: AttendablePrompt, encoded_QSD: Tensor | None = None
+    ) -> Tensor:
+        """One layer, (B, T, D) to (B, T, D); `own` are the target positions, encoded_QSD is None in decoding."""
+        x_BTD = x_BTD + self.dropout(self.self_attention(self.self_attention_norm(x_BTD), own))
+        x_BTD = x_BTD + self.dropout(self.cross_attention(self.cross_attention_norm(x_BTD), prompt, encoded_QSD))
+        x_BTD = x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
+        return x_BTD
 
 
 class Stack(nn.Module):
-    """Layers of one kind, their shared relative-position biases, and the norm behind the last."""
+    """Layers of one kind, their shared relative-position biases, and the norm that follows the last."""
 
-    def __init__(self, config: T5Config, layer_type: type[nn.Module], n_layers: int):
+    def __init__(self, config: T5Config, layer_type: type[EncoderLayer] | type[DecoderLayer], n_layers: int):
         super().__init__()
         self.layers = nn.ModuleList(layer_type(config) for _ in range(n_layers))
         self.relative_bias = nn.Embedding(config.n_buckets, config.n_heads)
@@ -173,112 +237,153 @@ class T5(nn.Module):
 
     @property
     def stacks(self) -> tuple[Stack, Stack]:
-        """What source tokens pass, and what target tokens do."""
+        """The layers that source tokens pass, and those that target tokens pass."""
         return self.encoder, self.decoder
 
-    def forward(self, source_QS, source_mask_QS, target_BT, row_B=None) -> Tensor:
+    def forward(
+        self, source_QS: Tensor, source_mask_QS: Tensor, target_BT: Tensor, row_B: Tensor | None = None
+    ) -> Tensor:
         """Logits for the token after each decoder input, (B, T, V).
 
-        source_QS ids; source_mask_QS bool, True = a token; target_BT the decoder's input ids, from the start id on
-        (padding behind needs no mask); row_B the source row that each target row reads (None: one each, Q = B).
+        source_QS are ids and source_mask_QS is True where they are tokens; target_BT are the decoder's input ids, from
+        the start id on (right-padding needs no mask: the decoder looks back only). row_B says which source row each
+        target row reads, so that the targets of one prompt share its encoding (None: one each, Q = B).
         """
         return self.logits(self.hidden(source_QS, source_mask_QS, target_BT, row_B))
 
-    def hidden(self, source_QS, source_mask_QS, target_BT, row_B=None) -> Tensor:
-        """What the output matrix turns into logits, (B, T, D); row_B says which source row each target row reads."""
+    def hidden(
+        self, source_QS: Tensor, source_mask_QS: Tensor, target_BT: Tensor, row_B: Tensor | None = None
+    ) -> Tensor:
+        """Final hidden states, (B, T, D), which `logits` multiplies by the output matrix; arguments as `forward`'s."""
         encoded_QSD = self.encode(source_QS, source_mask_QS)
+        dropout = self.config.dropout if self.training else 0.0
+
+        # A target position sees itself and those before it, with a bias that depends on the distance alone.
         position_T = torch.arange(target_BT.shape[1], device=target_BT.device)
         distance_TT = position_T[:, None] - position_T
-        bias_1HTT = self.position_bias(distance_TT).permute(2, 0, 1)[None].masked_fill(distance_TT < 0, -math.inf)
-        own = (lambda x_Q: x_Q) if row_B is None else (lambda x_Q: x_Q.index_select(0, row_B))
-        cross_bias_B11S = own(mask_bias(source_mask_QS, encoded_QSD.dtype))
+        bias_1HTT = self.position_bias(distance_TT).permute(2, 0, 1)[None]
+        own = FullAttention(bias_1HTT.masked_fill(distance_TT < 0, -math.inf), dropout)
+
+        # It sees all tokens of its source, without position bias: cross-attention has none.
+        source_bias_B11S = mask_bias(source_mask_QS, encoded_QSD.dtype)
+        if row_B is not None:
+            source_bias_B11S = source_bias_B11S.index_select(0, row_B)
+        prompt = FullAttention(source_bias_B11S, dropout, row_B)
+
         x_BTD = self.dropout(self.embedding(target_BT))
         for layer in self.decoder.layers:
-            k_BHSK, v_BHSK = map(own, layer.cross_attention.keys_values(encoded_QSD))
-            attend_own = partial(layer.self_attention.attend, bias_BHTS=bias_1HTT)
-            prompt = {"k_BHSK": k_BHSK, "v_BHSK": v_BHSK, "bias_BHTS": cross_bias_B11S}
-            x_BTD = layer(x_BTD, attend_own, partial(layer.cross_attention.attend, **prompt))
-        return self.finished(x_BTD)
+            x_BTD = layer(x_BTD, own, prompt, encoded_QSD)
+        return self.finish(x_BTD)
 
     def encode(self, source_BS: Tensor, source_mask_BS: Tensor) -> Tensor:
         """The encoder's output, (B, S, D)."""
-        config, position_S = self.config, torch.arange(source_BS.shape[1], device=source_BS.device)
-        distance_SS = position_S[None, :] - position_S[:, None]
-        bucket_SS = relative_bucket(distance_SS, True, config.n_buckets, config.max_distance)
+        # Every source token sees every other, in both directions; the first layer's table of biases serves all layers.
+        position_S = torch.arange(source_BS.shape[1], device=source_BS.device)
+        offset_SS = position_S[None, :] - position_S[:, None]
+        bucket_SS = relative_bucket(offset_SS, True, self.config.n_buckets, self.config.max_distance)
         bias_1HSS = self.encoder.relative_bias(bucket_SS).permute(2, 0, 1)[None]
         bias_BHSS = bias_1HSS.masked_fill(~source_mask_BS[:, None, None, :], -math.inf)
+        own = FullAttention(bias_BHSS, self.config.dropout if self.training else 0.0)
+
         x_BSD = self.dropout(self.embedding(source_BS))
         for layer in self.encoder.layers:
-            x_BSD = layer(x_BSD, bias_BHSS)
-        return self.dropout(self.encoder.norm(x_BSD))
+            x_BSD = layer(x_BSD, own)
+        encoded_BSD: Tensor = self.dropout(self.encoder.norm(x_BSD))
+        return encoded_BSD
 
-    def finished(self, x_BTD: Tensor) -> Tensor:
-        """From the last decoder layer to what the output matrix takes."""
+    def finish(self, x_BTD: Tensor) -> Tensor:
+        """From the last decoder layer to the final hidden states, (B, T, D)."""
         x_BTD = self.dropout(self.decoder.norm(x_BTD))
+        # v1.0 shares one matrix between input and output; as an output it is too large by √D.
         return x_BTD * self.config.d_model**-0.5 if self.config.scaled else x_BTD
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """The output matrix, which v1.0 shares with the embedding: (…, D) to (…, V)."""
         return linear(hidden_BTD, self.embedding.weight if self.head is None else self.head.weight)
 
-    def position_bias(self, distance: Tensor) -> Tensor:
-        """The decoder's bias for looking `distance` tokens back (below 0 as at 0): (…) to (…, H)."""
-        config = self.config
-        return self.decoder.relative_bias(relative_bucket(-distance, False, config.n_buckets, config.max_distance))
+    def position_bias(self, distance_TS: Tensor) -> Tensor:
+        """The decoder's bias for looking so many tokens back (below 0 as at 0): (…) to (…, H)."""
+        bucket_TS = relative_bucket(-distance_TS, False, self.config.n_buckets, self.config.max_distance)
+        bias_TSH: Tensor = self.decoder.relative_bias(bucket_TS)
+        return bias_TSH
 
     @torch.inference_mode()
-    def new_cache(self, rows: int, max_prompt: int, max_new: int) -> T5Cache:
-        """Room for `rows` sequences of at most `max_prompt` source and `max_new` target tokens; dropout ends here."""
+    def new_cache(self, n_rows: int, max_prompt: int, max_new: int) -> T5Cache:
+        """Room for `n_rows` sequences of at most `max_prompt` source and `max_new` target tokens; dropout ends."""
         self.eval()
-        config, weight = self.config, self.embedding.weight
-        own, prompt = (
-            kind(config.n_decoder_layers, rows, config.n_heads, size, config.d_kv, weight.dtype, weight.device)
-            for kind, size in ((KVCache, max_new), (SharedPromptCache, max_prompt))
+        weight = self.embedding.weight
+        own = self._kv_cache(n_rows, max_new)
+        prompts = self._kv_cache(n_rows, max_prompt)
+        bias_SH = self.position_bias(torch.arange(max_new, device=weight.device))
+        return T5Cache(own, SharedPromptCache(prompts), bias_SH)
+
+    def _kv_cache(self, n_rows: int, max_tokens: int) -> KVCache:
+        """Keys and values of all decoder layers."""
+        return KVCache(
+            n_layers=self.config.n_decoder_layers,
+            n_rows=n_rows,
+            n_heads=self.config.n_heads,
+            max_tokens=max_tokens,
+            d_head=self.config.d_kv,
+            dtype=self.embedding.weight.dtype,
+            device=self.embedding.weight.device,
         )
-        return T5Cache(own, prompt, self.position_bias(torch.arange(max_new, device=weight.device)))
 
     @torch.inference_mode()
-    def prefill(self, cache: T5Cache, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[int]:
-        """Encode the prompts together, start `rows` afresh on them, and give the id that each row decodes first."""
-        device, lengths = self.embedding.weight.device, [len(prompt) for prompt in prompts]
-        longest, rows = max(lengths), list(rows)
-        source_BS = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
-        mask_BS = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
-        encoded_BSD = self.encode(source_BS, mask_BS)
-        places, store = cache.prompt.begin(rows, lengths), cache.prompt.store
-        for index, layer in enumerate(self.decoder.layers):
-            k_BHSK, v_BHSK = layer.cross_attention.keys_values(encoded_BSD)
-            store.keys_LBHSK[index, places, :, :longest] = k_BHSK
-            store.values_LBHSK[index, places, :, :longest] = v_BHSK
-        cache.own.set_lengths(rows, [0] * len(rows))
-        return [self.config.start_id] * len(rows)
+    def prefill(self, cache: T5Cache, row_ids: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Encode the prompts together and start the rows afresh on them; the id that each row decodes first."""
+        device = self.embedding.weight.device
+        lengths = [len(prompt) for prompt in prompts]
+        longest = max(lengths)
+        padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+        source_QS = torch.tensor(padded, device=device)
+        mask_QS = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+        encoded_QSD = self.encode(source_QS, mask_QS)
 
-    @decoding_step
+        # Every step will read the keys and values of the encoder's output: they are computed once, here.
+        slots = cache.prompt.begin(row_ids, lengths)
+        store = cache.prompt.store
+        for index, layer in enumerate(self.decoder.layers):
+            assert isinstance(layer, DecoderLayer)
+            k_QSHK, v_QSHK = layer.cross_attention.keys_values(encoded_QSD)
+            store.keys_LBGSK[index, slots, :, :longest] = k_QSHK.transpose(1, 2)
+            store.values_LBGSK[index, slots, :, :longest] = v_QSHK.transpose(1, 2)
+        cache.own.set_lengths(row_ids, [0] * len(row_ids))
+        return [self.config.start_id] * len(row_ids)
+
     def decode(self, cache: T5Cache, ids_B: Tensor) -> Tensor:
         """Feed one token to each of the cache's first B rows, at the row's own position; logits_BV of what follows."""
-        bias_BH1S = cache.bias(len(ids_B))
+        n_rows = len(ids_B)
+        with torch.inference_mode():
+            logits_BV = self.step(cache, cache.plan(n_rows), ids_B)
+            cache.advance(n_rows)
+        return logits_BV
 
-        def attend_own(layer: int, q_BH1K: Tensor, k_BH1K: Tensor, v_BH1K: Tensor) -> Tensor:
-            k_BHSK, v_BHSK = cache.own.append(layer, k_BH1K, v_BH1K)
-            return attention(q_BH1K, k_BHSK, v_BHSK, bias_BH1S, scale=1.0)
-
+    def step(self, cache: T5Cache, plan: T5Plan, ids_B: Tensor) -> Tensor:
+        """The device's part of `decode`, which is the same operations for every plan of the same sizes; logits_BV."""
+        bias_BH1S = cache.bias(plan.own)
         x_B1D = self.embedding(ids_B)[:, None]
         for index, layer in enumerate(self.decoder.layers):
-            x_B1D = layer(x_B1D, partial(attend_own, index), partial(cache.prompt.attend, index, scale=1.0))
-        return self.logits(self.finished(x_B1D))[:, 0]
+            own = CachedTokens(cache.own, index, plan.own, bias_BH1S, scale=1.0)
+            prompt = CachedPrompts(cache.prompt, index, plan.prompts, scale=1.0)
+            x_B1D = layer(x_B1D, own, prompt)
+        return self.logits(self.finish(x_B1D))[:, 0]
 
 
-def relative_bucket(offset: Tensor, bidirectional: bool, n_buckets: int, max_distance: int) -> Tensor:
+def relative_bucket(offset_TS: Tensor, bidirectional: bool, n_buckets: int, max_distance: int) -> Tensor:
     """The bucket of each key-minus-query offset: exact for short distances, logarithmic up to `max_distance`."""
-    bucket = torch.zeros_like(offset)
+    bucket_TS = torch.zeros_like(offset_TS)
     if bidirectional:
+        # One half of the buckets is for keys before the query, the other for those after it.
         n_buckets //= 2
-        bucket = (offset > 0).long() * n_buckets
-        distance = offset.abs()
+        bucket_TS = (offset_TS > 0).long() * n_buckets
+        distance_TS = offset_TS.abs()
     else:
-        distance = (-offset).clamp(min=0)
+        distance_TS = (-offset_TS).clamp(min=0)
+    # Half of what is left has a bucket for each distance; the rest grow by a constant factor.
     n_exact = n_buckets // 2
     # fp32 on purpose: the published models were trained with the buckets that fp32 rounding gives.
-    share = torch.log(distance.clamp(min=1).float() / n_exact) / math.log(max_distance / n_exact)
-    far = (n_exact + (share * (n_buckets - n_exact)).long()).clamp(max=n_buckets - 1)
-    return bucket + torch.where(distance < n_exact, distance, far)
+    log_distance_TS = torch.log(distance_TS.clamp(min=1).float() / n_exact)
+    fraction_TS = log_distance_TS / math.log(max_distance / n_exact)
+    far_TS = (n_exact + (fraction_TS * (n_buckets - n_exact)).long()).clamp(max=n_buckets - 1)
+    return bucket_TS + torch.where(distance_TS < n_exact, distance_TS, far_TS)

@@ -1,67 +1,197 @@
 """Decoding steps as CUDA graphs: recorded once for each shape, then launched as a whole.
 
-One step of a large model is a thousand kernels of a few microseconds, which Python cannot launch as fast as a GPU works
-them off. A recorded step is the plain one, with the memory and the sizes that it had: so the cache rounds sizes up
-(`fix`), that few shapes occur, and keeps in place whatever a step reads. Whatever lies behind the true sizes is masked,
-or belongs to rows that nobody looks at. Not used on a CPU, which needs no launches.
+One step of a large model is a thousand kernels of a few microseconds each, and Python cannot launch them as fast as a
+GPU completes them. A recorded step is always the same operations on the same memory. So that few shapes occur, the
+sizes of a step's plan (see kvcache) are rounded up; so that a recording stays valid, the plan's tensors are copied to
+tensors that stay in place. What lies after the true sizes is masked, or belongs to rows that nobody looks at. None of
+this is used on a CPU, which launches nothing.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from minidpost.models.kvcache import KVCache, PromptPlan, StepPlan, T5Cache, T5Plan
+
+POSITIONS_MULTIPLE = 64  # positions that a step reads are rounded up to a multiple of this
 TOLERANCE = 0.05  # of the greatest logit: by how much a replayed step may differ from the plain one (bf16)
 
 
-class FixedCache(Protocol):
-    """A cache whose steps can be recorded; see kvcache.decoding_step."""
+class SteppedModel(Protocol):
+    """A model whose `decode` is `cache.plan`, its own `step`, and `cache.advance`; see T5 and Llama."""
 
-    runner: "Graphs | None"
+    def decode(self, cache: Any, ids_B: Tensor) -> Tensor: ...
+    def step(self, cache: Any, plan: Any, ids_B: Tensor) -> Tensor: ...
 
-    def fix(self, n_rows: int) -> tuple[int, ...]: ...  # the next step's shape, the number of rows first
-    def release(self) -> None: ...  # steps have their true sizes again
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step of a model whose plan is settled: a function of the ids alone."""
+
+    model: SteppedModel
+    cache: KVCache | T5Cache
+    plan: StepPlan | T5Plan
+
+    def __call__(self, ids_B: Tensor) -> Tensor:
+        return self.model.step(self.cache, self.plan, ids_B)
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A step that can be repeated: its ids are read from feed_B, its logits appear in logits_BV."""
+    """A step that can be repeated: its ids are read from ids_B, its logits appear in logits_BV."""
 
-    feed_B: Tensor
+    ids_B: Tensor
     replay: Callable[[], None]
     logits_BV: Tensor
 
 
-class Graphs:
-    """The recorded steps of one cache; where recording fails, steps are plain from then on, with a warning."""
+class Recorder(Protocol):
+    """Runs a step for the given ids and gives what can be repeated; RuntimeError where that cannot be."""
 
-    def __init__(self, record: Callable[[Callable[[Tensor], Tensor], Tensor], Recorded]):
-        """`record` runs a step for the given ids and gives what can be repeated; RuntimeError where it cannot be."""
-        self.record = record
+    def __call__(self, step: PlannedStep, ids_B: Tensor) -> Recorded: ...
+
+
+class CUDAGraphs:
+    """Called like `model.decode` of one cache, `step(ids_B) -> logits_BV`, but replays recorded steps.
+
+    Where recording fails, steps are plain from then on, with a warning. The logits are overwritten by the next step.
+    """
+
+    def __init__(self, model: SteppedModel, cache: KVCache | T5Cache, record: Recorder | None = None):
+        """`record` is CUDA's own unless another is given."""
+        self.model = model
+        self.cache = cache
+        self.padding = Padding(cache)
+        self.record = CUDARecorder(self.padding.tokens.length_B.device) if record is None else record
         self.recorded: dict[tuple[int, ...], Recorded] = {}
+        self.has_failed = False
 
-    def run(self, step: Callable[[FixedCache, Tensor], Tensor], cache: FixedCache, ids_B: Tensor) -> Tensor:
-        """What `step(cache, ids_B)` gives, logits_BV; they are overwritten by the next step."""
-        n_rows, shape = len(ids_B), cache.fix(len(ids_B))
-        if shape not in self.recorded:
-            feed_B = torch.zeros(shape[0], dtype=ids_B.dtype, device=ids_B.device)
-            feed_B[:n_rows] = ids_B
+    def __call__(self, ids_B: Tensor) -> Tensor:
+        """Feed one token to each of the cache's first B rows; logits_BV of what follows."""
+        if self.has_failed:
+            return self.model.decode(self.cache, ids_B)
+        with torch.inference_mode():
+            plan = self.cache.plan(len(ids_B))
+            logits_BV = self._step(plan, ids_B)
+            self.cache.advance(len(ids_B))
+        return logits_BV
+
+    def _step(self, plan: StepPlan | T5Plan, ids_B: Tensor) -> Tensor:
+        """What `model.step` gives for the plan, (B, V)."""
+        n_rows = len(ids_B)
+        # 1) Round the sizes of the plan up.
+        padded = self.padding.pad(plan)
+        sizes = sizes_of(padded)
+        # 2) Record a step of these sizes, if it is the first.
+        if sizes not in self.recorded:
+            padded_ids_B = torch.zeros(sizes[0], dtype=ids_B.dtype, device=ids_B.device)
+            padded_ids_B[:n_rows] = ids_B
             try:
-                self.recorded[shape] = self.record(partial(step, cache), feed_B)
+                self.recorded[sizes] = self.record(PlannedStep(self.model, self.cache, padded), padded_ids_B)
             except RuntimeError as error:
-                warnings.warn(f"no CUDA graphs, decoding will be slower ({error})", stacklevel=2)
-                cache.runner = None
-                cache.release()
-                return step(cache, ids_B)
-        recorded = self.recorded[shape]
-        recorded.feed_B[:n_rows] = ids_B
+                warnings.warn(f"no CUDA graphs, decoding will be slower ({error})", stacklevel=3)
+                self.has_failed = True
+                return self.model.step(self.cache, plan, ids_B)
+        # 3) Repeat it with the ids of now.
+        recorded = self.recorded[sizes]
+        recorded.ids_B[:n_rows] = ids_B
         recorded.replay()
         return recorded.logits_BV[:n_rows]
+
+
+def sizes_of(plan: StepPlan | T5Plan) -> tuple[int, ...]:
+    """Rows and positions that are read; of T5 also prompts, rows a prompt, and positions of prompts."""
+    if isinstance(plan, StepPlan):
+        return len(plan.position_B), plan.n_read
+    return *sizes_of(plan.own), *plan.prompts.table_QR.shape, plan.prompts.bias_Q11S.shape[-1]
+
+
+class Padding:
+    """Rounds the sizes of one cache's plans up, and puts them into tensors that stay where they are."""
+
+    def __init__(self, cache: KVCache | T5Cache):
+        self.cache = cache
+        self.tokens = cache.own if isinstance(cache, T5Cache) else cache
+        with torch.inference_mode():
+            self.position_B = torch.zeros_like(self.tokens.length_B)  # of all rows; a plan has the first ones
+        # Prompts: the tensors of each size, and the last plan that was padded, with what became of it.
+        self.prompts: dict[tuple[int, ...], PromptPlan] = {}
+        self.n_columns = 1
+        self.latest: tuple[PromptPlan, PromptPlan] | None = None
+
+    def pad(self, plan: StepPlan | T5Plan) -> StepPlan | T5Plan:
+        """The same step with its sizes rounded up, and more rows, whose logits mean nothing."""
+        if isinstance(plan, StepPlan):
+            return self.pad_tokens(plan)
+        own = self.pad_tokens(plan.own)
+        return T5Plan(own, self.pad_prompts(plan.prompts, len(own.position_B)))
+
+    def pad_tokens(self, plan: StepPlan) -> StepPlan:
+        """Rows are rounded up to a power of two, positions to a multiple.
+
+        The additional rows are the cache's next ones. They write where their own next token would go, after all that
+        is valid of them; such a row may be full, and is then one that has ended.
+        """
+        _, n_cache_rows, _, max_tokens, _ = self.tokens.keys_LBGSK.shape
+        n_padded = min(power_of_two(len(plan.position_B)), n_cache_rows)
+        position_B = self.position_B[:n_padded]
+        torch.clamp(self.tokens.length_B[:n_padded], max=max_tokens - 1, out=position_B)
+        return StepPlan(self.tokens.row_B[:n_padded], position_B, rounded_up(plan.n_read, max_tokens))
+
+    def pad_prompts(self, plan: PromptPlan, n_padded: int) -> PromptPlan:
+        """Prompts and rows a prompt are rounded up to powers of two, positions to a multiple."""
+        assert isinstance(self.cache, T5Cache)
+        if self.latest is not None and self.latest[0] is plan:  # no row has changed its prompt since
+            return self.latest[1]
+        n_rows = len(plan.cell_of_row_B)
+        n_prompts, n_columns = plan.table_QR.shape
+        n_read = plan.bias_Q11S.shape[-1]
+        _, max_prompts, _, max_tokens, _ = self.cache.prompt.store.keys_LBGSK.shape
+        # Columns never become fewer: a prompt whose samples end one by one is no new shape each time.
+        self.n_columns = max(self.n_columns, power_of_two(n_columns))
+        n_padded_prompts = min(power_of_two(n_prompts), max_prompts)
+        padded = self._prompts_of(n_padded, n_padded_prompts, self.n_columns, rounded_up(n_read, max_tokens))
+
+        # The table has more lines, and each line more columns; what is added asks for row 0, as other fillers do.
+        padded.table_QR.zero_()
+        padded.table_QR[:n_prompts, :n_columns] = plan.table_QR
+        # Cells are counted line by line: with lines of 4 instead of 3, the cell of line 1 and column 0 is 4, not 3.
+        line_B = plan.cell_of_row_B // n_columns
+        column_B = plan.cell_of_row_B % n_columns
+        padded.cell_of_row_B.zero_()
+        padded.cell_of_row_B[:n_rows] = line_B * self.n_columns + column_B
+        # After a prompt's tokens there is nothing to read; of a prompt that is none everything, so that no sum is 0.
+        padded.bias_Q11S.zero_()
+        padded.bias_Q11S[:n_prompts].fill_(-torch.inf)
+        padded.bias_Q11S[:n_prompts, ..., :n_read] = plan.bias_Q11S
+        self.latest = (plan, padded)
+        return padded
+
+    def _prompts_of(self, n_rows: int, n_prompts: int, n_columns: int, n_read: int) -> PromptPlan:
+        """The tensors that a padded plan of these sizes has."""
+        sizes = (n_rows, n_prompts, n_columns, n_read)
+        if sizes not in self.prompts:
+            row_B = self.tokens.row_B  # for its device and type
+            self.prompts[sizes] = PromptPlan(
+                table_QR=row_B.new_zeros(n_prompts, n_columns),
+                cell_of_row_B=row_B.new_zeros(n_rows),
+                bias_Q11S=self.tokens.keys_LBGSK.new_zeros(n_prompts, 1, 1, n_read),
+            )
+        return self.prompts[sizes]
+
+
+def rounded_up(n_positions: int, most: int) -> int:
+    """Up to a multiple of POSITIONS_MULTIPLE, but not above `most`."""
+    return min(-(-n_positions // POSITIONS_MULTIPLE) * POSITIONS_MULTIPLE, most)
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is not below the size."""
+    return 1 << (size - 1).bit_length()
 
 
 class CUDARecorder:
@@ -72,43 +202,24 @@ class CUDARecorder:
         with torch.cuda.device(device):
             self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, step: Callable[[Tensor], Tensor], feed_B: Tensor) -> Recorded:
-        """Run the step twice as it is, so that libraries are set up outside the graph; record it; compare the two."""
+    def __call__(self, step: PlannedStep, ids_B: Tensor) -> Recorded:
+        """Record a step, replay it, and compare with the plain one; RuntimeError where its logits are others."""
         with torch.cuda.device(self.device):
-            return self._record(step, feed_B)
-
-    def _record(self, step: Callable[[Tensor], Tensor], feed_B: Tensor) -> Recorded:
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            for _ in range(2):
-                expected_BV = step(feed_B)
-        here.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            logits_BV = step(feed_B)
-        graph.replay()
-        limit = TOLERANCE * expected_BV.abs().max().item()
-        if not torch.allclose(logits_BV, expected_BV, rtol=0, atol=limit, equal_nan=True):
-            raise RuntimeError("a recorded step gave other logits than the plain one")
-        return Recorded(feed_B, graph.replay, logits_BV)
-
-
-_is_wanted = True
-
-
-def use_graphs(cache: FixedCache, device: torch.device) -> None:
-    """Have the steps of a new cache recorded, if it is on a GPU."""
-    if _is_wanted and device.type == "cuda":
-        cache.runner = Graphs(CUDARecorder(device))
-
-
-@contextmanager
-def plain_steps() -> Iterator[None]:
-    """Samplings that begin inside use no graphs: to compare, or to look for a fault."""
-    global _is_wanted
-    before, _is_wanted = _is_wanted, False
-    try:
-        yield
-    finally:
-        _is_wanted = before
+            # 1) Run the step twice as it is, on a stream of its own, so that libraries are set up outside the graph.
+            current = torch.cuda.current_stream()
+            other = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            other.wait_stream(current)
+            with torch.cuda.stream(other):
+                for _ in range(2):
+                    expected_BV = step(ids_B)
+            current.wait_stream(other)
+            # 2) Record it.
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                logits_BV = step(ids_B)
+            # 3) Compare.
+            graph.replay()
+            limit = TOLERANCE * expected_BV.abs().max().item()
+            if not torch.allclose(logits_BV, expected_BV, rtol=0, atol=limit, equal_nan=True):
+                raise RuntimeError("a recorded step gave other logits than the plain one")
+            return Recorded(ids_B, graph.replay, logits_BV)

@@ -7,7 +7,7 @@ import torch
 from llama_oracle import LLAMA_SHAPES, random_llama
 from t5_oracle import SHAPES, random_t5
 
-from minidpost.models.kvcache import KVCache
+from minidpost.models.kvcache import KVCache, SharedPromptCache
 from minidpost.models.layers import Linear, RMSNorm, attention, mask_bias
 from minidpost.models.t5 import T5
 
@@ -15,19 +15,32 @@ torch.set_num_threads(1)
 N_LAYERS, ROWS, N_HEADS, MAX_TOKENS, D_HEAD = 2, 5, 3, 12, 4
 
 
+def kv_cache(n_layers: int, n_rows: int, n_heads: int, max_tokens: int, d_head: int, dtype: torch.dtype) -> KVCache:
+    return KVCache(
+        n_layers=n_layers,
+        n_rows=n_rows,
+        n_heads=n_heads,
+        max_tokens=max_tokens,
+        d_head=d_head,
+        dtype=dtype,
+        device="cpu",
+    )
+
+
 def test_random_use_equals_lists_of_vectors():
     """Steps, restarts and copies in random order: every row holds what was written to it, and nothing else."""
-    choose, generator = random.Random(0), torch.Generator().manual_seed(0)
-    cache = KVCache(N_LAYERS, ROWS, N_HEADS, MAX_TOKENS, D_HEAD, torch.float32, "cpu")
+    choose = random.Random(0)
+    generator = torch.Generator().manual_seed(0)
+    cache = kv_cache(N_LAYERS, ROWS, N_HEADS, MAX_TOKENS, D_HEAD, torch.float32)
     expected: list[list[torch.Tensor]] = [[] for _ in range(ROWS)]  # of each row: (2, L, H, K) a token
     n_copies = n_steps = 0
     for _ in range(400):
         n_rows = choose.randint(1, ROWS)
         action = choose.choice(["step", "step", "step", "restart", "copy"])
         if action == "restart":
-            rows = choose.sample(range(ROWS), n_rows)
-            cache.set_lengths(rows, [0] * n_rows)
-            for row in rows:
+            row_ids = choose.sample(range(ROWS), n_rows)
+            cache.set_lengths(row_ids, [0] * n_rows)
+            for row in row_ids:
                 expected[row] = []
         elif action == "copy":
             sources = [choose.randrange(ROWS) for _ in range(n_rows)]
@@ -38,13 +51,14 @@ def test_random_use_equals_lists_of_vectors():
                 expected[target] = tokens
             n_copies += 1
         elif max(len(tokens) for tokens in expected[:n_rows]) < MAX_TOKENS:
-            new = torch.randn(2, N_LAYERS, n_rows, N_HEADS, 1, D_HEAD, generator=generator)
+            new = torch.randn(2, N_LAYERS, n_rows, 1, N_HEADS, D_HEAD, generator=generator)
             for row in range(n_rows):
-                expected[row].append(new[:, :, row, :, 0])
+                expected[row].append(new[:, :, row, 0])
             longest = max(len(tokens) for tokens in expected[:n_rows])
+            plan = cache.plan(n_rows)
             for layer in range(N_LAYERS):
-                for used_BHSK in cache.append(layer, new[0, layer], new[1, layer]):
-                    assert used_BHSK.shape == (n_rows, N_HEADS, longest, D_HEAD)
+                for used_BGSK in cache.append(layer, plan, new[0, layer], new[1, layer]):
+                    assert used_BGSK.shape == (n_rows, N_HEADS, longest, D_HEAD)
             cache.advance(n_rows)
             assert cache.longest(n_rows) == longest
             n_steps += 1
@@ -52,20 +66,20 @@ def test_random_use_equals_lists_of_vectors():
         assert cache.length_B.tolist() == cache.lengths.tolist() == lengths
         for row, tokens in enumerate(expected):
             for position, token in enumerate(tokens):
-                assert torch.equal(cache.keys_LBHSK[:, row, :, position], token[0])
-                assert torch.equal(cache.values_LBHSK[:, row, :, position], token[1])
+                assert torch.equal(cache.keys_LBGSK[:, row, :, position], token[0])
+                assert torch.equal(cache.values_LBGSK[:, row, :, position], token[1])
     assert n_copies > 50 and n_steps > 100
 
 
 def test_append_gives_what_it_wrote():
-    cache = KVCache(1, 3, 2, 4, 5, torch.float64, "cpu")
+    cache = kv_cache(1, 3, 2, 4, 5, torch.float64)
     cache.set_lengths([1], [2])
-    k_BHTK, v_BHTK = torch.randn(2, 2, 2, 1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    keys_BHSK, values_BHSK = cache.append(0, k_BHTK, v_BHTK)
-    for used_BHSK, new_BHTK in ((keys_BHSK, k_BHTK), (values_BHSK, v_BHTK)):
-        assert used_BHSK.shape == (2, 2, 3, 5)
-        assert torch.equal(used_BHSK[0, :, 0], new_BHTK[0, :, 0])
-        assert torch.equal(used_BHSK[1, :, 2], new_BHTK[1, :, 0])
+    k_B1GK, v_B1GK = torch.randn(2, 2, 1, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    keys_BGSK, values_BGSK = cache.append(0, cache.plan(2), k_B1GK, v_B1GK)
+    for used_BGSK, new_B1GK in ((keys_BGSK, k_B1GK), (values_BGSK, v_B1GK)):
+        assert used_BGSK.shape == (2, 2, 3, 5)
+        assert torch.equal(used_BGSK[0, :, 0], new_B1GK[0, 0])
+        assert torch.equal(used_BGSK[1, :, 2], new_B1GK[1, 0])
     assert cache.lengths.tolist() == [0, 2, 0]  # not before advance
 
 
@@ -75,8 +89,8 @@ class Script:
     def __init__(self, model: T5, n_prompt: int, n_tokens: int, seed: int):
         generator = torch.Generator().manual_seed(seed)
         self.prompt = torch.randint(2, model.config.vocab_size, (n_prompt,), generator=generator).tolist()
-        drawn = torch.randint(2, model.config.vocab_size, (n_tokens - 1,), generator=generator).tolist()
-        self.tokens = [model.config.start_id, *drawn]
+        random_ids = torch.randint(2, model.config.vocab_size, (n_tokens - 1,), generator=generator).tolist()
+        self.tokens = [model.config.start_id, *random_ids]
         source_1S = torch.tensor([self.prompt])
         with torch.no_grad():
             self.logits_TV = model(
@@ -196,7 +210,7 @@ def test_only_the_first_rows_of_a_cache_move():
         rows[:n_rows] = play(model, cache, rows[:n_rows])
 
 
-def test_logits_do_not_depend_on_place_and_neighbours():
+def test_logits_do_not_depend_on_row_and_neighbours():
     model = fp64_model("gated-tied")
     scripts = [Script(model, n_prompt, 5, seed=n_prompt) for n_prompt in (6, 1, 31, 12)]
 
@@ -213,7 +227,7 @@ def test_logits_do_not_depend_on_place_and_neighbours():
 
 
 def test_decoding_leaves_training_possible():
-    """No tensor of inference mode stays behind in the model, and none of the logits' history is kept."""
+    """No tensor of inference mode remains in the model, and logits hold no history."""
     model = random_t5(SHAPES["gated-untied"])
     cache = model.new_cache(2, max_prompt=4, max_new=3)
     model.prefill(cache, [0, 1], [[5, 6, 7, 1], [9, 1]])
@@ -234,8 +248,22 @@ def test_bf16_decoding_follows_its_full_forward():
         assert (logits_BV[0].float() - expected_V.float()).abs().max() < 0.05 * script.logits_TV.float().abs().max()
 
 
-def test_prompts_are_kept_once_and_in_front():
-    """Places are shared by the rows of a prompt, come free with the last of them, and are brought to the front."""
+def test_rows_and_prompts_stand_in_a_table():
+    """The worked example of `SharedPromptCache._arrange`: rows 0 1 2 3 continue the prompts a b a a."""
+    prompts = SharedPromptCache(kv_cache(1, 6, 1, 5, 2, torch.float32))
+    prompts.begin([4, 5], [3, 5])
+    prompts.copy_rows([4, 5, 4, 4], [0, 1, 2, 3])
+    plan = prompts.plan(4)
+    assert plan.table_QR.tolist() == [[0, 2, 3], [1, 0, 0]]
+    assert plan.cell_of_row_B.tolist() == [0, 3, 1, 2]
+    assert (plan.bias_Q11S == 0).sum(-1).flatten().tolist() == [3, 5]
+    assert prompts.plan(4) is plan
+    prompts.copy_rows([5], [2])
+    assert prompts.plan(4).table_QR.tolist() == [[0, 3], [1, 2]]
+
+
+def test_prompts_are_stored_once_and_in_front():
+    """Slots are shared by the rows of a prompt, come free with the last of them, and are moved to the front."""
     model = fp64_model("gated-untied")
     cache = model.new_cache(24, max_prompt=6, max_new=9)
     model.prefill(cache, range(16, 24), [[5 + row, 6, 1] for row in range(8)])
@@ -243,7 +271,7 @@ def test_prompts_are_kept_once_and_in_front():
         cache.copy_rows([16 + row % 8], [row])  # two samples of each of eight prompts
     ids_B = torch.full((16,), 7)
     together_BV = model.decode(cache, ids_B)
-    assert cache.prompt.arrangement(16)[0].shape == (8, 2)
+    assert cache.prompt.plan(16).table_QR.shape == (8, 2)
     alone = model.new_cache(8, max_prompt=6, max_new=9)
     model.prefill(alone, range(8), [[5 + row, 6, 1] for row in range(8)])
     alone_BV = model.decode(alone, ids_B[:8])
@@ -252,9 +280,9 @@ def test_prompts_are_kept_once_and_in_front():
     for row in range(8):
         cache.copy_rows([16 + row], [row])
     model.decode(cache, torch.full((8,), 7))
-    table_PR, _, bias_P11S = cache.prompt.arrangement(8)
-    assert table_PR.shape == (8, 1), "the prompts that are read are not in front"
-    assert bias_P11S.shape == (8, 1, 1, 4)
+    plan = cache.prompt.plan(8)
+    assert plan.table_QR.shape == (8, 1), "the prompts that are read are not in front"
+    assert plan.bias_Q11S.shape == (8, 1, 1, 4)
     torch.testing.assert_close(model.decode(cache, ids_B), decode_again(model, cache, ids_B), rtol=1e-12, atol=1e-12)
 
 
@@ -279,21 +307,21 @@ def test_a_cleared_cache_is_as_good_as_new(family):
 
 @torch.inference_mode()
 def decode_again(model: T5, cache, ids_B: torch.Tensor) -> torch.Tensor:
-    """The last step of a cache, once more, with every row's prompt in a place of its own."""
-    rows = len(ids_B)
-    fresh = model.new_cache(rows, max_prompt=6, max_new=9)
-    places = cache.prompt.place_B[:rows].tolist()
+    """The last step of a cache, once more, with every row's prompt in a slot of its own."""
+    n_rows = len(ids_B)
+    fresh = model.new_cache(n_rows, max_prompt=6, max_new=9)
+    slots = cache.prompt.prompt_slot_of_row_B[:n_rows].tolist()
     for ours, theirs in ((fresh.prompt.store, cache.prompt.store), (fresh.own, cache.own)):
-        source = places if ours is fresh.prompt.store else list(range(rows))
-        ours.keys_LBHSK[:] = theirs.keys_LBHSK[:, source]
-        ours.values_LBHSK[:] = theirs.values_LBHSK[:, source]
-        ours.set_lengths(range(rows), theirs.lengths[source].tolist())
-    fresh.own.set_lengths(range(rows), (cache.own.lengths[:rows] - 1).tolist())
+        source_ids = slots if ours is fresh.prompt.store else list(range(n_rows))
+        ours.keys_LBGSK[:] = theirs.keys_LBGSK[:, source_ids]
+        ours.values_LBGSK[:] = theirs.values_LBGSK[:, source_ids]
+        ours.set_lengths(range(n_rows), theirs.lengths[source_ids].tolist())
+    fresh.own.set_lengths(range(n_rows), (cache.own.lengths[:n_rows] - 1).tolist())
     return model.decode(fresh, ids_B)
 
 
 @pytest.mark.parametrize("shape", [(3, 512), (3, 1, 512), (200, 512)])
-def test_products_of_few_rows_are_those_of_torch(shape):
+def test_linear_of_few_rows_equals_torch(shape):
     torch.manual_seed(0)
     layer = Linear(512, 300, bias=True)
     x = torch.randn(shape, requires_grad=True)
@@ -305,7 +333,7 @@ def test_products_of_few_rows_are_those_of_torch(shape):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [0.0, 1e-4, 1.0, 1e4])
-def test_the_norm_is_torchs(dtype, scale):
+def test_rms_norm_equals_torch(dtype, scale):
     """Of zeros and of numbers near epsilon too."""
     torch.manual_seed(0)
     norm = RMSNorm(96, 1e-6, dtype=dtype)
@@ -318,7 +346,7 @@ def test_the_norm_is_torchs(dtype, scale):
         torch.testing.assert_close(norm(x), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_attention_of_one_query_is_torchs():
+def test_attention_of_few_queries_equals_torch():
     torch.manual_seed(0)
     q_BGRK, (k_BGSK, v_BGSK) = torch.randn(3, 2, 4, 8), torch.randn(2, 3, 2, 11, 8)
     bias_B11S = mask_bias(torch.arange(11) < torch.tensor([1, 11, 5])[:, None], torch.float32)

@@ -45,7 +45,7 @@ def test_positions_up_to_4096(shape):
 
 @every_shape
 @torch.no_grad()
-def test_a_left_padded_oracle_equals_our_rows_alone(shape):
+def test_left_padded_rows_equal_rows_alone(shape):
     model = random_llama(LLAMA_SHAPES[shape])
     rows = ragged([1, 17, 30, 5], model.config.vocab_size)
     ids_BT, mask_BT = left_padded(rows)
@@ -61,7 +61,7 @@ def test_a_left_padded_oracle_equals_our_rows_alone(shape):
 
 @every_shape
 @torch.no_grad()
-def test_padding_behind_a_row_changes_nothing_with_and_without_a_mask(shape):
+def test_right_padding_does_not_affect_logits(shape):
     model = random_llama(LLAMA_SHAPES[shape]).double()
     rows = ragged([4, 21, 1], model.config.vocab_size)
     ids_BT, mask_BT = pad(rows, 0), pad([[1] * len(row) for row in rows], 0).bool()
@@ -74,7 +74,8 @@ def test_padding_behind_a_row_changes_nothing_with_and_without_a_mask(shape):
 
 @pytest.mark.parametrize("saves_memory", [False, True])
 @every_shape
-def test_loss_and_all_gradients_equal_transformers_and_the_prompt_carries_no_loss(shape, saves_memory):
+def test_loss_and_every_gradient_equal_transformers(shape, saves_memory):
+    """The loss of target tokens: a prompt carries none."""
     model = random_llama(LLAMA_SHAPES[shape])
     twin = hf_llama(model)
     prompts, targets = ragged([3, 9, 6], model.config.vocab_size), ragged([7, 2, 12], model.config.vocab_size, seed=2)
@@ -95,7 +96,7 @@ def test_loss_and_all_gradients_equal_transformers_and_the_prompt_carries_no_los
         assert_close(gradients[ours].grad, twin_weights[theirs].grad)
 
 
-def test_a_sequence_log_probability_is_the_sum_over_its_completion():
+def test_log_probabilities_sum_over_the_completion():
     model = random_llama(LLAMA_SHAPES["grouped"]).double()
     prompt, target = (4, 5, 6, 7), (8, 9, 2)
     logits_1TV = model(torch.tensor([[*prompt, *target]]))
@@ -108,15 +109,15 @@ def test_a_sequence_log_probability_is_the_sum_over_its_completion():
 
 @every_shape
 @torch.no_grad()
-def test_cached_decoding_of_ragged_prompts_equals_the_full_pass(shape):
+def test_cached_decoding_of_ragged_prompts_equals_the_full_forward(shape):
     model = random_llama(LLAMA_SHAPES[shape]).double()
     rows = ragged([12, 1, 30, 2], model.config.vocab_size)
     prompts = [row[: max(1, len(row) // 2)] for row in rows]
-    cache = model.new_cache(rows=7, max_prompt=20, max_new=20)
+    cache = model.new_cache(n_rows=7, max_prompt=20, max_new=20)
     first = model.prefill(cache, [3, 0, 2, 1], [prompts[i] for i in (3, 0, 2, 1)])
     assert first == [prompts[i][-1] for i in (3, 0, 2, 1)]
     fed = [list(prompt) for prompt in prompts]
-    drawn = ragged([9] * 4, model.config.vocab_size, seed=3)
+    continuations = ragged([9] * 4, model.config.vocab_size, seed=3)
     next_ids = [prompt[-1] for prompt in prompts]
     for step in range(10):
         logits_BV = model.decode(cache, torch.tensor(next_ids))
@@ -124,15 +125,15 @@ def test_cached_decoding_of_ragged_prompts_equals_the_full_pass(shape):
             expected = model(torch.tensor([fed[b]]))[0, -1]
             torch.testing.assert_close(logits_BV[b], expected, rtol=0, atol=1e-10)
         if step < 9:
-            next_ids = [row[step] for row in drawn]
+            next_ids = [row[step] for row in continuations]
             fed = [[*row, token_id] for row, token_id in zip(fed, next_ids, strict=True)]
 
 
 @torch.no_grad()
-def test_samples_of_a_question_continue_from_copies_of_one_prefill():
+def test_samples_continue_copies_of_one_prefill():
     model = random_llama(LLAMA_SHAPES["grouped"]).double()
     prompt = ragged([11], model.config.vocab_size)[0]
-    cache = model.new_cache(rows=4, max_prompt=11, max_new=3)
+    cache = model.new_cache(n_rows=4, max_prompt=11, max_new=3)
     (first,) = model.prefill(cache, [3], [prompt])
     cache.copy_rows([3, 3], [0, 1])
     model.decode(cache, torch.tensor([first, first]))

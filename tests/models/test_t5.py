@@ -94,7 +94,7 @@ def test_padded_row_equals_the_row_alone(shape):
             assert_close(logits_BTV[row, :n_target], alone_1TV[0], f"row {row}", tolerance=1e-12)
 
 
-def test_what_stands_at_padded_positions_is_of_no_account():
+def test_padding_does_not_affect_logits():
     model = random_t5(SHAPES["gated-untied"])
     source_BS, mask_BS, target_BT = random_batch(model.config, [6, 2], 5)
     other_BS = torch.where(mask_BS, source_BS, 77)
@@ -125,7 +125,7 @@ def test_dropout_only_in_training():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dropout_stands_where_transformers_has_it(shape, monkeypatch):
+def test_dropout_is_where_transformers_has_it(shape, monkeypatch):
     """Both drop the same shapes equally often: embeddings, attention weights, feed-forward, residuals, the end."""
     model = random_t5(replace(SHAPES[shape], dropout=0.2)).train()
     twin = hf_twin(model).train()
