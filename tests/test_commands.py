@@ -176,7 +176,7 @@ def test_without_calculator_nothing_is_forced(call, knowing_model_dir):
     assert row["completion"] == KNOWN[TOM]
 
 
-def test_an_answer_that_is_none_is_null_and_a_cut_is_told(call, knowing_model_dir):
+def test_a_missing_answer_is_null_and_a_cut_is_told(call, knowing_model_dir):
     flags = ["--checkpoint", knowing_model_dir, "--max-new-tokens", 3]
     call("sample.py", TOM, *flags, "--output", "rows.jsonl")
     (row,) = read_rows("rows.jsonl")
@@ -272,7 +272,7 @@ def test_control_characters_do_not_reach_a_terminal(tiny_template, capsys):
     assert capsys.readouterr().out == "\ufffdcHow?\ufffd\n    ½ – ü\n    \ufffd[2J\n"
 
 
-def test_without_argument_the_newest_model_answers_toy_questions(call, tiny_model_dir, knowing_model_dir):
+def test_without_argument_the_newest_model_answers(call, tiny_model_dir, knowing_model_dir):
     for name, age, source in (("a/iteration-2", 50, tiny_model_dir), ("b/iteration-1", 10, knowing_model_dir)):
         path = shutil.copytree(source, Path("runs", name, "sft"))
         os.utime(path / "config.json", (time.time() - age,) * 2)
@@ -745,7 +745,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path, tiny_model_dir, line):
     assert outcome.err.startswith(f"{command}: ")
 
 
-def test_a_complaint_is_one_line_that_a_terminal_can_be_shown():
+def test_a_message_is_one_line_without_control_characters():
     assert one_line("a\n b\u2028c\x1b[31m\x9b\u202e") == "a b c\ufffd[31m\ufffd\ufffd"
     assert one_line("x" * MAX_MESSAGE) == "x" * MAX_MESSAGE
     assert one_line("x" * 10**6) == "x" * (MAX_MESSAGE - 1) + "…"
@@ -761,15 +761,15 @@ def test_a_lack_of_memory_is_answered_in_one_line(call, tiny_model_dir, monkeypa
     assert outcome.complaints == ["sample.py: not enough memory; fewer --slots or --max-new-tokens need less"]
 
 
-def test_weights_that_are_no_numbers_are_a_warning_on_one_line(tiny_model_dir, tmp_path):
+def test_nan_weights_are_a_warning_on_one_line(tiny_model_dir, tmp_path):
     model = load_model(tiny_model_dir)
     with torch.no_grad():
         model.embedding.weight[3, 0] = float("nan")
-    save_model(model, tmp_path / "spoilt", tokenizer_files(tiny_model_dir))
-    process = start("sample.py", TOM, "--checkpoint", "spoilt", "--max-new-tokens=3", "--temperature=1", cwd=tmp_path)
+    save_model(model, tmp_path / "nan", tokenizer_files(tiny_model_dir))
+    process = start("sample.py", TOM, "--checkpoint", "nan", "--max-new-tokens=3", "--temperature=1", cwd=tmp_path)
     outcome = finished(process)
     assert outcome.status == 0
-    warning = "sample.py: warning: spoilt/model.safetensors: tensor shared.weight holds NaN or infinity (1 such in all)"
+    warning = "sample.py: warning: nan/model.safetensors: tensor shared.weight holds NaN or infinity (1 such in all)"
     assert outcome.complaints == [warning]
 
 
@@ -797,12 +797,12 @@ def test_a_reader_that_leaves_early_is_no_error(knowing_model_dir, tmp_path):
     assert Outcome(1, "", err).complaints == []
 
 
-# -- with the embedded models, as a newcomer types it ------------------------------------------------------------------
+# -- with the bundled models, as a newcomer types it -------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "shown"), [("sample.py", "?"), ("eval.py", "toy/distractors")])
-def test_without_run_or_argument_the_embedded_model_answers(tmp_path, command, shown):
+def test_without_run_or_argument_the_bundled_model_answers(tmp_path, command, shown):
     outcome = finished(start(command, cwd=tmp_path))
     assert outcome.status == 0
     assert outcome.complaints == []

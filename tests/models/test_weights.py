@@ -132,13 +132,13 @@ def test_redundant_tensors_of_old_exports_are_accepted(shape, tmp_path):
         assert_same_model(loaded, model)
 
 
-def test_head_on_disk_outweighs_a_config_that_calls_it_tied(saved):
+def test_head_on_disk_outweighs_a_tied_config(saved):
     """transformers 5 writes "tied" into the config of every T5, Flan's untied head notwithstanding."""
     rewrite_json(saved / "config.json", tie_word_embeddings=True, scale_decoder_outputs=False)
     assert_same_model(load_model(saved), random_t5(SHAPES[SHAPE]))
 
 
-def test_settings_beyond_the_shape_are_kept(tmp_path):
+def test_settings_beyond_the_shape_are_saved(tmp_path):
     config = replace(SHAPES[SHAPE], dropout=0.25, norm_eps=1e-3, max_distance=77, pad_id=3, eos_id=4, start_id=5)
     save_model(T5(config).initialise(), tmp_path, [])
     assert load_model(tmp_path).config == config
@@ -181,7 +181,7 @@ def test_tokenizer_files_are_copied_along(saved, tmp_path):
     assert (tmp_path / "copy/spiece.model").read_bytes() == b"pieces"
 
 
-def test_a_tokenizer_that_stood_where_a_model_is_saved_gives_way(saved, tmp_path):
+def test_saving_replaces_another_tokenizer(saved, tmp_path):
     (saved / "spiece.model").write_bytes(b"pieces")
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy/spiece.model").write_bytes(b"another model's")
@@ -222,7 +222,7 @@ def test_new_shards_hide_no_older_whole_file(saved):
     assert_same_model(load_model(saved), model)
 
 
-def test_shards_hold_every_tensor_once_and_keep_to_their_size(saved):
+def test_shards_hold_every_tensor_once_within_their_size(saved):
     write_tensors(load_file(saved / WEIGHTS), saved, max_shard_bytes=20_000)
     index = json.loads((saved / INDEX).read_text())
     shards = {path.name: load_file(path) for path in saved.glob("*.safetensors")}
@@ -264,7 +264,7 @@ def test_loading_never_holds_two_copies(saved, tmp_path):
     assert 0.9 < growth < 1.4
 
 
-def test_stored_tensors_are_let_go_one_by_one(saved, monkeypatch):
+def test_stored_tensors_are_freed_one_by_one(saved, monkeypatch):
     """Where they must be cast: when the next is read, at most the last one is still there."""
     rewrite(saved, lambda tensors: tensors.update({name: x.half() for name, x in tensors.items()}))
     read, alive_at_most, refs = weights.read_tensor, [], []
