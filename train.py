@@ -18,7 +18,7 @@ from random import Random
 from typing import Any
 
 from minidpost.cli import MAX_COUNT, MINUTES, Parser, device, run_command
-from minidpost.data import datasets
+from minidpost.data import datasets, toy
 from minidpost.data.example import Example
 from minidpost.errors import UserError
 from minidpost.models.hf_config import model_type, read_config
@@ -158,7 +158,7 @@ def load_data(options: argparse.Namespace) -> Data:
         labelled = load_split(options, "toy", "train")
         dev = load_split(options, "toy", "dev")
         further = further or load_split(options, "toy", "unlabelled")
-        for split in datasets.toy.TEST_SPLITS:
+        for split in toy.TEST_SPLITS:
             tests[f"toy/{split}"] = load_split(options, "toy", split)
     elif options.data == "gsm8k":
         labelled = load_split(options, "gsm8k", "train")

@@ -28,8 +28,9 @@ from minidpost.cli import POSITIVE, Parser, run_command  # noqa: E402
 from minidpost.errors import UserError  # noqa: E402
 from minidpost.models import kvcache, layers, t5  # noqa: E402
 from minidpost.sampling import sampler  # noqa: E402
-from minidpost.sampling.sampler import MAX_PARAMETERS_FOR_WORKERS, Slots  # noqa: E402
+from minidpost.sampling.workers import MAX_PARAMETERS_FOR_WORKERS  # noqa: E402
 from minidpost.storage import markdown_table  # noqa: E402
+from minidpost.text.calculator import Automaton  # noqa: E402
 
 N_THREADS = torch.get_num_threads()
 PREFILL, REST = "prefill: encoder, keys and values of the prompts", "everything else"
@@ -48,9 +49,8 @@ PARTS = [  # what is clocked: owner, attribute, part
     (layers.RMSNorm, "forward", "norms"),
     (kvcache.T5Cache, "bias", "position biases and mask"),
     (sampler, "choose", "choice of ids"),
-    (Slots, "emit", "tokens, calculator, rows that come and go"),
-    (Slots, "start", "tokens, calculator, rows that come and go"),
-    (Slots, "close", "tokens, calculator, rows that come and go"),
+    (Automaton, "push", "calculator"),
+    (kvcache.T5Cache, "copy_rows", "rows that come and go"),
 ]
 STEP = (t5.T5, "decode", "sums, calls between the parts")
 

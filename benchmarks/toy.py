@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from minidpost.data import toy  # noqa: E402
 from minidpost.models.weights import load_model, load_template  # noqa: E402
-from minidpost.sampling.generate import generate_samples as generate  # noqa: E402
+from minidpost.sampling.generate import generate  # noqa: E402
 from minidpost.sampling.sampler import SamplingSettings  # noqa: E402
 from minidpost.selftraining.evaluation import pass_at_k  # noqa: E402
 from minidpost.selftraining.presets import TINY_T5  # noqa: E402
@@ -131,7 +131,8 @@ def report(directories: dict[RunName, Path], seeds: list[int], model: str, comma
 def best_iteration(directory: Path) -> int:
     """The iteration with the best accuracy on dev, the earliest in a tie."""
     iterations = json.loads((directory / "results.json").read_text(encoding="utf-8"))["iterations"]
-    return max(iterations, key=lambda entry: (entry["accuracy"]["toy/dev"], -entry["iteration"]))["iteration"]
+    best = max(iterations, key=lambda entry: (entry["accuracy"]["toy/dev"], -entry["iteration"]))
+    return int(best["iteration"])
 
 
 def greedy_outcomes(directory: Path, split: str, calculator: bool) -> np.ndarray:

@@ -65,7 +65,6 @@ from minidpost.sampling.generate import generate  # noqa: E402
 from minidpost.selftraining.presets import Preset, preset_for  # noqa: E402
 from minidpost.selftraining.selection import Candidates, preference_pairs  # noqa: E402
 from minidpost.storage import markdown_table, read_json, write_json  # noqa: E402
-from minidpost.text.grading import is_correct  # noqa: E402
 from minidpost.text.templates import Template  # noqa: E402
 from minidpost.training.batching import TokenizedExample, drop_too_long, epoch_steps  # noqa: E402
 from minidpost.training.dpo import DPOSettings, PreferencePair, reference_log_probabilities, train_dpo  # noqa: E402
@@ -245,10 +244,15 @@ def sampled_pairs(
     """Pairs as the method makes them: samples of the policy, graded, chosen by our rules."""
     known = [Candidates(gold[e.question].target_ids if e.question in gold else None) for e in pool]
     questions = [example.question for example in pool]
-    for done in generate(load_model(policy), template, questions, preset.sampling(SEED), SAMPLES_PER_QUESTION):
-        candidates = known[done.index]
-        same_grade = candidates.correct if is_correct(done.text, pool[done.index].answer) else candidates.incorrect
-        same_grade.append(tuple(done.completion.token_ids))
+    answers = [example.answer for example in pool]
+    settings = preset.sampling(SEED)
+    samples = generate(
+        load_model(policy), template, questions, settings, answers=answers, n_samples=SAMPLES_PER_QUESTION
+    )
+    for sample in samples:
+        candidates = known[sample.example_index]
+        same_grade = candidates.correct if sample.is_correct else candidates.incorrect
+        same_grade.append(tuple(sample.token_ids))
     prompts = [tuple(template.prompt_ids(question)) for question in questions]
     return [pair for prompt, candidates in zip(prompts, known, strict=True) for pair in pairs_of(prompt, candidates)]
 

@@ -30,7 +30,10 @@ MODELS = {"t5": lambda: random_t5(SHAPES["gated-untied"]), "llama": lambda: rand
 
 
 class Interrupting:
-    """Forces the two ids that the script has behind each id 7."""
+    """Forces the two ids that the script has after each id 7."""
+
+    trigger_ids = frozenset()
+    is_idle = False
 
     def __init__(self):
         self.n_forced = 0
@@ -53,7 +56,7 @@ def scripts_with_forced_ids(n: int) -> list[list[int]]:
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("name", MODELS)
 def test_scripted_rows_say_exactly_their_scripts(name, temperature, monkeypatch):
-    """Forced ids too, over several slots, refills, shelves and chunks; neighbours of one prompt as well."""
+    """Forced ids too, over several slots, refills, prefills and chunks; neighbours of one prompt as well."""
     monkeypatch.setattr(sampler, "CHUNK", 30)
     monkeypatch.setattr(sampler, "PREFILL_BATCH", 3)
     scripts = scripts_with_forced_ids(20)
@@ -62,14 +65,14 @@ def test_scripted_rows_say_exactly_their_scripts(name, temperature, monkeypatch)
     model = ScriptedModel(MODELS[name](), prompts, scripts)
     requests = [Request(prompt, str(i), k) for i, prompt in enumerate(prompts) for k in range(2)]
     settings = SamplingSettings(temperature, max_new_tokens=50, slots=4)
-    done = dict(sample(model, requests, settings, END, Interrupting))
-    assert [done[i].token_ids for i in range(40)] == [script for script in scripts for _ in range(2)]
-    assert [done[i].forced for i in range(40)] == [[t in (8, 9) for t in s] for s in scripts for _ in range(2)]
-    assert sum(sum(completion.forced) for completion in done.values()) > 50
+    rows = sorted(sample(model, requests, settings, END, new_override=Interrupting), key=lambda row: row.request_index)
+    assert [row.token_ids for row in rows] == [script for script in scripts for _ in range(2)]
+    assert [row.forced for row in rows] == [[t in (8, 9) for t in s] for s in scripts for _ in range(2)]
+    assert sum(sum(row.forced) for row in rows) > 50
 
 
 def test_samples_of_a_question_say_its_scripts_in_turn(tiny_template, tmp_path):
-    """The gold rationale and others of like length; ours and transformers' do, in draws at the method's temperature."""
+    """The gold rationale and others of like length; ours and transformers' do, at the method's temperature."""
     work = scripted_work(tiny_template, 3, tmp_path, n_samples=4)
     assert len(work.prompts) == len(work.scripts) == 12 and len(set(work.prompts)) == 3 and work.temperature == 0.7
     assert work.scripts[::4] == scripted_work(tiny_template, 3, tmp_path).scripts
@@ -97,15 +100,19 @@ def test_scripts_from_gsm8k(shared, tiny_template):
 
 @pytest.mark.parametrize("is_natural", [True, False])
 def test_transformers_says_what_we_say(tiny_template, is_natural):
-    """In batches and a question at a time, keys and values kept across the calculator's stops."""
+    """In batches and a question at a time, with the keys and values of before the calculator's stops."""
     model = load_model(ROOT / "weights" / "tiny-t5-dpo-st")
     work = natural_work(tiny_template, 6, 60) if is_natural else scripted_work(tiny_template, 6, ROOT / "nowhere")
     scripted = model if is_natural else ScriptedModel(model, work.prompts, work.scripts)
     requests = [Request(prompt, str(i)) for i, prompt in enumerate(work.prompts)]
     settings = SamplingSettings(max_new_tokens=work.max_new_tokens, slots=4)
-    done = dict(sample(scripted, requests, settings, tiny_template.eos_id, tiny_template.new_calculator))
-    assert sum(sum(completion.forced) for completion in done.values()) > 10
-    ours, peer = [done[i].token_ids for i in range(6)], peers.twin(model)
+    new_override = tiny_template.new_calculator
+    rows = sorted(
+        sample(scripted, requests, settings, tiny_template.eos_id, new_override=new_override),
+        key=lambda row: row.request_index,
+    )
+    assert sum(sum(row.forced) for row in rows) > 10
+    ours, peer = [row.token_ids for row in rows], peers.twin(model)
     assert peers.generate(peer, work, 4) == ours
     assert peers.generate(peer, work, 4, is_sorted=False) == ours
     assert peers.one_at_a_time(peer, work.part(3)) == ours[:3]

@@ -30,8 +30,7 @@ from minidpost.data import toy
 from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.t5 import T5, T5Config
 from minidpost.models.weights import load_model, save_model, tokenizer_files
-from minidpost.sampling.generate import Generated
-from minidpost.sampling.sampler import Completion
+from minidpost.sampling.generate import Sample
 from minidpost.selftraining.report import results_table
 from minidpost.text.templates import template_for
 from minidpost.text.tokenizer import load_tokenizer
@@ -233,8 +232,14 @@ def test_only_what_was_forced_is_highlighted():
     )
 
 
+def sample_of(ids: list[tuple[int, bool]]) -> Sample:
+    """A sample of these ids, each with whether it was forced."""
+    token_ids, forced = map(list, zip(*ids, strict=True))
+    return Sample(0, 0, "", None, "", None, token_ids, forced, "stop")
+
+
 @pytest.mark.parametrize(
-    ("pieces", "numbers"),
+    ("pieces", "indices"),
     [
         ([("a [ 1 + 1 =", 0), (" 2]", 1), (" 2 b [ 2 * 3 = 6] 6 c [ 8 / 2 =", 0), (" 4]", 1), (" 4", 0)], {0, 2}),
         ([("a [ 1 + 1 = 2] 2 b [ 2 * 3 =", 0), (" 6]", 1)], {1}),
@@ -242,11 +247,10 @@ def test_only_what_was_forced_is_highlighted():
         ([("a [ 1 + 1 = 2] 2", 0)], set()),
     ],
 )
-def test_which_annotations_were_forced(tiny_template, pieces, numbers):
+def test_which_annotations_were_forced(tiny_template, pieces, indices):
     tokenizer = load_tokenizer(ROOT / "weights" / "tiny-t5")
     ids = [(i, bool(forced)) for text, forced in pieces for i in tokenizer.encode(text)]
-    done = Generated(0, 0, Completion(*map(list, zip(*ids, strict=True))), "")
-    assert sample_command.forced_annotations(done, tiny_template) == numbers
+    assert sample_command.forced_annotations(sample_of(ids), tiny_template) == indices
 
 
 @pytest.mark.parametrize("name", ["llama2", "llama3"])
@@ -254,17 +258,17 @@ def test_which_annotations_of_a_llama_were_forced(shared, name):
     tokenizer = load_tokenizer(shared / "tokenizers" / name)
     pieces = [("a <<1+1=", 0), ("2>>", 1), ("2\nb <<2*3=6>>6\n\nc (<<(8-30)=", 0), ("-22>>", 1), (").", 0)]
     ids = [(i, bool(forced)) for text, forced in pieces for i in tokenizer.encode(text, continued=True)]
-    done = Generated(0, 0, Completion(*map(list, zip(*ids, strict=True))), "")
+    sample = sample_of(ids)
     template = template_for("llama", tokenizer)
-    assert sample_command.forced_annotations(done, template) == {0, 2}
-    assert sample_command.highlighted(template.decode(done.completion.token_ids), {2}).endswith(
+    assert sample_command.forced_annotations(sample, template) == {0, 2}
+    assert sample_command.highlighted(template.decode(sample.token_ids), {2}).endswith(
         "2\nb <<2*3=6>>6\nc (<<(8-30)=\x1b[1;36m-22\x1b[0m>>)."
     )
 
 
-def test_control_characters_are_not_passed_on(tiny_template, capsys):
-    done = Generated(0, 0, Completion([1], [False], "stop"), "½ – ü\n\x1b[2J")
-    sample_command.show(["\x1bcHow?\x07"], [done], tiny_template)
+def test_control_characters_do_not_reach_a_terminal(tiny_template, capsys):
+    sample = Sample(0, 0, "\x1bcHow?\x07", None, "½ – ü\n\x1b[2J", None, [1], [False], "stop")
+    sample_command.show([sample], tiny_template)
     assert capsys.readouterr().out == "\ufffdcHow?\ufffd\n    ½ – ü\n    \ufffd[2J\n"
 
 
@@ -748,7 +752,7 @@ def test_a_message_is_one_line_without_control_characters():
 
 
 def test_a_lack_of_memory_is_answered_in_one_line(call, tiny_model_dir, monkeypatch):
-    def sampled(*arguments):
+    def sampled(*arguments, **options):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried …")
 
     monkeypatch.setattr("minidpost.sampling.generate.generate", sampled)

@@ -40,20 +40,21 @@ def sequences(n: int) -> list[TokenizedExample]:
 def test_sampling_in_bf16_gives_every_request_its_completion(model):
     requests = [Request(s.prompt_ids, str(i // 2), i % 2) for i, s in enumerate(sequences(20))]
     settings = SamplingSettings(temperature=0.7, max_new_tokens=24, slots=8)
-    done = dict(sample(model.to(torch.bfloat16), requests, settings, eos_id=1))
-    assert sorted(done) == list(range(20))
-    assert all(1 <= len(completion.token_ids) <= 24 for completion in done.values())
+    rows = list(sample(model.to(torch.bfloat16), requests, settings, eos_id=1))
+    assert sorted(row.request_index for row in rows) == list(range(20))
+    assert all(1 <= len(row.token_ids) <= 24 for row in rows)
 
 
 def test_recorded_steps_give_the_completions_of_plain_ones(model):
     """In fp32, where hardly a token hangs on the rounding; a failure to record would be a warning, which fails."""
     requests = [Request(s.prompt_ids, str(i // 4), i % 4) for i, s in enumerate(sequences(40))]
     settings = SamplingSettings(temperature=0.7, max_new_tokens=100, slots=16)
-    expected = dict(sample(model, requests, settings, eos_id=1, use_cuda_graphs=False))
+    rows = sample(model, requests, settings, eos_id=1, use_cuda_graphs=False)
+    expected = {row.request_index: row.token_ids for row in rows}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        done = dict(sample(model, requests, settings, eos_id=1))
-    same = sum(done[index].token_ids == expected[index].token_ids for index in expected)
+        rows = list(sample(model, requests, settings, eos_id=1))
+    same = sum(row.token_ids == expected[row.request_index] for row in rows)
     assert same >= 0.95 * len(requests), f"{same} of {len(requests)} completions are the same"
 
 

@@ -1,86 +1,130 @@
-"""Batched decoding: a fixed number of slots, refilled as rows end; forced tokens; draws that belong to their row.
+"""Continuous batching: a fixed number of slots, each refilled as soon as its row ends; with tokens that can be forced.
 
-Knows nothing of text or arithmetic. A row's `override` sees its tokens and may answer with ids that must follow (the
-calculator does so); the sampler's own draw at those positions is discarded. Every row draws its uniform numbers from a
-counter-based generator keyed by (seed, question, sample), one a position, so that a completion depends neither on its
-neighbours nor on the number of slots nor on the order of work. Requests are worked off in chunks that begin with empty
-slots. All samples of one question share one prefill. One device-to-host transfer a step: the ids.
+Three slots at work on the requests a, b, c and d, a step a line: · a token that was chosen by the model's logits, ! one
+that was forced, E the end of a row.
 
-With a small model on a CPU the slots are divided into lanes, one process each, to which a chunk's questions are dealt.
-On a GPU steps are launched as a whole (see graphs); a cache that can be cleared serves all chunks.
-What all rows share in a step is done for all at once; only rows whose token can matter are looked at one by one.
+    step    slot 0   slot 1   slot 2
+      1      a ·      b ·      c ·
+      2      a ·      b !      c E       c ends, and d, which has been waiting, starts in its slot
+      3      a ·      b !      d ·
+      4      a E      b ·      d ·       a ends, and nothing waits: the last row moves into the slot that is free
+      5      d ·      b E                so that the rows at work are always the cache's first
+      6      d E
+
+The sampler knows nothing of text or arithmetic. An *override* watches each row and may answer a token with ids that
+must follow it (the calculator does so); what the model would have chosen at those positions is discarded. Each row has
+its own uniform numbers, one a position (see token_choice), so that a completion depends neither on its neighbours nor
+on the number of slots nor on the order of work.
+
+Requests are worked off in chunks that begin with empty slots, so that a chunk's completions depend on the chunk alone.
+Prompts are prefilled PREFILL_BATCH at a time, into rows of the cache after the slots, and copied into a slot for each
+of their samples: all samples of one question share one prefill. A step has one transfer from the device, its ids. With
+a small model on a CPU the work is divided among processes (see workers); on a GPU steps are CUDA graphs (see
+cuda_graphs).
 """
 
-import hashlib
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from minidpost.sampling.cuda_graphs import CUDAGraphs
-from minidpost.sampling.token_choice import draw, most_likely, nucleus
-from minidpost.sampling.workers import run_in_workers
+from minidpost.sampling.token_choice import SamplingSettings, choose, row_uniforms
+from minidpost.sampling.workers import n_workers_for, sample_in_workers
+
+__all__ = ["CHUNK", "PREFILL_BATCH", "DecodingModel", "Override", "Request", "Row", "SamplingSettings", "sample"]
 
 CHUNK = 1024  # requests that begin with empty slots; part of what a run's results depend on (in fp32, by rounding)
-PREFILL_BATCH = 16  # prompts prefilled together and kept beside the slots until all their samples have started
-MIN_SLOTS_PER_WORKER = 16  # slots and questions at least, for which a process of their own pays
-MAX_PARAMETERS_FOR_WORKERS = (
-    5_000_000  # parameters; threads inside the products of larger models gain as much as processes
-)
+PREFILL_BATCH = 16  # prompts that are prefilled together
+
+
+class Cache(Protocol):
+    """What a model remembers of its rows, as far as the sampler handles it; see kvcache."""
+
+    def clear(self) -> None: ...
+    def copy_rows(self, source_ids: Sequence[int], target_ids: Sequence[int], /) -> None: ...
 
 
 class DecodingModel(Protocol):
-    """What the sampler asks of a model; see T5."""
+    """What the sampler asks of a model; see T5 and Llama."""
 
-    def new_cache(self, rows: int, max_prompt: int, max_new: int): ...
-    def prefill(self, cache, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[int]: ...
-    def decode(self, cache, ids_B: Tensor) -> Tensor: ...
+    def parameters(self) -> Iterator[Tensor]: ...
+    def new_cache(self, n_rows: int, max_prompt: int, max_new: int, /) -> Cache: ...
+    def prefill(self, cache: Any, row_ids: Sequence[int], prompts: Sequence[Sequence[int]], /) -> list[int]: ...
+    def decode(self, cache: Any, ids_B: Tensor, /) -> Tensor: ...
+    def step(self, cache: Any, plan: Any, ids_B: Tensor, /) -> Tensor: ...  # for CUDA graphs alone
 
 
 class Override(Protocol):
-    """Watches one row: `push` takes each of its tokens in order and returns the ids that must come right after it.
+    """Watches one row: `push` takes its tokens in order and returns the ids that must come right after the last one.
 
-    One that has `trigger_ids`, a container of ids, is not shown any others while its `is_idle` is true.
+    While `is_idle` is true, only the ids in `trigger_ids` matter to it, and it is not shown any others.
     """
 
+    trigger_ids: frozenset[int]
+
+    @property
+    def is_idle(self) -> bool: ...
     def push(self, token_id: int) -> list[int]: ...
 
 
 @dataclass(frozen=True)
-class SamplingSettings:
-    """How tokens are chosen. Temperature 0 is greedy; top_k 0 and top_p 1 keep the whole vocabulary."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_new_tokens: int = 300
-    slots: int = 64
-    seed: int = 42
-
-
-@dataclass(frozen=True)
 class Request:
-    """One completion to be sampled: the prompt's ids, the name of its question, and which sample of it this is."""
+    """One completion to be sampled: the prompt's ids, the text of its question, and which sample of it this is."""
 
     prompt_ids: tuple[int, ...]
     question: str
-    sample: int = 0
+    sample_index: int = 0
 
 
 @dataclass
-class Completion:
-    """The ids a row emitted (the end token too), which of them were forced, and why it ended: "stop" or "length"."""
+class Row:
+    """A completion while it is written, and when it has ended."""
 
-    token_ids: list[int] = field(default_factory=list)
-    forced: list[bool] = field(default_factory=list)
-    finish_reason: str = "length"
+    request_index: int  # which of the requests this is
+    request: Request
+    token_ids: list[int] = field(default_factory=list)  # the tokens so far; in the end with the end token, if it came
+    forced: list[bool] = field(default_factory=list)  # which of them the override forced
+    finish_reason: str = ""  # "stop": the model chose the end token; "length": the row has max_new_tokens
+
+    # Needed while the row is written, and dropped at its end.
+    prefilled_row: int = -1  # the row of the cache that holds its prompt until it gets a slot
+    next_id: int = -1  # the token that the model is fed next
+    uniforms: Sequence[float] = ()  # its uniform number of each position; none where sampling is greedy
+    override: Override | None = None
+    pending: deque[int] = field(default_factory=deque)  # forced ids that are still to be emitted
+
+    def end(self, finish_reason: str) -> None:
+        """Note why the row ends, and drop what is not needed any more: a row of another process is sent here."""
+        self.finish_reason = finish_reason
+        self.uniforms = ()
+        self.override = None
+        self.pending = deque()
+
+
+Group = list[tuple[int, Request]]  # the requests of a chunk that have the same prompt, each as (request_index, request)
+Chunk = list[Group]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all chunks of one call of `sample` have in common."""
+
+    model: DecodingModel
+    settings: SamplingSettings
+    eos_id: int
+    new_override: Callable[[], Override] | None
+    use_cuda_graphs: bool
+    max_prompt: int  # tokens of the longest prompt
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.model.parameters()).device
 
 
 def sample(
@@ -88,231 +132,138 @@ def sample(
     requests: Sequence[Request],
     settings: SamplingSettings,
     eos_id: int,
+    *,
     new_override: Callable[[], Override] | None = None,
     first_chunk: int = 0,
     use_cuda_graphs: bool = True,
-) -> Iterator[tuple[int, Completion]]:
-    """Yield (index into requests, completion) as rows end, each request once; those before `first_chunk` not at all.
+) -> Iterator[Row]:
+    """Yield the rows of all requests as they end, each request's once; those before `first_chunk` not at all.
 
-    All of a chunk are yielded before any of the next. `new_override` makes the watcher of one row. Samples of one
+    All rows of a chunk are yielded before any of the next. `new_override` makes the override of one row. Samples of one
     question should stand together in `requests`: those of one chunk share a prefill. Prompts must not be empty.
-    On a GPU steps are CUDA graphs unless `use_cuda_graphs` is False.
     """
-    chunks = [
-        by_prompt(list(enumerate(requests[start : start + CHUNK], start=start)))
-        for start in range(first_chunk * CHUNK, len(requests), CHUNK)
-    ]
-    longest = max(
-        (len(request.prompt_ids) for request in requests), default=0
-    )  # of all, done or not: caches stay alike
-    n_workers = n_workers_for(model, settings, chunks)
-    if n_workers == 1:
-        for _, done in _sample_chunks(model, chunks, settings, eos_id, new_override, longest, use_cuda_graphs):
-            yield done
+    chunks = chunked(requests, first_chunk)
+    # The longest of all prompts, worked off or not, so that a run that continues has caches of the same shape.
+    max_prompt = max((len(request.prompt_ids) for request in requests), default=0)
+    job = Job(model, settings, eos_id, new_override, use_cuda_graphs, max_prompt)
+    n_workers = n_workers_for(model, settings.slots, chunks)
+    if n_workers > 1:
+        return sample_in_workers(partial(sample_chunks, job), chunks, settings.slots, n_workers)
+    return sample_chunks(job, chunks, settings.slots)
+
+
+def chunked(requests: Sequence[Request], first_chunk: int) -> list[Chunk]:
+    """The requests from a chunk on, CHUNK at a time, in groups of the same prompt, the longest prompts first."""
+    chunks = []
+    for start in range(first_chunk * CHUNK, len(requests), CHUNK):
+        groups: dict[tuple[int, ...], Group] = {}
+        for request_index, request in enumerate(requests[start : start + CHUNK], start=start):
+            groups.setdefault(request.prompt_ids, []).append((request_index, request))
+        chunks.append([groups[prompt] for prompt in sorted(groups, key=len, reverse=True)])
+    return chunks
+
+
+def sample_chunks(job: Job, chunks: Sequence[Chunk], n_slots: int) -> Iterator[Row]:
+    """Work off chunk after chunk in this process, with one cache for all of them."""
+    if not chunks:
         return
-
-    def lane(number: int) -> Iterator[tuple[int, tuple[int, Completion]]]:
-        share = replace(settings, slots=-(-settings.slots // n_workers))
-        shares = [chunk[number::n_workers] for chunk in chunks]
-        yield from _sample_chunks(model, shares, share, eos_id, new_override, longest, use_cuda_graphs)
-
-    yield from _in_order(
-        run_in_workers([partial(lane, number) for number in range(n_workers)]),
-        [sum(len(group) for group in chunk) for chunk in chunks],
-    )
-
-
-def by_prompt(chunk: Sequence[tuple[int, Request]]) -> list[list[tuple[int, Request]]]:
-    """Numbered requests in groups of the same prompt, the longest prompts first."""
-    groups: dict[tuple[int, ...], list[tuple[int, Request]]] = {}
-    for index, request in chunk:
-        groups.setdefault(request.prompt_ids, []).append((index, request))
-    return [groups[prompt] for prompt in sorted(groups, key=len, reverse=True)]
-
-
-def n_workers_for(model: DecodingModel, settings: SamplingSettings, chunks: Sequence) -> int:
-    """How many processes share the work: with a small model on a CPU as many as torch has threads, if it is enough."""
-    is_small = sum(weight.numel() for weight in model.parameters()) < MAX_PARAMETERS_FOR_WORKERS
-    if not (chunks and is_small and sys.platform == "linux" and next(model.parameters()).device.type == "cpu"):
-        return 1
-    return max(
-        1, min(torch.get_num_threads(), settings.slots // MIN_SLOTS_PER_WORKER, len(chunks[0]) // MIN_SLOTS_PER_WORKER)
-    )
-
-
-def _in_order(done: Iterator[tuple[int, tuple[int, Completion]]], sizes: Sequence[int]) -> Iterator:
-    """Of (chunk, item) as they come, the items: chunk by chunk, each as soon as all before its chunk are there."""
-    waiting: list[list] = [[] for _ in sizes]
-    missing, current = list(sizes), 0
-    for chunk, item in done:
-        waiting[chunk].append(item)
-        missing[chunk] -= 1
-        while current < len(sizes):
-            yield from waiting[current]
-            waiting[current].clear()
-            if missing[current]:
-                break
-            current += 1
-
-
-def _sample_chunks(
-    model, chunks, settings, eos_id, new_override, longest, use_cuda_graphs
-) -> Iterator[tuple[int, Any]]:
-    """(the chunk's number, what is done of it), with one cache for all where the model's can be cleared."""
-    most = max((sum(len(group) for group in chunk) for chunk in chunks), default=0)
-    cache, n_slots = None, min(settings.slots, most)
-    for number, chunk in enumerate(chunks):
-        if hasattr(cache, "clear"):
-            cache.clear()
-        else:
-            cache = model.new_cache(n_slots + PREFILL_BATCH, longest, settings.max_new_tokens)
-            is_on_gpu = next(model.parameters()).device.type == "cuda"
-            decode = CUDAGraphs(model, cache) if use_cuda_graphs and is_on_gpu else partial(model.decode, cache)
-        for done in _sample_chunk(model, cache, decode, chunk, settings, eos_id, new_override):
-            yield number, done
-
-
-def _sample_chunk(model, cache, decode, chunk, settings, eos_id, new_override) -> Iterator[tuple[int, Completion]]:
-    """Work off the groups of one chunk, beginning with empty slots."""
-    n_slots = min(settings.slots, sum(len(group) for group in chunk))
-    waiting = _prefilled(model, cache, n_slots, chunk)
-    slots = Slots(n_slots, settings, eos_id, new_override)
-    for _ in range(n_slots):
-        slots.start(slots.n_rows, next(waiting), cache)
-    while slots.n_rows:
-        ended = _step(model, decode, slots)
-        yield from [slots.completed(slot) for slot in ended]
-        for slot in reversed(ended):
-            if (entry := next(waiting, None)) is not None:
-                slots.start(slot, entry, cache)
-            else:
-                slots.close(slot, cache)
-
-
-def _prefilled(model, cache, n_slots, chunk) -> Iterator[tuple[int, Request, int, int]]:
-    """The chunk's requests, each as (index, request, shelf row of its prompt, first id).
-
-    The next PREFILL_BATCH prompts are prefilled when the first of their samples is asked for, by when every sample of
-    the previous ones has been copied from the shelf into a slot.
-    """
-    groups = iter(chunk)
-    while batch := list(islice(groups, PREFILL_BATCH)):
-        shelf = range(n_slots, n_slots + len(batch))
-        first_ids = model.prefill(cache, shelf, [group[0][1].prompt_ids for group in batch])
-        for group, row, first_id in zip(batch, shelf, first_ids, strict=True):
-            yield from ((index, request, row, first_id) for index, request in group)
-
-
-def _step(model, decode, slots) -> list[int]:
-    """Emit one token in every row; the slots of those that ended."""
-    device = next(model.parameters()).device
-    logits_BV = decode(torch.from_numpy(slots.feed_B[: slots.n_rows]).to(device))
-    uniform_B = torch.from_numpy(slots.uniforms()).to(device) if slots.settings.temperature else None
-    return slots.emit(np.array(choose(logits_BV, uniform_B, slots.settings).tolist()))
-
-
-class Slots:
-    """The rows at work, of which arrays hold what is the same for all; the first `n_rows` slots are taken."""
-
-    def __init__(
-        self, n_slots: int, settings: SamplingSettings, eos_id: int, new_override: Callable[[], Override] | None
-    ):
-        self.settings, self.eos_id, self.new_override, self.n_rows = settings, eos_id, new_override, 0
-        shape = (n_slots, settings.max_new_tokens)
-        self.index_B = np.zeros(n_slots, dtype=np.int64)
-        self.feed_B = np.zeros(n_slots, dtype=np.int64)  # the id decoded next
-        self.length_B = np.zeros(n_slots, dtype=np.int64)  # tokens emitted
-        self.watched_B = np.zeros(n_slots, dtype=bool)  # whose next token matters, whatever it is
-        self.token_BT = np.zeros(shape, dtype=np.int64)
-        self.forced_BT = np.zeros(shape, dtype=bool)
-        self.uniform_BT = np.zeros(shape if settings.temperature else (n_slots, 0))
-        self.overrides: list[Override | None] = [None] * n_slots
-        self.pending: list[deque[int]] = [deque() for _ in range(n_slots)]  # forced ids still to be emitted
-        self.columns = [self.index_B, self.feed_B, self.length_B, self.watched_B, self.token_BT, self.forced_BT]
-        self.columns += [self.uniform_BT, self.overrides, self.pending]
-        self.wakes_V = np.zeros(1, dtype=bool)  # ids shown to dormant overrides; the last entry stands for all behind
-
-    def start(self, slot: int, entry: tuple[int, Request, int, int], cache) -> None:
-        """Begin a row in a slot: the first that is not taken, or that of a row that has ended."""
-        self.index_B[slot], request, shelf_row, self.feed_B[slot] = entry
-        cache.copy_rows([shelf_row], [slot])
-        self.n_rows = max(self.n_rows, slot + 1)
-        self.length_B[slot], self.forced_BT[slot], self.pending[slot] = 0, False, deque()
-        if self.new_override:
-            self.overrides[slot] = self.new_override()
-            trigger_ids = getattr(self.overrides[slot], "trigger_ids", ())
-            if trigger_ids and len(self.wakes_V) == 1:  # those of one run share it
-                self.wakes_V = np.zeros(max(trigger_ids) + 2, dtype=bool)
-                self.wakes_V[list(trigger_ids)] = True
-        self.watched_B[slot] = self._is_alert(slot)
-        if self.settings.temperature:
-            self.uniform_BT[slot] = row_uniforms(self.settings, request)
-
-    def uniforms(self) -> np.ndarray:
-        """Each row's own number for the position that it draws next."""
-        return self.uniform_BT[np.arange(self.n_rows), self.length_B[: self.n_rows]]
-
-    def emit(self, id_B: np.ndarray) -> list[int]:
-        """Emit in every row its pending forced id or else the drawn one; the slots of the rows that have ended."""
-        row_B, position_B = np.arange(self.n_rows), self.length_B[: self.n_rows].copy()
-        for slot in np.flatnonzero(self.watched_B[: self.n_rows]):
-            if self.pending[slot]:
-                id_B[slot] = self.pending[slot].popleft()
-                self.forced_BT[slot, position_B[slot]] = True
-        self.token_BT[row_B, position_B] = self.feed_B[: self.n_rows] = id_B
-        self.length_B[: self.n_rows] += 1
-        stopped_B = (id_B == self.eos_id) & ~self.forced_BT[row_B, position_B]
-        for slot in np.flatnonzero((self.watched_B[: self.n_rows] | self._rouses(id_B)) & ~stopped_B):
-            self.pending[slot].extend(self.overrides[slot].push(int(id_B[slot])))
-            self.watched_B[slot] = self._is_alert(slot)
-        return np.flatnonzero(stopped_B | (position_B + 1 >= self.settings.max_new_tokens)).tolist()
-
-    def completed(self, slot: int) -> tuple[int, Completion]:
-        """The request's index and the completion of a row that has ended."""
-        tokens = self.token_BT[slot, : self.length_B[slot]].tolist()
-        forced = self.forced_BT[slot, : len(tokens)].tolist()
-        reason = "stop" if tokens[-1] == self.eos_id and not forced[-1] else "length"
-        return int(self.index_B[slot]), Completion(tokens, forced, reason)
-
-    def close(self, slot: int, cache) -> None:
-        """Give up a slot: the last row moves into it, so that the rows at work are always the cache's first."""
-        self.n_rows -= 1
-        if slot < self.n_rows:
-            cache.copy_rows([self.n_rows], [slot])
-            for column in self.columns:
-                column[slot] = column[self.n_rows]
-
-    def _is_alert(self, slot: int) -> bool:
-        """Whether the row's next token matters whatever it is."""
-        override = self.overrides[slot]
-        return bool(self.pending[slot]) or (override is not None and not getattr(override, "is_idle", False))
-
-    def _rouses(self, id_B: np.ndarray) -> np.ndarray:
-        """Which ids a dormant override must see."""
-        return self.wakes_V[np.minimum(id_B, len(self.wakes_V) - 1)]
-
-
-def row_uniforms(settings: SamplingSettings, request: Request) -> np.ndarray:
-    """A row's numbers in [0, 1), one for each token it may emit, from Philox keyed by (seed, question, sample)."""
-    name = f"{settings.seed}\0{request.question}\0{request.sample}".encode()
-    key = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "little")
-    return np.random.Generator(np.random.Philox(key=key)).random(settings.max_new_tokens)
-
-
-def choose(logits_BV: Tensor, uniform_B: Tensor | None, settings: SamplingSettings) -> Tensor:
-    """One id a row, (B,): the most likely one, or where the row's uniform number falls in the cumulated probabilities.
-
-    The order is that of others' samplers: temperature, then top-k, then top-p (the fewest tokens that reach it).
-    """
-    if uniform_B is None:
-        return most_likely(logits_BV)
-    logits_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
-    if not settings.top_k and settings.top_p == 1:
-        return draw(logits_BV, uniform_B, settings.temperature)
-    if settings.top_k:
-        logits_BN, order_BN = logits_BV.topk(min(settings.top_k, logits_BV.shape[-1]), dim=-1)
+    sizes = [sum(map(len, chunk)) for chunk in chunks]  # requests of each chunk
+    n_cache_rows = min(n_slots, max(sizes)) + PREFILL_BATCH
+    cache: Any = job.model.new_cache(n_cache_rows, job.max_prompt, job.settings.max_new_tokens)
+    step: Callable[[Tensor], Tensor]
+    if job.use_cuda_graphs and job.device.type == "cuda":
+        step = CUDAGraphs(job.model, cache)
     else:
-        logits_BN, order_BN = logits_BV.sort(dim=-1, descending=True, stable=True)
-    scores_BN = logits_BN / settings.temperature
-    chosen_B = draw(nucleus(scores_BN, settings.top_p) if settings.top_p < 1 else scores_BN, uniform_B)
-    return order_BN.gather(-1, chosen_B[:, None])[:, 0]
+        step = partial(job.model.decode, cache)
+    for chunk, size in zip(chunks, sizes, strict=True):
+        cache.clear()
+        yield from sample_chunk(job, chunk, min(n_slots, size), cache=cache, step=step)
+
+
+def sample_chunk(
+    job: Job, chunk: Chunk, n_slots: int, *, cache: Cache, step: Callable[[Tensor], Tensor]
+) -> Iterator[Row]:
+    """Work off one chunk: the loop of continuous batching. `step` feeds ids_B to the cache's first rows; logits_BV."""
+    device = job.device
+    is_greedy = job.settings.temperature == 0
+    eos_id = job.eos_id
+    max_new_tokens = job.settings.max_new_tokens
+
+    # The rows at work: row i has slot i, which is row i of the cache.
+    rows: list[Row] = []
+    waiting = prefilled_rows(job, chunk, n_slots, cache)
+    for slot in range(n_slots):
+        row = next(waiting)
+        cache.copy_rows([row.prefilled_row], [slot])
+        rows.append(row)
+
+    while rows:
+        # 1) Feed the latest token of every row to the model, at the row's own position.
+        logits_BV = step(torch.tensor([row.next_id for row in rows]).to(device))
+
+        # 2) Choose a token for every row. Its ids are the step's one transfer from the device.
+        uniform_B = None
+        if not is_greedy:
+            uniforms = [row.uniforms[len(row.token_ids)] for row in rows]
+            uniform_B = torch.tensor(uniforms, dtype=torch.float64).to(device)
+        chosen_ids: list[int] = choose(logits_BV, uniform_B, job.settings).tolist()
+
+        ended = []  # slots
+        for slot, row in enumerate(rows):
+            # 3) Force: where ids are pending, the first of them takes the place of what was chosen.
+            is_forced = bool(row.pending)
+            token_id = row.pending.popleft() if is_forced else chosen_ids[slot]
+
+            # 4) Emit the token. The override, unless the token cannot matter to it, may answer with ids to force.
+            row.token_ids.append(token_id)
+            row.forced.append(is_forced)
+            row.next_id = token_id
+            is_end = token_id == eos_id and not is_forced
+            override = row.override
+            if override is not None and not is_end:
+                if is_forced or not override.is_idle or token_id in override.trigger_ids:
+                    row.pending.extend(override.push(token_id))
+
+            # 5) End the row at an end token that the model chose (a forced one means nothing), or at its last position.
+            if is_end:
+                row.end("stop")
+                ended.append(slot)
+            elif len(row.token_ids) == max_new_tokens:
+                row.end("length")
+                ended.append(slot)
+        yield from [rows[slot] for slot in ended]
+
+        # 6) Refill the slots that are free, the last one first, so that none of the free ones is moved into another.
+        for slot in reversed(ended):
+            new_row = next(waiting, None)
+            if new_row is not None:
+                cache.copy_rows([new_row.prefilled_row], [slot])
+                rows[slot] = new_row
+                continue
+            # Nothing waits. Rows 0 … n − 1 of the cache must be those at work: the last one moves here.
+            last_row = rows.pop()
+            if slot < len(rows):
+                cache.copy_rows([len(rows)], [slot])
+                rows[slot] = last_row
+
+
+def prefilled_rows(job: Job, chunk: Chunk, n_slots: int, cache: Cache) -> Iterator[Row]:
+    """The rows of a chunk before their first token, their prompts in the cache's rows after the slots.
+
+    The next PREFILL_BATCH prompts are prefilled when the first of their rows is asked for. By then every row of the
+    previous ones has been copied into a slot.
+    """
+    settings = job.settings
+    for start in range(0, len(chunk), PREFILL_BATCH):
+        groups = chunk[start : start + PREFILL_BATCH]
+        row_ids = range(n_slots, n_slots + len(groups))
+        prompts = [group[0][1].prompt_ids for group in groups]
+        first_ids = job.model.prefill(cache, row_ids, prompts)
+        for group, row_id, first_id in zip(groups, row_ids, first_ids, strict=True):
+            for request_index, request in group:
+                row = Row(request_index, request, prefilled_row=row_id, next_id=first_id)
+                if settings.temperature > 0:
+                    row.uniforms = row_uniforms(settings, request.question, request.sample_index).tolist()
+                if job.new_override is not None:
+                    row.override = job.new_override()
+                yield row

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import comb, sqrt
 
-from torch import nn
-
 from minidpost.data.example import Example
-from minidpost.sampling.generate import generate
-from minidpost.sampling.sampler import SamplingSettings
+from minidpost.sampling.generate import Sample, generate
+from minidpost.sampling.sampler import DecodingModel, SamplingSettings
 from minidpost.text.grading import extract_answer, is_correct
 from minidpost.text.templates import Template
+
+Z = 1.96  # standard deviations to either side that hold 95 % of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -25,24 +25,27 @@ class Score:
 
 
 def greedy_accuracy(
-    model: nn.Module,
+    model: DecodingModel,
     template: Template,
     examples: Sequence[Example],
     settings: SamplingSettings,
+    *,
     calculator: bool = True,
     label: str = "greedy",
 ) -> Score:
-    """The share of questions whose greedy completion ends in the right answer (Wilson interval)."""
-    texts = completions_by_question(model, template, examples, replace(settings, temperature=0.0), 1, calculator, label)
-    n_right = sum(is_correct(text, example.answer) for (text,), example in zip(texts, examples, strict=True))
-    return wilson(n_right, len(examples))
+    """The fraction of questions whose greedy completion ends in the correct answer (Wilson interval)."""
+    greedy = replace(settings, temperature=0.0)
+    samples = samples_by_question(model, template, examples, greedy, n_samples=1, calculator=calculator, label=label)
+    n_correct = sum(bool(sample.is_correct) for (sample,) in samples)
+    return wilson(n_correct, len(examples))
 
 
 def sampled_scores(
-    model: nn.Module,
+    model: DecodingModel,
     template: Template,
     examples: Sequence[Example],
     settings: SamplingSettings,
+    *,
     pass_at: Sequence[int] = (),
     maj_at: Sequence[int] = (),
     calculator: bool = True,
@@ -54,52 +57,67 @@ def sampled_scores(
     first k samples, the earliest one in a tie. Intervals are those of a mean over questions.
     """
     n_samples = max([*pass_at, *maj_at])
-    texts = completions_by_question(model, template, examples, settings, n_samples, calculator, label)
-    n_right = [sum(is_correct(text, e.answer) for text in row) for row, e in zip(texts, examples, strict=True)]
-    passed = {k: mean_score([pass_at_k(n_samples, c, k) for c in n_right]) for k in pass_at}
-    majority = {
-        k: mean_score([float(majority_is_right(row[:k], e.answer)) for row, e in zip(texts, examples, strict=True)])
-        for k in maj_at
-    }
+    samples = samples_by_question(
+        model, template, examples, settings, n_samples=n_samples, calculator=calculator, label=label
+    )
+    n_correct = [sum(bool(sample.is_correct) for sample in row) for row in samples]
+    passed = {k: mean_score([pass_at_k(n_samples, c, k) for c in n_correct]) for k in pass_at}
+    majority = {}
+    for k in maj_at:
+        completions = [[sample.completion for sample in row[:k]] for row in samples]
+        pairs = zip(completions, examples, strict=True)
+        majority[k] = mean_score([float(majority_is_correct(texts, example.answer)) for texts, example in pairs])
     return passed, majority
 
 
-def completions_by_question(
-    model: nn.Module,
+def samples_by_question(
+    model: DecodingModel,
     template: Template,
     examples: Sequence[Example],
     settings: SamplingSettings,
+    *,
     n_samples: int,
     calculator: bool,
     label: str,
-) -> list[list[str]]:
-    """The completions' texts, a list of `n_samples` for each example."""
-    texts = [[""] * n_samples for _ in examples]
-    questions, answers = [e.question for e in examples], [e.answer for e in examples]
-    for done in generate(model, template, questions, settings, n_samples, calculator, answers, label):
-        texts[done.index][done.sample] = done.text
-    return texts
+) -> list[list[Sample]]:
+    """The graded samples, a list of `n_samples` for each example, in order whatever the order in which they end."""
+    samples = generate(
+        model,
+        template,
+        [example.question for example in examples],
+        settings,
+        answers=[example.answer for example in examples],
+        n_samples=n_samples,
+        calculator=calculator,
+        label=label,
+    )
+    in_order = sorted(samples, key=lambda sample: (sample.example_index, sample.sample_index))
+    return [in_order[start : start + n_samples] for start in range(0, len(in_order), n_samples)]
 
 
-def pass_at_k(n: int, n_right: int, k: int) -> float:
-    """The chance that k of n samples, drawn without replacement, hold a right one."""
-    return 1 - comb(n - n_right, k) / comb(n, k)
+def pass_at_k(n: int, n_correct: int, k: int) -> float:
+    """The chance that k of n samples, taken without replacement, hold a correct one."""
+    return 1 - comb(n - n_correct, k) / comb(n, k)
 
 
-def majority_is_right(texts: Sequence[str], answer: str) -> bool:
-    """Whether the commonest answer is the right one; completions without an answer do not vote."""
-    votes = Counter(number for text in texts if (number := extract_answer(text)) is not None)
-    return bool(votes) and is_correct(f"#### {votes.most_common(1)[0][0]:f}", answer)
+def majority_is_correct(completions: Sequence[str], answer: str) -> bool:
+    """Whether the commonest answer is the correct one; completions without an answer do not vote."""
+    answers = [extract_answer(completion) for completion in completions]
+    votes = Counter(found for found in answers if found is not None)
+    if not votes:
+        return False
+    ((commonest, _),) = votes.most_common(1)  # of those with equally many votes the one that came first
+    return is_correct(f"#### {commonest:f}", answer)
 
 
-def wilson(n_right: int, n: int) -> Score:
-    """A share and its Wilson interval."""
+def wilson(n_correct: int, n: int) -> Score:
+    """A fraction and its Wilson interval."""
     if not n:
         return Score(0.0, 0, 0.0, 1.0)
-    share, z = n_right / n, 1.96
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Score(share, n, max(0.0, centre - half), min(1.0, centre + half))
+    fraction = n_correct / n
+    centre = (fraction + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z * sqrt(fraction * (1 - fraction) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
+    return Score(fraction, n, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def mean_score(values: Sequence[float]) -> Score:
@@ -108,5 +126,6 @@ def mean_score(values: Sequence[float]) -> Score:
     if {*values} <= {0.0, 1.0}:
         return wilson(int(sum(values)), n)
     mean = sum(values) / n
-    half = 1.96 * sqrt(sum((value - mean) ** 2 for value in values) / max(1, n - 1) / n)
+    variance = sum((value - mean) ** 2 for value in values) / max(1, n - 1)
+    half = Z * sqrt(variance / n)
     return Score(mean, n, max(0.0, mean - half), min(1.0, mean + half))

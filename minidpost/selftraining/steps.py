@@ -30,8 +30,7 @@ from minidpost.errors import UserError
 from minidpost.models.weights import load_model, open_tensors, save_model, tokenizer_files
 from minidpost.precision import sampling_dtype
 from minidpost.sampling import sampler
-from minidpost.sampling.generate import Sample
-from minidpost.sampling.generate import generate_samples as generate
+from minidpost.sampling.generate import Sample, generate
 from minidpost.sampling.sampler import SamplingSettings
 from minidpost.selftraining.estimates import forward_flops, model_size, sampling_flops, training_flops
 from minidpost.selftraining.evaluation import greedy_accuracy, sampled_scores

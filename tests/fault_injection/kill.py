@@ -2,8 +2,8 @@
 
 The run is a short one of train.py with everything in it: fine-tuning, sampling in several chunks, DPO, evaluation, the
 report, and a training state saved after every step, so that many kills fall into the writing of one. SIGKILL goes to
-the whole process group. Each run is forked from a process that has its imports done, and so begins at once. What wall-clock time
-decides is left out of the comparison (seconds, minutes, tokens a second, log.txt), nothing else.
+the whole process group. Each run is forked from a process that has its imports done, and so begins at once. What
+wall-clock time decides is left out of the comparison (seconds, minutes, tokens a second, log.txt), nothing else.
 
     OMP_NUM_THREADS=1 python tests/fault_injection/kill.py --kills 100 --output benchmarks/results/kills.md
 """
@@ -165,8 +165,8 @@ def report(kills: list[Kill], length: float, n_files: int) -> str:
     return f"""# Kills
 
 `tests/fault_injection/kill.py`: {len(kills)} runs, each killed once (SIGKILL to its process group) at a random instant
-and continued by the same command. **{n_equal} of {len(kills)}** ended with the same {n_files} files, byte for byte, as a
-run that was not killed ({length:.1f} s). Left out is what the clock decides: seconds, minutes, tokens a second,
+and continued by the same command. **{n_equal} of {len(kills)}** ended with the same {n_files} files, byte for byte, as
+a run that was not killed ({length:.1f} s). Left out is what the clock decides: seconds, minutes, tokens a second,
 log.txt. One thread, CPU, torch {torch.__version__}.
 
     train.py {" ".join(RUN)}

@@ -1,4 +1,4 @@
-"""Questions to completions: what the sampler is asked, and what comes back of it."""
+"""Questions to graded completions: what the sampler is asked, and what becomes of its rows."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +10,8 @@ from minidpost.errors import UserError
 from minidpost.models.weights import check_vocabulary, load_model
 from minidpost.precision import default_device, sampling_dtype
 from minidpost.sampling import generate as generation
-from minidpost.sampling.generate import MAX_PROMPT_TOKENS, check_prompts, generate
-from minidpost.sampling.sampler import Completion, Request, SamplingSettings
+from minidpost.sampling.generate import MAX_PROMPT_TOKENS, Sample, check_prompts, generate
+from minidpost.sampling.sampler import Request, Row, SamplingSettings
 
 torch.set_num_threads(1)
 
@@ -24,21 +24,20 @@ def model(tiny_model_dir):
     return load_model(tiny_model_dir)
 
 
-def test_every_sample_of_every_question_comes_once_with_its_text(model, tiny_template):
-    rows = list(generate(model, tiny_template, QUESTIONS, SAMPLED, n_samples=3))
-    assert sorted((row.index, row.sample) for row in rows) == [(i, k) for i in range(3) for k in range(3)]
-    for row in rows:
-        assert row.text == tiny_template.decode(row.completion.token_ids)
-        assert len(row.completion.forced) == len(row.completion.token_ids) <= 12
-    assert len({tuple(row.completion.token_ids) for row in rows}) == 9
+def test_every_sample_comes_once_with_its_text(model, tiny_template):
+    samples = list(generate(model, tiny_template, QUESTIONS, SAMPLED, n_samples=3))
+    assert sorted((s.example_index, s.sample_index) for s in samples) == [(i, k) for i in range(3) for k in range(3)]
+    for sample in samples:
+        assert sample.completion == tiny_template.decode(sample.token_ids)
+        assert len(sample.forced) == len(sample.token_ids) <= 12
+    assert len({tuple(sample.token_ids) for sample in samples}) == 9
 
 
 def test_a_completion_belongs_to_its_question_and_sample_alone(model, tiny_template):
     def completions(questions, **changes):
-        rows = generate(
-            model, tiny_template, questions, SamplingSettings(1.0, max_new_tokens=12, **changes), n_samples=2
-        )
-        return {(questions[row.index], row.sample): row.completion.token_ids for row in rows}
+        settings = SamplingSettings(1.0, max_new_tokens=12, **changes)
+        samples = generate(model, tiny_template, questions, settings, n_samples=2)
+        return {(questions[s.example_index], s.sample_index): s.token_ids for s in samples}
 
     together = completions(QUESTIONS, slots=5, seed=3)
     assert completions(QUESTIONS[::-1], slots=1, seed=3) == together
@@ -49,28 +48,28 @@ def test_a_completion_belongs_to_its_question_and_sample_alone(model, tiny_templ
 
 @pytest.fixture
 def requested(monkeypatch):
-    """Replaces the sampler: takes down what it is asked, and answers every request with `#### <its number>`."""
+    """Replaces the sampler: takes down what it is asked, and answers every request with `#### <its index>`."""
     asked = {}
 
-    def sample(model, requests, settings, eos_id, new_override=None, first_chunk=0):
+    def sample(model, requests, settings, eos_id, *, new_override=None, first_chunk=0):
         asked.update(model=model, requests=requests, settings=settings, eos_id=eos_id, new_override=new_override)
         asked.update(first_chunk=first_chunk)
-        for position in reversed(range(len(requests))):
-            ids = asked["format"].target_ids(f"#### {position}")
-            yield position, Completion(ids, [False] * len(ids), "stop")
+        for index in reversed(range(len(requests))):
+            ids = asked["template"].target_ids(f"#### {index}")
+            yield Row(index, requests[index], ids, [False] * len(ids), "stop")
 
     monkeypatch.setattr(generation, "sample", sample)
     return asked
 
 
 def test_what_the_sampler_is_asked(requested, tiny_template):
-    requested["format"] = tiny_template
-    rows = list(generate("model", tiny_template, QUESTIONS[:2], SAMPLED, n_samples=2))
+    requested["template"] = tiny_template
+    samples = list(generate("model", tiny_template, QUESTIONS[:2], SAMPLED, n_samples=2))
     prompts = [tuple(tiny_template.prompt_ids(question)) for question in QUESTIONS[:2]]
     assert requested["requests"] == [Request(prompts[i], QUESTIONS[i], k) for i in range(2) for k in range(2)]
     assert (requested["model"], requested["settings"]) == ("model", SAMPLED)
     assert requested["eos_id"] == tiny_template.eos_id == prompts[0][-1]
-    assert [(row.index, row.sample, row.text) for row in rows] == [
+    assert [(sample.example_index, sample.sample_index, sample.completion) for sample in samples] == [
         (1, 1, "#### 3"),
         (1, 0, "#### 2"),
         (0, 1, "#### 1"),
@@ -79,15 +78,15 @@ def test_what_the_sampler_is_asked(requested, tiny_template):
 
 
 def test_the_calculator_can_be_left_out(requested, tiny_template):
-    requested["format"] = tiny_template
+    requested["template"] = tiny_template
     list(generate(None, tiny_template, QUESTIONS, SAMPLED))
     assert requested["new_override"] == tiny_template.new_calculator
     list(generate(None, tiny_template, QUESTIONS, SAMPLED, calculator=False))
     assert requested["new_override"] is None
 
 
-def test_progress_shows_speed_and_with_answers_the_share_of_right_ones(requested, tiny_template, capsys):
-    requested["format"] = tiny_template
+def test_progress_shows_speed_and_accuracy(requested, tiny_template, capsys):
+    requested["template"] = tiny_template
     list(generate(None, tiny_template, QUESTIONS, SAMPLED, answers=["0", "1", "7"], label="dev"))
     shown = capsys.readouterr().err
     assert "dev: 100%" in shown
@@ -96,6 +95,18 @@ def test_progress_shows_speed_and_with_answers_the_share_of_right_ones(requested
     assert "right=66.7%" in shown
     list(generate(None, tiny_template, QUESTIONS, SAMPLED))
     assert "right=" not in capsys.readouterr().err
+
+
+def test_a_sample_is_graded_where_answers_are_given(requested, tiny_template):
+    requested["template"] = tiny_template
+    right, wrong = sorted(
+        generate(None, tiny_template, QUESTIONS[:2], SAMPLED, answers=["0", "7"]), key=lambda s: s.example_index
+    )
+    ids = tiny_template.target_ids("#### 0")
+    assert right == Sample(0, 0, QUESTIONS[0], "0", "#### 0", True, ids, [False] * len(ids), "stop")
+    assert (wrong.answer, wrong.completion, wrong.is_correct) == ("7", "#### 1", False)
+    ungraded = next(generate(None, tiny_template, QUESTIONS[:1], SAMPLED))
+    assert (ungraded.answer, ungraded.is_correct) == (None, None)
 
 
 def test_no_questions_no_completions(model, tiny_template):

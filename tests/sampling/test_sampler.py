@@ -1,14 +1,13 @@
-"""Decoding against transformers, independence of rows, the choice of a token, the calculator at work in the slots."""
+"""Decoding against transformers, independence of rows, slots and chunks, the calculator at work in the slots."""
 
 import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from llama_oracle import hf_llama, left_padded, random_llama
@@ -19,7 +18,7 @@ from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.t5 import T5, T5Config
 from minidpost.models.weights import load_model
 from minidpost.sampling import sampler
-from minidpost.sampling.sampler import Completion, Request, SamplingSettings, choose, row_uniforms, sample
+from minidpost.sampling.sampler import Request, Row, SamplingSettings, sample
 from minidpost.text.calculator import Automaton, evaluate_expression
 from minidpost.text.templates import T5Template
 from minidpost.text.tokenizer import load_tokenizer
@@ -27,17 +26,30 @@ from minidpost.text.tokenizer import load_tokenizer
 torch.set_num_threads(1)
 
 START, END = 0, 1
-LARGEST = 1 - 2**-53  # the largest number below 1 that a generator gives
+
+
+class Written(NamedTuple):
+    """What a completion is compared by."""
+
+    token_ids: list[int]
+    forced: list[bool]
+    finish_reason: str
 
 
 class FakeCache:
     """Of each row, its prompt and the ids it was fed."""
 
-    def __init__(self, rows: int):
-        self.rows: list[tuple[tuple[int, ...], list[int]]] = [((), []) for _ in range(rows)]
+    def __init__(self, n_rows: int):
+        self.n_rows = n_rows
+        self.n_cleared = 0
+        self.clear()
 
-    def copy_rows(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        for source, target in zip(sources, targets, strict=True):
+    def clear(self) -> None:
+        self.n_cleared += 1
+        self.rows: list[tuple[tuple[int, ...], list[int]]] = [((), []) for _ in range(self.n_rows)]
+
+    def copy_rows(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> None:
+        for source, target in zip(source_ids, target_ids, strict=True):
             prompt, fed = self.rows[source]
             self.rows[target] = (prompt, list(fed))
 
@@ -48,20 +60,27 @@ class FakeModel:
     def __init__(self, logits: Callable[[tuple[int, ...], int], Tensor]):
         self.logits = logits
         self.fed: dict[tuple[int, ...], list[int]] = {}  # the ids of the last row that had this prompt
-        self.caches: list[tuple[int, int, int]] = []
+        self.shapes: list[tuple[int, int, int]] = []  # of the caches
+        self.cache: FakeCache | None = None  # the latest
         self.prefills: list[list[tuple[int, ...]]] = []
         self.batches: list[int] = []
 
     def parameters(self):
         yield torch.zeros(())
 
-    def new_cache(self, rows: int, max_prompt: int, max_new: int) -> FakeCache:
-        self.caches.append((rows, max_prompt, max_new))
-        return FakeCache(rows)
+    @property
+    def n_chunks(self) -> int:
+        """How many chunks began: each with a cache that is cleared, which a new one is by itself."""
+        return self.cache.n_cleared - 1 if self.cache else 0
 
-    def prefill(self, cache: FakeCache, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[int]:
+    def new_cache(self, n_rows: int, max_prompt: int, max_new: int) -> FakeCache:
+        self.shapes.append((n_rows, max_prompt, max_new))
+        self.cache = FakeCache(n_rows)
+        return self.cache
+
+    def prefill(self, cache: FakeCache, row_ids: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[int]:
         self.prefills.append(list(prompts))
-        for row, prompt in zip(rows, prompts, strict=True):
+        for row, prompt in zip(row_ids, prompts, strict=True):
             cache.rows[row] = (tuple(prompt), [])
         return [START] * len(prompts)
 
@@ -76,7 +95,7 @@ class FakeModel:
 
 
 def scripted(scripts: Sequence[Sequence[int]], vocab_size: int) -> tuple[FakeModel, list[Request]]:
-    """A model that draws the ids of script i for the prompt (i,), and the requests that ask it to."""
+    """A model that chooses the ids of script i for the prompt (i,), and the requests that ask it to."""
 
     def logits(prompt: tuple[int, ...], position: int) -> Tensor:
         logits_V = torch.zeros(vocab_size)
@@ -107,17 +126,22 @@ def ragged_requests(n_questions: int, n_samples: int) -> list[Request]:
     return [Request(prompt, f"q{i}", k) for i, prompt in enumerate(prompts) for k in range(n_samples)]
 
 
-def completions(model, requests, settings, new_override=None) -> list[Completion]:
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: row.request_index)
+
+
+def completions(model, requests, settings, new_override=None) -> list[Written]:
     """The completions in the order of the requests, each of which came exactly once."""
-    yielded = list(sample(model, requests, settings, END, new_override))
-    assert sorted(index for index, _ in yielded) == list(range(len(requests)))
-    return [completion for _, completion in sorted(yielded, key=lambda pair: pair[0])]
+    rows = in_order(sample(model, requests, settings, END, new_override=new_override))
+    assert [row.request_index for row in rows] == list(range(len(requests)))
+    assert all(row.request is request for row, request in zip(rows, requests, strict=True))
+    return [Written(row.token_ids, row.forced, row.finish_reason) for row in rows]
 
 
 # Against transformers
 
 
-def test_greedy_completions_equal_transformers_generate_on_200_ragged_prompts(tmp_path):
+def test_greedy_completions_equal_transformers_generate(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.T5Config(
@@ -162,7 +186,7 @@ def test_greedy_completions_equal_transformers_generate_on_200_ragged_prompts(tm
     assert [completion.finish_reason == "stop" for completion in ours] == [row[-1] == END for row in expected]
 
 
-def test_greedy_completions_of_llama_equal_transformers_generate_on_200_ragged_prompts():
+def test_greedy_completions_of_llama_equal_transformers_generate():
     config = LlamaConfig(97, 32, 48, 2, n_heads=4, n_kv_heads=2, d_head=8, bos_id=0, eos_id=END)
     model = random_llama(config)
     with torch.no_grad():
@@ -196,7 +220,7 @@ SETTINGS_SAMPLED = [
 
 @pytest.mark.parametrize("settings", SETTINGS_SAMPLED, ids=["plain", "top-k", "top-p", "both"])
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_completions_depend_neither_on_slots_nor_on_order_nor_on_neighbours(family, settings, monkeypatch):
+def test_a_completion_is_its_rows_own(family, settings, monkeypatch):
     model, requests = tiny_t5() if family == "t5" else tiny_llama(), ragged_requests(10, 3)
     reference = completions(model, requests, replace(settings, slots=64))
     assert len({len(completion.token_ids) for completion in reference}) > 5
@@ -224,140 +248,44 @@ def test_greedy_completions_equal_a_step_by_step_argmax():
         assert completion.token_ids == ids[1:]
 
 
-def test_a_row_draws_by_seed_question_and_sample_alone():
-    """With logits that never change, a completion shows its row's draws."""
+def test_tokens_depend_on_seed_question_and_sample_alone():
+    """With logits that never change, a completion shows its row's uniform numbers."""
     model = FakeModel(lambda prompt, position: torch.arange(20.0) / 10)
     settings = SamplingSettings(temperature=1.0, max_new_tokens=30, slots=2)
 
-    def drawn(prompt, question, number, **changes):
-        never = 99  # an end id out of reach, so that all draws show
-        ((_, completion),) = sample(model, [Request(prompt, question, number)], replace(settings, **changes), never)
-        return completion.token_ids
+    def chosen(prompt, question, sample_index, **changes):
+        request = Request(prompt, question, sample_index)
+        never = 99  # an end id out of reach, so that all tokens show
+        (row,) = sample(model, [request], replace(settings, **changes), never)
+        return row.token_ids
 
-    reference = drawn((5,), "a", 0)
-    assert drawn((7, 8, 9), "a", 0) == reference
-    assert drawn((5,), "a", 0, max_new_tokens=12) == reference[:12]
-    others = [drawn((5,), "b", 0), drawn((5,), "a", 1), drawn((5,), "a", 0, seed=43), drawn((5,), "a", 10)]
+    reference = chosen((5,), "a", 0)
+    assert chosen((7, 8, 9), "a", 0) == reference
+    assert chosen((5,), "a", 0, max_new_tokens=12) == reference[:12]
+    others = [chosen((5,), "b", 0), chosen((5,), "a", 1), chosen((5,), "a", 0, seed=43), chosen((5,), "a", 10)]
     assert len({tuple(ids) for ids in [reference, *others]}) == 5
 
 
-def test_row_uniforms_are_uniform_independent_and_the_same_everywhere():
-    settings = SamplingSettings(max_new_tokens=300, seed=42)
-    rows = np.array([row_uniforms(settings, Request((1,), f"q{i // 4}", i % 4)) for i in range(400)])
-    assert rows.min() >= 0
-    assert rows.max() < 1
-    counts, _ = np.histogram(rows, bins=100, range=(0, 1))
-    assert ((counts - 1200) ** 2 / 1200).sum() < 160  # chi-square of 99 degrees of freedom: 1 in 10,000
-    assert abs(np.corrcoef(rows)[np.triu_indices(400, 1)]).max() < 0.35
-    assert row_uniforms(settings, Request((1,), "q", 0))[:2].tolist() == [0.9736291598947793, 0.8977817992361041]
-
-
-# The choice of a token
-
-
-def test_choose_is_the_argmax_without_a_draw():
-    logits_BV = torch.tensor([[0.0, 3.0, 1.0], [-5.0, -6.0, -4.0]])
-    assert choose(logits_BV, None, SamplingSettings()).tolist() == [1, 2]
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 1.0), (50, 1.0), (1, 1.0), (0, 0.6), (0, 0.95), (4, 0.7)])
-def test_choose_follows_the_distribution_of_transformers(top_k, top_p, dtype):
-    """Uniform numbers on a fine grid: each token's share of them is its probability."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(1)
-    n, logits_BV = 20_000, torch.randn(4, 9, dtype=torch.float64) * 2
-    logits_BV[2, 4] = -torch.inf
-    warped_BV = transformers.TemperatureLogitsWarper(0.7)(None, logits_BV)
-    if top_k:
-        warped_BV = transformers.TopKLogitsWarper(top_k)(None, warped_BV)
-    if top_p < 1:
-        warped_BV = transformers.TopPLogitsWarper(top_p)(None, warped_BV)
-    grid_N = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    for logits_V, expected_V in zip(logits_BV.to(dtype), warped_BV.softmax(-1), strict=True):
-        chosen_N = choose(logits_V.expand(n, -1), grid_N, SamplingSettings(0.7, top_k, top_p))
-        share_V = torch.bincount(chosen_N, minlength=9) / n
-        torch.testing.assert_close(share_V.double(), expected_V, rtol=0, atol=2 / n)
-        assert share_V[expected_V == 0].sum() == 0
-
-
-def test_top_p_keeps_the_fewest_tokens_that_reach_it():
-    grid_N = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    probability_NV = torch.tensor([[0.125, 0.5, 0.25, 0.125]], dtype=torch.float64).expand(1000, -1)
-    kept = {
-        top_p: set(choose(probability_NV.log(), grid_N, SamplingSettings(1.0, 0, top_p)).tolist())
-        for top_p in (0.01, 0.49, 0.51, 0.74, 0.76, 0.87, 0.88)
-    }
-    assert kept == {
-        0.01: {1},
-        0.49: {1},
-        0.51: {1, 2},
-        0.74: {1, 2},
-        0.76: {0, 1, 2},  # of two that are equal the first
-        0.87: {0, 1, 2},
-        0.88: {0, 1, 2, 3},
-    }
-
-
-def test_top_p_stops_at_the_token_that_reaches_it_exactly():
-    grid_N = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    even_NV = torch.zeros(1000, 4, dtype=torch.float64)
-    for top_p, n_kept in ((0.25, 1), (0.5, 2), (0.75, 3)):
-        assert set(choose(even_NV, grid_N, SamplingSettings(1.0, 0, top_p)).tolist()) == set(range(n_kept))
-
-
-def test_fp64_logits_are_chosen_from_in_fp64():
-    """A draw nearer to the border between two tokens than fp32 can tell."""
-    uniform_B = torch.tensor([0.5 - 1e-12, 0.5 + 1e-12], dtype=torch.float64)
-    assert choose(torch.zeros(2, 2, dtype=torch.float64), uniform_B, SamplingSettings(1.0)).tolist() == [0, 1]
-
-
-def test_temperature_divides_the_logits():
-    grid_N = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    logits_NV = torch.tensor([[0.0, 1.0]], dtype=torch.float64).expand(10_000, -1)
-    for temperature in (0.2, 1.0, 5.0):
-        share = choose(logits_NV, grid_N, SamplingSettings(temperature)).double().mean().item()
-        assert share == pytest.approx(1 / (1 + np.exp(-1 / temperature)), abs=2e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (6, 1.0), (0, 0.999999), (6, 0.9)])
-def test_the_extremes_of_a_draw_never_choose_a_token_of_no_probability(top_k, top_p, dtype):
-    """Impossible tokens first, last and between, by an infinite logit or by underflow, at several sizes."""
-    torch.manual_seed(0)
-    settings = SamplingSettings(0.7, top_k, top_p)
-    for size in (4, 33, 1000, 32_128):
-        logits_BV = torch.randn(5, size).to(dtype) * 2
-        logits_BV[0, [0, -1]] = -torch.inf
-        logits_BV[1, [0, 1, -2, -1]] = -1e5
-        logits_BV[2, 1:] = -torch.inf
-        logits_BV[3, :-1] = -torch.inf
-        logits_BV[4, size // 2 :] = -1e5
-        probability_BV = (logits_BV.double() / 0.7).softmax(-1)
-        for uniform in (0.0, 2**-53, 0.5, 1 - 2**-24, LARGEST):
-            chosen_B = choose(logits_BV, torch.full((5,), uniform, dtype=torch.float64), settings)
-            assert probability_BV.gather(1, chosen_B[:, None]).min() > 0, (size, uniform)
-
-
-# Slots, chunks and the shelf
+# Slots, chunks and prefills
 
 
 @pytest.mark.parametrize("n_requests", [1, 4, 5, 23, 40])
-def test_every_request_is_yielded_once_over_several_chunks(n_requests, monkeypatch):
+def test_every_request_is_yielded_once(n_requests, monkeypatch):
     monkeypatch.setattr(sampler, "CHUNK", 10)
     monkeypatch.setattr(sampler, "PREFILL_BATCH", 3)
     scripts = [[*[2 + i % 5] * (i * 7 % 9), END] for i in range(n_requests)]
     model, requests = scripted(scripts, 8)
     assert [c.token_ids for c in completions(model, requests, SamplingSettings(max_new_tokens=20, slots=4))] == scripts
     n_chunks = -(-n_requests // 10)
-    assert len(model.caches) == n_chunks
+    assert model.n_chunks == n_chunks
+    assert len(model.shapes) == 1  # one cache serves all chunks
     assert sum(model.batches) == sum(map(len, scripts))  # a row is decoded once for each of its tokens and never again
 
 
 def test_no_requests_no_work():
     model, requests = scripted([], 3)
     assert list(sample(model, requests, SamplingSettings(), END)) == []
-    assert not model.caches
+    assert not model.shapes
 
 
 def test_chunks_begin_with_empty_slots(monkeypatch):
@@ -368,29 +296,29 @@ def test_chunks_begin_with_empty_slots(monkeypatch):
     parts = (requests[:6], requests[6:12], requests[12:])
     assert [completion for part in parts for completion in completions(model, part, settings)] == expected
     fake, requests = scripted([[END]] * 14, 3)
-    caches_when_yielded = [len(fake.caches) for _ in sample(fake, requests, SamplingSettings(slots=4), END)]
-    assert caches_when_yielded == [1] * 6 + [2] * 6 + [3] * 2
+    chunks_when_yielded = [fake.n_chunks for _ in sample(fake, requests, SamplingSettings(slots=4), END)]
+    assert chunks_when_yielded == [1] * 6 + [2] * 6 + [3] * 2
 
 
 def test_a_slot_is_refilled_as_soon_as_its_row_ends():
     scripts = [[2] * 8 + [END], [2, END], [2, 2, END], [END], [2, END]]
     model, requests = scripted(scripts, 3)
-    yielded = [index for index, _ in sample(model, requests, SamplingSettings(max_new_tokens=20, slots=2), END)]
+    rows = list(sample(model, requests, SamplingSettings(max_new_tokens=20, slots=2), END))
     assert model.batches == [2] * 8 + [1]  # nine tokens beside 2 + 3 + 1 + 2
-    assert yielded == [1, 2, 3, 4, 0]
+    assert [row.request_index for row in rows] == [1, 2, 3, 4, 0]
 
 
 def test_completions_come_as_they_finish():
     scripts = [[2] * 30 + [END], [2, END]]
     model, requests = scripted(scripts, 3)
     stream = sample(model, requests, SamplingSettings(max_new_tokens=40, slots=2), END)
-    assert next(stream)[0] == 1
+    assert next(stream).request_index == 1
     assert len(model.batches) == 2
-    assert next(stream)[0] == 0
+    assert next(stream).request_index == 0
 
 
 def test_samples_of_one_question_share_one_encoder_pass(monkeypatch):
-    """Also where they outnumber the slots, and where the shelf holds fewer prompts than there are."""
+    """Also where they outnumber the slots, and where fewer prompts are prefilled together than there are."""
     monkeypatch.setattr(sampler, "PREFILL_BATCH", 2)
     model, requests = tiny_t5(), ragged_requests(5, 9)
     reference = completions(model, requests, SamplingSettings(temperature=0.7, max_new_tokens=12))
@@ -403,22 +331,22 @@ def test_samples_of_one_question_share_one_encoder_pass(monkeypatch):
     assert len({tuple(c.token_ids) for c in reference[:9]}) > 5  # and are samples nevertheless
 
 
-def test_prompts_are_prefilled_longest_first_and_the_cache_is_no_larger_than_needed(monkeypatch):
+def test_longest_prompts_first_and_no_larger_cache_than_needed(monkeypatch):
     monkeypatch.setattr(sampler, "PREFILL_BATCH", 3)
     model = FakeModel(lambda prompt, position: torch.eye(3)[END])
     prompts = [(2,) * n for n in (1, 5, 2, 7, 3, 4)]
     requests = [Request(prompt, str(prompt)) for prompt in prompts]
     completions(model, requests, SamplingSettings(max_new_tokens=9, slots=64))
     assert [[len(prompt) for prompt in prefill] for prefill in model.prefills] == [[7, 5, 4], [3, 2, 1]]
-    assert model.caches == [(6 + 3, 7, 9)]
+    assert model.shapes == [(6 + 3, 7, 9)]
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 17])
 def test_max_new_tokens_is_exact(max_new_tokens):
     model, requests = scripted([[2] * 20, [2] * (max_new_tokens - 1) + [END]], 3)
     endless, just = completions(model, requests, SamplingSettings(max_new_tokens=max_new_tokens))
-    assert endless == Completion([2] * max_new_tokens, [False] * max_new_tokens, "length")
-    assert just == Completion([*[2] * (max_new_tokens - 1), END], [False] * max_new_tokens, "stop")
+    assert endless == Written([2] * max_new_tokens, [False] * max_new_tokens, "length")
+    assert just == Written([*[2] * (max_new_tokens - 1), END], [False] * max_new_tokens, "stop")
 
 
 def test_one_transfer_to_the_host_a_step(monkeypatch):
@@ -464,7 +392,7 @@ def toy_calculator() -> Callable[[], Automaton]:
     return automaton.fresh
 
 
-# What the row holds in the end; a token written !so is forced. Where one is, the model draws something else.
+# What the row holds in the end; a token written !so is forced. Where one is, the model chooses something else.
 CASES = {
     "result of several tokens": "<< 6 7 / 4 = !16 !. !75 !>> a END",
     "token of several digits": "<< 5 0 0 * 2 = !1000 !>> END",
@@ -472,16 +400,16 @@ CASES = {
     "token holds = and the opening mark": "8 / 2 =<< 8 / 2 = !4 !>> 4 END",
     "token ends in =": "<< ( 1 + 2 )= !3 !>> END",
     "digit and = in one token": "<< 1 + 2= !3 !>> END",
-    "blank behind = in the token": "<< 1 + 4 = !5 !>> = 5 END",
-    "blank behind = inside the token": "<< 1 + 4 =\u2423 !5 !>> END",
-    "token goes on behind =": "<< 1 + 4 =5 >> END",
+    "blank after = in the token": "<< 1 + 4 = !5 !>> = 5 END",
+    "blank after = inside the token": "<< 1 + 4 =\u2423 !5 !>> END",
+    "token goes on after =": "<< 1 + 4 =5 >> END",
     "two = in a token": "<< 1 + 4 == 5 >> END",
     "opening mark in two tokens": "< < 1 + 4 = !5 !>> END",
     "negative result": "<< 1 - 4 = !- !3 !>> END",
     "blanks between": "a \u2423 << 1 \u2423 + \u2423 4 \u2423 = !5 !>> \u2423 END",
     "two annotations": "<< 1 + 1 = !2 !>> 2 a << 2 * 6 = !12 !>> 12 END",
     "second annotation at once": "<< 1 + 1 = !2 !>> << 2 + 1 = !3 !>> END",
-    "plain arithmetic behind an annotation": "<< 1 + 1 = !2 !>> 2 + 3 = 5 END",
+    "plain arithmetic after an annotation": "<< 1 + 1 = !2 !>> 2 + 3 = 5 END",
     "annotation opened again": "<< 1 + << 2 + 1 = !3 !>> END",
     "closed and not computed": "<< 1 + 1 >> = 2 END",
     "malformed: operator missing a side": "<< 1 + = 5 >> END",
@@ -502,46 +430,50 @@ def parse(case: str) -> tuple[list[int], list[bool]]:
     return [IDS[word.removeprefix("!")] for word in words], [word.startswith("!") for word in words]
 
 
+def without_results(token_ids: list[int], forced: list[bool], instead: str) -> list[int]:
+    """A row with another token wherever one is forced."""
+    return [IDS[instead] if is_forced else i for i, is_forced in zip(token_ids, forced, strict=True)]
+
+
 @pytest.mark.parametrize("instead", ["END", "<<", "7"])
-def test_scripted_rows_get_their_results_forced(instead):
-    """The model draws `instead` wherever a forced id stands: that draw is discarded, be it the end."""
+def test_results_are_forced(instead):
+    """The model chooses `instead` wherever a forced id stands: that choice is discarded, be it the end."""
     expected = [parse(case) for case in CASES.values()]
-    drawn = [[IDS[instead] if f else i for i, f in zip(ids, forced, strict=True)] for ids, forced in expected]
-    model, requests = scripted(drawn, len(TEXTS))
+    model, requests = scripted([without_results(*case, instead) for case in expected], len(TEXTS))
     results = completions(model, requests, SamplingSettings(max_new_tokens=40, slots=3), toy_calculator())
     for name, (ids, forced), request, completion in zip(CASES, expected, requests, results, strict=True):
-        assert completion == Completion(ids, forced, "stop"), name
-        assert model.fed[request.prompt_ids] == [START, *ids[:-1]], (
-            name
-        )  # the model reads what stands there, not its draw
+        assert completion == Written(ids, forced, "stop"), name
+        # The model reads what stands there, not what it chose.
+        assert model.fed[request.prompt_ids] == [START, *ids[:-1]], name
 
 
 @pytest.mark.parametrize(
     ("max_new_tokens", "reason"), [(6, "length"), (7, "length"), (9, "length"), (10, "length"), (11, "stop")]
 )
-def test_the_budget_may_end_inside_a_result(max_new_tokens, reason):
-    """Ends at the =, at the first forced id, before the closing mark, behind it, and at the end token."""
+def test_the_length_limit_may_fall_inside_a_result(max_new_tokens, reason):
+    """Ends at the =, at the first forced id, before the closing mark, after it, and at the end token."""
     ids, forced = parse("<< 6 7 / 4 = !16 !. !75 !>> END")
-    model, requests = scripted([[IDS["7"] if f else i for i, f in zip(ids, forced, strict=True)]] * 3, len(TEXTS))
-    for completion in completions(
-        model, requests, SamplingSettings(max_new_tokens=max_new_tokens, slots=2), toy_calculator()
-    ):
-        assert completion == Completion(ids[:max_new_tokens], forced[:max_new_tokens], reason)
+    model, requests = scripted([without_results(ids, forced, "7")] * 3, len(TEXTS))
+    settings = SamplingSettings(max_new_tokens=max_new_tokens, slots=2)
+    for completion in completions(model, requests, settings, toy_calculator()):
+        assert completion == Written(ids[:max_new_tokens], forced[:max_new_tokens], reason)
 
 
 def test_without_a_calculator_nothing_is_forced():
     ids, _ = parse("<< 1 + 4 = 7 >> END")
     model, requests = scripted([ids], len(TEXTS))
-    assert completions(model, requests, SamplingSettings()) == [Completion(ids, [False] * len(ids), "stop")]
+    assert completions(model, requests, SamplingSettings()) == [Written(ids, [False] * len(ids), "stop")]
 
 
-def test_a_forced_token_takes_the_place_of_its_own_draw_only():
-    """Draws belong to positions: behind forced tokens a row goes on as it would have without them."""
+def test_a_forced_token_replaces_one_choice_only():
+    """Uniform numbers belong to positions: after forced tokens a row goes on as it would have without them."""
 
     class Interrupting:
-        """Forces the ids 30 and 31 behind the row's third token, and remembers all it saw."""
+        """Forces the ids 30 and 31 after the row's third token, and remembers all it saw."""
 
         made: ClassVar[list["Interrupting"]] = []
+        trigger_ids: ClassVar[frozenset[int]] = frozenset()
+        is_idle = False
 
         def __init__(self):
             self.seen = []
@@ -554,15 +486,15 @@ def test_a_forced_token_takes_the_place_of_its_own_draw_only():
     model = FakeModel(lambda prompt, position: torch.cat([torch.zeros(20), torch.full((20,), -torch.inf)]))
     requests = [Request((5,), "q", k) for k in range(6)]
     settings = SamplingSettings(temperature=1.0, max_new_tokens=12, slots=4)
-    free = [c.token_ids for _, c in sorted(sample(model, requests, settings, 39), key=lambda pair: pair[0])]
-    forced = [c for _, c in sorted(sample(model, requests, settings, 39, Interrupting), key=lambda pair: pair[0])]
+    free = [row.token_ids for row in in_order(sample(model, requests, settings, 39))]
+    forced = in_order(sample(model, requests, settings, 39, new_override=Interrupting))
     assert [c.token_ids for c in forced] == [[*ids[:3], 30, 31, *ids[5:]] for ids in free]
     assert all(c.forced == [False] * 3 + [True] * 2 + [False] * 7 for c in forced)
     assert sorted(override.seen for override in Interrupting.made) == sorted(c.token_ids for c in forced)
 
 
-def test_forced_ids_of_the_real_tokenizer_are_those_of_the_training_text(shared):
-    """Rows that draw the end token where a human wrote a result come out as the training text has them."""
+def test_forced_ids_are_those_of_the_training_text(shared):
+    """Rows that choose the end token where a human wrote a result come out as the training text has them."""
     tokenizer = load_tokenizer(shared / "tokenizers" / "t5")
     t5_template = T5Template(tokenizer)
     with open(shared / "data" / "gsm8k" / "train.jsonl", encoding="utf-8") as stream:
@@ -572,11 +504,11 @@ def test_forced_ids_of_the_real_tokenizer_are_those_of_the_training_text(shared)
     assert sum(map(any, forced)) > 100
     assert max(map(sum, forced)) > 10
     eos_id = tokenizer.eos_id
-    drawn = [[eos_id if f else i for i, f in zip(*pair, strict=True)] for pair in zip(targets, forced, strict=True)]
-    model, requests = scripted(drawn, tokenizer.vocab_size)
+    scripts = [[eos_id if f else i for i, f in zip(*pair, strict=True)] for pair in zip(targets, forced, strict=True)]
+    model, requests = scripted(scripts, tokenizer.vocab_size)
     results = completions(model, requests, SamplingSettings(max_new_tokens=500, slots=16), t5_template.new_calculator)
     for ids, flags, completion in zip(targets, forced, results, strict=True):
-        assert completion == Completion(ids, flags, "stop"), t5_template.decode(ids)
+        assert completion == Written(ids, flags, "stop"), t5_template.decode(ids)
 
 
 def computed_positions(token_texts: list[str]) -> list[bool]:
@@ -593,13 +525,35 @@ def computed_positions(token_texts: list[str]) -> list[bool]:
     return positions
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [SamplingSettings(1.0), SamplingSettings(1.0, top_k=3), SamplingSettings(1.0, top_p=0.5), SamplingSettings()],
-)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_logits_that_are_no_numbers_still_give_an_id_of_the_vocabulary(settings, value):
-    logits_BV = torch.zeros(3, 7)
-    logits_BV[0], logits_BV[1, 2] = value, value
-    uniform_B = torch.tensor([0.999, 0.999, 0.999], dtype=torch.float64) if settings.temperature else None
-    assert all(0 <= token_id < 7 for token_id in choose(logits_BV, uniform_B, settings).tolist())
+def test_an_idle_override_sees_its_triggers_alone():
+    """And every token from then on, forced ones too, until it is idle again."""
+
+    class Watcher:
+        """Busy from each 5 on for three tokens, of which it forces the last two; it remembers all it saw."""
+
+        seen: ClassVar[list[int]] = []
+        trigger_ids: ClassVar[frozenset[int]] = frozenset([5])
+
+        def __init__(self):
+            self.n_left = 0
+
+        @property
+        def is_idle(self) -> bool:
+            return self.n_left == 0
+
+        def push(self, token_id: int) -> list[int]:
+            self.seen.append(token_id)
+            self.n_left = 2 if token_id == 5 else self.n_left - 1
+            return [6, 7] if token_id == 5 else []
+
+    model, requests = scripted([[2, 3, 5, 0, 0, 4, 2, 5, 0, 0, 2, END]], 8)
+    (completion,) = completions(model, requests, SamplingSettings(max_new_tokens=20), Watcher)
+    assert completion.token_ids == [2, 3, 5, 6, 7, 4, 2, 5, 6, 7, 2, END]
+    assert Watcher.seen == [5, 6, 7, 5, 6, 7]
+
+
+def test_a_row_that_has_ended_is_small():
+    """What it needed only while it was written is dropped."""
+    model, requests = scripted([[IDS["7"], END]], len(TEXTS))
+    (row,) = sample(model, requests, SamplingSettings(temperature=1e-3), END, new_override=toy_calculator())
+    assert (row.override, row.uniforms, len(row.pending)) == (None, (), 0)

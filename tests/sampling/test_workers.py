@@ -1,4 +1,4 @@
-"""Processes side by side: what they yield, how they end, and that completions do not notice them."""
+"""Worker processes: what they yield, how they end, and that completions do not depend on them."""
 
 import os
 import signal
@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from minidpost.models.t5 import T5, T5Config
-from minidpost.sampling import sampler
-from minidpost.sampling.sampler import Request, SamplingSettings, sample
-from minidpost.sampling.workers import run_in_workers
+from minidpost.sampling import sampler, workers
+from minidpost.sampling.sampler import Request, Row, SamplingSettings, sample
+from minidpost.sampling.workers import n_workers_for, run_in_workers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
 
@@ -85,43 +85,49 @@ def two_threads(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
+def content(row: Row) -> tuple[int, list[int], list[bool], str]:
+    return row.request_index, row.token_ids, row.forced, row.finish_reason
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_completions_are_those_of_one_process_chunk_by_chunk(temperature, two_threads, monkeypatch):
+def test_rows_are_those_of_one_process_chunk_by_chunk(temperature, two_threads, monkeypatch):
     torch.manual_seed(3)
     model = T5(T5Config(40, 16, 8, 24, 2, 2, 2)).initialise().double().eval()
     requests = [Request((2 + i, 3 + i % 7, 5), f"q{i}", k) for i in range(35) for k in range(2)]
     settings = SamplingSettings(temperature, max_new_tokens=12, slots=8)
     monkeypatch.setattr(sampler, "CHUNK", 30)
     expected = list(sample(model, requests, settings, 1))
-    monkeypatch.setattr(sampler, "MIN_SLOTS_PER_WORKER", 4)
-    assert sampler.n_workers_for(model, settings, [[None] * 15]) == 2
+    monkeypatch.setattr(workers, "MIN_SLOTS_PER_WORKER", 4)
+    assert n_workers_for(model, settings.slots, [[()] * 15]) == 2
     got = list(sample(model, requests, settings, 1))
-    assert sorted(got, key=lambda pair: pair[0]) == sorted(expected, key=lambda pair: pair[0])
-    assert [{index // 30 for index, _ in got[a : a + 30]} for a in (0, 30, 60)] == [{0}, {1}, {2}]
+    assert sorted(map(content, got)) == sorted(map(content, expected))
+    chunks = [row.request_index // 30 for row in got]
+    assert [{*chunks[start : start + 30]} for start in (0, 30, 60)] == [{0}, {1}, {2}]
     late = list(sample(model, requests, settings, 1, first_chunk=2))
-    assert sorted(index for index, _ in late) == list(range(60, 70))
+    assert sorted(row.request_index for row in late) == list(range(60, 70))
 
 
-def test_a_chunk_may_have_fewer_questions_than_there_are_lanes(two_threads, monkeypatch):
-    """65 questions in chunks of 64, say: one is left for two lanes."""
+def test_a_chunk_may_have_fewer_questions_than_workers(two_threads, monkeypatch):
+    """65 questions in chunks of 64, say: one is left for two workers."""
     monkeypatch.setattr(sampler, "CHUNK", 8)
-    monkeypatch.setattr(sampler, "MIN_SLOTS_PER_WORKER", 4)
+    monkeypatch.setattr(workers, "MIN_SLOTS_PER_WORKER", 4)
     torch.manual_seed(3)
     model = T5(T5Config(40, 16, 8, 24, 2, 2, 2)).initialise().eval()
     requests = [Request((2 + i, 5), f"q{i}") for i in range(9)]
-    done = dict(sample(model, requests, SamplingSettings(max_new_tokens=3, slots=8), 1))
-    assert sorted(done) == list(range(9))
+    rows = list(sample(model, requests, SamplingSettings(max_new_tokens=3, slots=8), 1))
+    assert sorted(row.request_index for row in rows) == list(range(9))
 
 
-def test_large_models_little_work_and_single_threads_stay_in_one_process(two_threads, monkeypatch):
+def test_large_models_and_little_work_stay_in_one_process(two_threads, monkeypatch):
+    """And so does the work of a single thread."""
     model = T5(T5Config(40, 16, 8, 24, 2, 2, 2))
-    chunks, settings = [[None] * 64], SamplingSettings(slots=64)
-    assert sampler.n_workers_for(model, settings, chunks) == 2
-    assert sampler.n_workers_for(model, SamplingSettings(slots=sampler.MIN_SLOTS_PER_WORKER), chunks) == 1
-    assert sampler.n_workers_for(model, settings, [[None] * sampler.MIN_SLOTS_PER_WORKER]) == 1
-    assert sampler.n_workers_for(model, settings, []) == 1
-    monkeypatch.setattr(sampler, "MAX_PARAMETERS_FOR_WORKERS", 100)
-    assert sampler.n_workers_for(model, settings, chunks) == 1
+    least, chunks = workers.MIN_SLOTS_PER_WORKER, [[()] * 64]
+    assert n_workers_for(model, 64, chunks) == 2
+    assert n_workers_for(model, least, chunks) == 1
+    assert n_workers_for(model, 64, [[()] * least]) == 1
+    assert n_workers_for(model, 64, []) == 1
+    monkeypatch.setattr(workers, "MAX_PARAMETERS_FOR_WORKERS", 100)
+    assert n_workers_for(model, 64, chunks) == 1
     monkeypatch.undo()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert sampler.n_workers_for(model, settings, chunks) == 1
+    assert n_workers_for(model, 64, chunks) == 1

@@ -5,18 +5,19 @@ from itertools import combinations
 import pytest
 
 from minidpost.data.example import Example
-from minidpost.sampling.generate import Generated
-from minidpost.sampling.sampler import Completion, SamplingSettings
+from minidpost.sampling.generate import Sample
+from minidpost.sampling.sampler import SamplingSettings
 from minidpost.selftraining import evaluation
 from minidpost.selftraining.evaluation import (
     Score,
     greedy_accuracy,
-    majority_is_right,
+    majority_is_correct,
     mean_score,
     pass_at_k,
     sampled_scores,
     wilson,
 )
+from minidpost.text.grading import is_correct
 
 EXAMPLES = [Example("first", "1"), Example("second", "2"), Example("third", "3")]
 SETTINGS = SamplingSettings(temperature=0.7, top_k=5, seed=9)
@@ -26,15 +27,16 @@ SETTINGS = SamplingSettings(temperature=0.7, top_k=5, seed=9)
 def script(monkeypatch):
     """Replaces the model: every question's samples are those of a dictionary; returns the arguments of the calls."""
 
-    def install(answers: dict[str, list[str]]) -> list[dict]:
+    def install(completions: dict[str, list[str]]) -> list[dict]:
         calls = []
 
-        def generate(model, template, questions, settings, n_samples, calculator, right, label):
+        def generate(model, template, questions, settings, *, answers, n_samples, calculator, label):
             calls.append({"settings": settings, "n_samples": n_samples, "calculator": calculator, "label": label})
-            assert right == [example.answer for example in EXAMPLES if example.question in questions]
-            for sample in reversed(range(n_samples)):  # in whatever order they finish
-                for index, question in enumerate(questions):
-                    yield Generated(index, sample, Completion(), answers[question][sample])
+            assert answers == [example.answer for example in EXAMPLES if example.question in questions]
+            for k in reversed(range(n_samples)):  # in whatever order they end
+                for i, question in enumerate(questions):
+                    text = completions[question][k]
+                    yield Sample(i, k, question, answers[i], text, is_correct(text, answers[i]), [], [], "stop")
 
         monkeypatch.setattr(evaluation, "generate", generate)
         return calls
@@ -43,16 +45,16 @@ def script(monkeypatch):
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 6])
-def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_sample(n):
-    for n_right in range(n + 1):
+def test_pass_at_k_is_the_fraction_of_subsets_with_a_correct_sample(n):
+    for n_correct in range(n + 1):
         for k in range(1, n + 1):
             subsets = list(combinations(range(n), k))
-            share = sum(min(subset) < n_right for subset in subsets) / len(subsets)
-            assert pass_at_k(n, n_right, k) == pytest.approx(share, abs=1e-12)
+            fraction = sum(min(subset) < n_correct for subset in subsets) / len(subsets)
+            assert pass_at_k(n, n_correct, k) == pytest.approx(fraction, abs=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("answers", "right"),
+    ("completions", "expected"),
     [
         (["#### 5"], True),
         (["#### 4", "#### 5", "#### 5"], True),
@@ -67,16 +69,16 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_sample(n):
         (["#### 4", "#### 4", "#### 5,000"], False),
     ],
 )
-def test_majority(answers, right):
-    assert majority_is_right(answers, "5") is right
+def test_majority(completions, expected):
+    assert majority_is_correct(completions, "5") is expected
 
 
-def test_majority_of_large_numbers_is_not_lost_in_an_exponent():
-    assert majority_is_right(["#### 1,000,000,000,000,000,000,000,000"], "1" + 24 * "0")
+def test_majority_of_large_numbers():
+    assert majority_is_correct(["#### 1,000,000,000,000,000,000,000,000"], "1" + 24 * "0")
 
 
 @pytest.mark.parametrize(
-    ("n_right", "n", "low", "high"),
+    ("n_correct", "n", "low", "high"),
     [  # Newcombe 1998, table I, method 3
         (81, 263, 0.2553, 0.3662),
         (15, 148, 0.0624, 0.1605),
@@ -85,9 +87,9 @@ def test_majority_of_large_numbers_is_not_lost_in_an_exponent():
         (20, 20, 0.8389, 1.0),
     ],
 )
-def test_wilson_interval(n_right, n, low, high):
-    score = wilson(n_right, n)
-    assert (score.value, score.n) == (n_right / n, n)
+def test_wilson_interval(n_correct, n, low, high):
+    score = wilson(n_correct, n)
+    assert (score.value, score.n) == (n_correct / n, n)
     assert (score.low, score.high) == pytest.approx((low, high), abs=5e-5)
 
 
@@ -104,7 +106,7 @@ def test_mean_and_its_interval():
     assert mean_score([0.9, 1.0, 1.0, 0.2]).high == 1.0
 
 
-def test_shares_have_wilsons_interval():
+def test_fractions_have_wilsons_interval():
     assert mean_score([1.0, 0.0, 1.0, 1.0]) == wilson(3, 4)
     assert mean_score([0.0] * 20).high == pytest.approx(0.1611, abs=5e-5)
 
@@ -125,7 +127,7 @@ def test_pass_and_majority_come_from_the_same_samples(script):
             "third": ["#### 9", "", "#### 3", "#### 3"],
         }
     )
-    passed, majority = sampled_scores(None, None, EXAMPLES, SETTINGS, (1, 2, 4), (1, 3, 4))
+    passed, majority = sampled_scores(None, None, EXAMPLES, SETTINGS, pass_at=(1, 2, 4), maj_at=(1, 3, 4))
     assert len(calls) == 1
     assert (calls[0]["settings"], calls[0]["n_samples"], calls[0]["calculator"]) == (SETTINGS, 4, True)
     assert {k: score.value for k, score in passed.items()} == pytest.approx(
@@ -139,13 +141,13 @@ def test_pass_and_majority_come_from_the_same_samples(script):
 @pytest.mark.parametrize(("pass_at", "maj_at"), [((1,), (3,)), ((3,), (1,))])
 def test_as_many_are_sampled_as_the_largest_k_needs(script, pass_at, maj_at):
     calls = script({"first": ["#### 1"] * 3})
-    sampled_scores(None, None, EXAMPLES[:1], SETTINGS, pass_at, maj_at)
+    sampled_scores(None, None, EXAMPLES[:1], SETTINGS, pass_at=pass_at, maj_at=maj_at)
     assert calls[0]["n_samples"] == 3
 
 
 def test_only_what_is_asked_for_is_scored(script):
     calls = script({"first": ["#### 1"] * 8})
-    passed, majority = sampled_scores(None, None, EXAMPLES[:1], SETTINGS, (), (8,))
+    passed, majority = sampled_scores(None, None, EXAMPLES[:1], SETTINGS, maj_at=(8,))
     assert passed == {}
     assert majority.keys() == {8}
     assert calls[0]["n_samples"] == 8
