@@ -6,7 +6,7 @@
     python train.py --data mine.jsonl --method sft          your own questions, rationales and answers
 
 Everything goes to --run-dir: the models, the samples, report.md. The same command again continues a run that was
-stopped. Any number of the recipe (minidpost/selftraining/presets.py) can be replaced by a flag.
+stopped. The numbers of the recipe are in minidpost/selftraining/presets.py; flags replace the main ones.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from minidpost.storage import read_json
 from minidpost.text.tokenizer import FILE_NAMES
 
 WEIGHTS_DIR = Path(__file__).resolve().parents[2] / "weights"
-BUNDLED = ("tiny-t5", "tiny-t5-dpo-st", "tiny-llama")  # base models, and what the method makes of one
+BUNDLED = ("tiny-t5", "tiny-t5-sft", "tiny-t5-dpo-st", "tiny-llama")  # base models, and what SFT and DPO-ST make of one
 PUBLISHED: dict[str, tuple[str, str]] = {  # name: repository, and its tokenizer file of those we read
     "flan-t5-small": ("google/flan-t5-small", "spiece.model"),
     "flan-t5-base": ("google/flan-t5-base", "spiece.model"),

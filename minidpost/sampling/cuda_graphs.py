@@ -207,7 +207,7 @@ class CUDARecorder:
         with torch.cuda.device(self.device):
             # 1) Run the step twice as it is, on a stream of its own, so that libraries are set up outside the graph.
             current = torch.cuda.current_stream()
-            other = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            other = torch.cuda.Stream()
             other.wait_stream(current)
             with torch.cuda.stream(other):
                 for _ in range(2):
