@@ -147,7 +147,7 @@ def scripts_of(
 
 
 def chosen_by(work: Work) -> dict:
-    """`generate`'s settings: greedy, or draws from the whole vocabulary."""
+    """`generate`'s settings: greedy, or random over the whole vocabulary."""
     settings = {"num_beams": 1, "eos_token_id": work.template.eos_id, "pad_token_id": 0}
     if not work.temperature:
         return settings | {"do_sample": False}

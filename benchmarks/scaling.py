@@ -396,9 +396,9 @@ def table(found: list[Scaling], what: str, column: str) -> str:
     heads = ["", column.replace("n_", ""), "ms a step", "tokens/s", "of the bandwidth", "of the peak", "of the limit"]
     lines = []
     for scaling in found:
-        for point in getattr(scaling, what):
+        for point in vars(scaling)[what]:
             shares = [point.memory_seconds, point.peak_seconds, point.limit]
-            line = [scaling.name, str(getattr(point, column)), *cells(1000 * point.seconds, point.rows / point.seconds)]
+            line = [scaling.name, str(vars(point)[column]), *cells(1000 * point.seconds, point.rows / point.seconds)]
             lines.append(line + [f"{share / point.seconds:.0%}" for share in shares])
     return markdown_table(heads, lines)
 
@@ -419,7 +419,7 @@ def draw(found: list[Scaling], path: Path, options: argparse.Namespace) -> None:
         left.plot(rows, [point.rows / point.seconds for point in scaling.by_rows], **style)
         left.plot(rows, [point.rows / point.limit for point in scaling.by_rows], "--", color=f"C{number}", alpha=0.6)
         for axes, points, name in ((middle, scaling.by_position, "position"), (right, scaling.by_prompt, "n_prompt")):
-            values = [getattr(point, name) for point in points]
+            values = [vars(point)[name] for point in points]
             axes.plot(values, [1000 * point.seconds for point in points], **style)
             axes.plot(values, [1000 * point.limit for point in points], "--", color=f"C{number}", alpha=0.6)
     left.set(xscale="log", yscale="log", xlabel="rows decoded at once", ylabel="tokens a second", title="more rows")

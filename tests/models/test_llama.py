@@ -176,4 +176,4 @@ def test_bf16_logits_are_near_and_finite():
 def test_a_llama_has_no_start_id():
     config = LlamaConfig(10, 4, 4, 1, 1, 1, 4)
     assert not config.is_encoder_decoder
-    assert not hasattr(config, "start_id")
+    assert "start_id" not in vars(config)

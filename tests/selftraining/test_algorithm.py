@@ -558,10 +558,8 @@ def test_flops_of_training(new_run, script, tiny_model_dir):
     run = new_run(sft_epochs=3, dpo_steps=5)
     list(self_train(run))
     size = model_size(load_model(tiny_model_dir))
-    n_source, n_target = (
-        sum(len(getattr(sequence, side)) for sequence in run.tokens.gold.values())
-        for side in ("prompt_ids", "target_ids")
-    )
+    n_source = sum(len(example.prompt_ids) for example in run.tokens.gold.values())
+    n_target = sum(len(example.target_ids) for example in run.tokens.gold.values())
     flops = {name: metadata.get("flops") for name, metadata in run.directory.stages.items()}
     assert flops["iteration-0/sft"] == pytest.approx(3 * training_flops(size, n_source, n_target))
     pairs = records(run, "iteration-1/pairs.jsonl")
