@@ -90,7 +90,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--top-p",
-        type=cli.SHARE,
+        type=cli.FRACTION,
         default=1.0,
         metavar="P",
         help="choose among the fewest tokens that have probability P together (default: 1, among all)",

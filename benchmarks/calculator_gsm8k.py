@@ -2,9 +2,9 @@
 
     python -m benchmarks.calculator_gsm8k --data-dir ../shared/data --tokenizers ../shared/tokenizers
 
-Writes benchmarks/results/calculator.md. The first table compares `evaluate` with the result a human wrote into each
-annotation. The others, one a tokenizer, walk the automaton over the ids of each rationale's training text and compare
-what it would force with what stands there.
+Writes benchmarks/results/calculator.md. The first table compares `evaluate_expression` with the result a human wrote
+into each annotation. The others, one a tokenizer, walk the automaton over the ids of each rationale's training text and
+compare what it would force with what stands there.
 """
 
 import argparse
@@ -49,16 +49,17 @@ def annotations(rationale: str) -> list[tuple[str, str]]:
 
 def verdict(expression: str, human: str) -> str:
     """How the calculator's result compares with the human's: one of `VERDICTS`."""
-    printed, number = evaluate_expression(expression), parse_number(human)
+    printed = evaluate_expression(expression)
+    value = parse_number(human)
     if printed is None:
         return NO_VALUE
     if printed == human:
         return SAME
-    if number is None:
+    if value is None:
         return NO_NUMBER
-    if number == Decimal(printed):
+    if value == Decimal(printed):
         return SPELT
-    return DECIMALS if number.as_tuple().exponent < -2 else OTHER
+    return DECIMALS if value.as_tuple().exponent < -2 else OTHER
 
 
 def walk(template: Template, rationale: str) -> list[tuple[list[int], list[int]]]:
@@ -69,9 +70,11 @@ def walk(template: Template, rationale: str) -> list[tuple[list[int], list[int]]
     return [(forced, ids[position : position + len(forced)]) for position, forced in forced_at if forced]
 
 
-def measure(rationales: list[str], template: Template) -> tuple[Counter, Counter, list[str]]:
+def measure(rationales: list[str], template: Template) -> tuple[Counter[str], Counter[str], list[str]]:
     """Counts of verdicts, counts of what the automaton did at each annotation, and a line for every disagreement."""
-    verdicts, walked, disagreements = Counter(), Counter(), []
+    verdicts: Counter[str] = Counter()
+    walked: Counter[str] = Counter()
+    disagreements: list[str] = []
     for rationale in rationales:
         triggers = iter(walk(template, rationale))
         for expression, human in annotations(rationale):
@@ -98,14 +101,14 @@ def read_rationales(data_dir: Path, split: str) -> list[str]:
 
 
 def n_seams(rationales: list[str], template: Template, tokenizer: Tokenizer) -> int:
-    """How many rationales have other ids than their target tokenised at once, behind a line break."""
+    """How many rationales have other ids than their target tokenised at once, after a line break."""
     return sum(
         template.target_ids(rationale)[:-1] != tokenizer.encode(template.target(rationale), continued=True)
         for rationale in rationales
     )
 
 
-def table(title: str, rows: tuple[str, ...], counts: list[Counter]) -> str:
+def table(title: str, rows: tuple[str, ...], counts: list[Counter[str]]) -> str:
     """A Markdown table: one column a split and their sum."""
     lines = [f"| {title} | " + " | ".join(SPLITS) + " | both |", "|---|" + "---:|" * (len(SPLITS) + 1)]
     for row in rows:
@@ -155,7 +158,7 @@ def main() -> None:
 `python -m benchmarks.calculator_gsm8k --data-dir {arguments.data_dir} --tokenizers {arguments.tokenizers}`
 (sentencepiece {version("sentencepiece")}, tiktoken {version("tiktoken")})
 
-What `evaluate` makes of each annotation's left side, against the result the human wrote:
+What `evaluate_expression` makes of each annotation's left side, against the result the human wrote:
 
 {table("annotations", VERDICTS, list(verdicts))}
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a timer, the lines that say how and where, and the file that holds the result."""
+"""What the benchmarks have in common: a timer, the lines that say how and where, and the file that holds the result."""
 
 import os
 import platform

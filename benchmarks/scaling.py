@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -48,8 +48,8 @@ from minidpost.precision import DTYPES, default_device  # noqa: E402
 from minidpost.sampling.sampler import Request, SamplingSettings, sample  # noqa: E402
 from minidpost.selftraining.estimates import (  # noqa: E402
     available_bytes,
-    count,
     model_size,
+    n_parameters,
     training_bytes,
     training_flops,
 )
@@ -226,7 +226,9 @@ def least_seconds(model: nn.Module, rows: int, n_prompt: int, position: int, lim
     config, itemsize = model.config, next(model.parameters()).itemsize
     if isinstance(model, T5):
         crossing = [layer.cross_attention for layer in model.decoder.layers]
-        unread = sum(count(attention.key) + count(attention.value) for attention in crossing)  # the prompt's, cached
+        unread = sum(
+            n_parameters(attention.key) + n_parameters(attention.value) for attention in crossing
+        )  # the prompt's, cached
         n_layers, n_heads, n_kv_heads, d_head = config.n_decoder_layers, config.n_heads, config.n_heads, config.d_kv
     else:
         unread, n_layers, d_head = 0, config.n_layers, config.d_head
@@ -373,10 +375,12 @@ def report(
     measured = f"Measured here, {options.dtype}: {limits.bandwidth / 1e9:.1f} GB/s, {limits.peak / 1e12:.3g} TFLOP/s."
     text = [f"`{command_line()}` · {machine_line()}{gpu}", *__doc__.strip().split("\n\n")[1:], measured]
     text.append(f"![time by rows, position and prompt]({options.output.with_suffix('.png').name})")
-    text += ["## Rows", table(found, "by_rows", "rows")]
+    text += ["## Rows", table([(s.name, s.by_rows) for s in found], "rows", lambda point: point.rows)]
     at_rows = f"{min(AT_ROWS, options.rows[-1])} rows"
-    text += [f"## Position, {at_rows}, prompts of {AT_PROMPT} tokens", table(found, "by_position", "position")]
-    text += [f"## Prompt, {at_rows}", table(found, "by_prompt", "n_prompt")]
+    text.append(f"## Position, {at_rows}, prompts of {AT_PROMPT} tokens")
+    text.append(table([(s.name, s.by_position) for s in found], "position", lambda point: point.position))
+    text.append(f"## Prompt, {at_rows}")
+    text.append(table([(s.name, s.by_prompt) for s in found], "prompt", lambda point: point.n_prompt))
     if training := [line for scaling in found for line in scaling.training]:
         heads = ["", "step", "seconds", "tokens/s", "TFLOP", "fraction of peak"]
         text += ["## Training", markdown_table(heads, training)]
@@ -393,14 +397,14 @@ def report(
     return text
 
 
-def table(found: list[Scaling], what: str, column: str) -> str:
-    """Points as a Markdown table, the models below each other."""
-    heads = ["", column.replace("n_", ""), "ms a step", "tokens/s", "of the bandwidth", "of the peak", "of the limit"]
+def table(points_of_models: list[tuple[str, list[Point]]], head: str, varied: Callable[[Point], int]) -> str:
+    """Points as a Markdown table, the models below each other; `varied` gives what differs between points."""
+    heads = ["", head, "ms a step", "tokens/s", "of the bandwidth", "of the peak", "of the limit"]
     lines = []
-    for scaling in found:
-        for point in getattr(scaling, what):
+    for name, points in points_of_models:
+        for point in points:
             least = [point.memory_seconds, point.peak_seconds, point.limit]
-            line = [scaling.name, str(getattr(point, column)), *cells(1000 * point.seconds, point.rows / point.seconds)]
+            line = [name, str(varied(point)), *cells(1000 * point.seconds, point.rows / point.seconds)]
             lines.append(line + [f"{seconds / point.seconds:.0%}" for seconds in least])
     return markdown_table(heads, lines)
 
@@ -420,8 +424,9 @@ def draw(found: list[Scaling], path: Path, options: argparse.Namespace) -> None:
         rows = [point.rows for point in scaling.by_rows]
         left.plot(rows, [point.rows / point.seconds for point in scaling.by_rows], **style)
         left.plot(rows, [point.rows / point.limit for point in scaling.by_rows], "--", color=f"C{index}", alpha=0.6)
-        for axes, points, name in ((middle, scaling.by_position, "position"), (right, scaling.by_prompt, "n_prompt")):
-            values = [getattr(point, name) for point in points]
+        positions = [point.position for point in scaling.by_position]
+        prompts = [point.n_prompt for point in scaling.by_prompt]
+        for axes, points, values in ((middle, scaling.by_position, positions), (right, scaling.by_prompt, prompts)):
             axes.plot(values, [1000 * point.seconds for point in points], **style)
             axes.plot(values, [1000 * point.limit for point in points], "--", color=f"C{index}", alpha=0.6)
     left.set(xscale="log", yscale="log", xlabel="rows decoded at once", ylabel="tokens a second", title="more rows")

@@ -1,8 +1,8 @@
 """The method on the toy world: SFT, ST and DPO-ST over several seeds, with intervals.
 
 Each run is `python train.py --method M --seed S`. A method's model is that of the iteration with the best accuracy on
-dev; every number in the tables is from the test sets, which chose nothing. Intervals (95 %) are bootstraps over test
-questions, each question's outcome averaged over the seeds, so that a difference is a paired one.
+dev; every number in the tables is from the test sets, by which nothing was chosen. Intervals (95 %) are bootstraps over
+test questions, each question's outcome averaged over the seeds, so that a difference is a paired one.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,20 +22,23 @@ sys.path.insert(0, str(ROOT))
 
 from minidpost.data import toy  # noqa: E402
 from minidpost.models.weights import load_model, load_template  # noqa: E402
+from minidpost.sampling.generate import generate  # noqa: E402
 from minidpost.sampling.sampler import SamplingSettings  # noqa: E402
-from minidpost.selftraining.evaluation import completions_by_question, pass_at_k  # noqa: E402
+from minidpost.selftraining.evaluation import pass_at_k  # noqa: E402
 from minidpost.selftraining.presets import TINY_T5  # noqa: E402
 from minidpost.storage import markdown_table  # noqa: E402
-from minidpost.text.grading import is_correct  # noqa: E402
 
 METHODS = ("st", "dpo-st")
-SAMPLES = 10
+SAMPLES = 10  # for pass@k
+
+RunName = tuple[str, int]  # method, seed
 
 
 def main() -> None:
+    """Train all runs, two at a time, then evaluate their models and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=("tiny-t5", "tiny-llama"), default="tiny-t5")
-    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--seeds", default="1,2,3", help="of the runs of each method (default: 1,2,3)")
     parser.add_argument("--iterations", type=int, default=3, help="of each run, at most")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--runs", type=Path, help="where the runs lie, continued (default: runs/toy-benchmark…)")
@@ -46,73 +48,82 @@ def main() -> None:
     runs = options.runs or Path(f"runs/toy-benchmark{suffix}")
     output = options.output or ROOT / "benchmarks" / "results" / f"toy{suffix}.md"
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    directories = {(m, s): runs / f"{m}-{s}" for m in METHODS for s in seeds}
+    directories = {(method, seed): runs / f"{method}-{seed}" for method in METHODS for seed in seeds}
+
+    def train_run(name: RunName) -> None:
+        method, seed = name
+        flags = ["--model", options.model, "--method", method, "--seed", str(seed)]
+        train([*flags, "--iterations", str(options.iterations)], directories[name])
+
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda name: train(options.model, *name, options.iterations, directories[name]), directories))
+        list(pool.map(train_run, directories))
     torch.set_num_threads(1)
     command = f"--model {options.model} --seeds {options.seeds} --iterations {options.iterations}"
     output.write_text(report(directories, seeds, options.model, command), encoding="utf-8")
     print(output.read_text(encoding="utf-8"))
 
 
-def train(model: str, method: str, seed: int, iterations: int, directory: Path) -> None:
-    """One run of train.py, its output beside it."""
+def train(flags: list[str], directory: Path) -> None:
+    """One run of train.py, on one thread; what it prints goes to a file beside the run."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "train.py"), "--run-dir", str(directory)]
-    command += ["--model", model, "--method", method, "--seed", str(seed), "--iterations", str(iterations)]
+    command = [sys.executable, str(ROOT / "train.py"), "--run-dir", str(directory), *flags]
     with open(directory.with_suffix(".out"), "a", encoding="utf-8") as output:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, check=True, stdout=output, stderr=output, env=environment)
 
 
-def report(directories: dict, seeds: list[int], model: str, command: str) -> str:
+def report(directories: dict[RunName, Path], seeds: list[int], model: str, command: str) -> str:
     """The Markdown page."""
-    chosen = {name: best_iteration(directory) for name, directory in directories.items()}
+    iterations = {name: best_iteration(directory) for name, directory in directories.items()}
     models = {("sft", seed): directories["st", seed] / "iteration-0" / "sft" for seed in seeds}
-    models |= {name: directories[name] / f"iteration-{chosen[name]}" / "sft" for name in directories}
-    right = {}  # (method, split, calculator) -> outcomes, seeds × questions
+    for name, directory in directories.items():
+        models[name] = directory / f"iteration-{iterations[name]}" / "sft"
+
+    correct = {}  # (method, split, calculator) -> 1.0 or 0.0, seeds × questions
     for method in ("sft", *METHODS):
         for split in toy.TEST_SPLITS:
             for calculator in (True, False) if split == "test" else (True,):
-                outcomes = [outcomes_of(models[method, seed], split, calculator) for seed in seeds]
-                right[method, split, calculator] = np.array(outcomes)
-    lines = ["# The toy world: does self-training help, and does DPO help it?", ""]
+                outcomes = [greedy_outcomes(models[method, seed], split, calculator) for seed in seeds]
+                correct[method, split, calculator] = np.stack(outcomes)
+
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     world = f"{toy.SIZES['train']} labelled and {toy.SIZES['unlabelled']} unlabelled questions"
-    lines += [f"`python benchmarks/toy.py {command}` · {machine}, torch {torch.__version__} · {model}, {world}, seeds"]
-    lines[-1] += f" {', '.join(map(str, seeds))}."
-    lines += ["", *__doc__.split("\n\n", 1)[1].strip().split("\n"), "", "## Greedy accuracy, mean over seeds", ""]
-    heads = [
-        "method",
-        *(f"toy/{split}" for split in toy.TEST_SPLITS),
-        "toy/test, calculator off",
-        "iteration chosen on dev",
+    lines = [
+        "# The toy world: does self-training help, and does DPO help it?",
+        "",
+        f"`python benchmarks/toy.py {command}` · {machine}, torch {torch.__version__} · {model}, {world}, seeds "
+        f"{', '.join(map(str, seeds))}.",
+        "",
+        *(__doc__ or "").split("\n\n", 1)[1].strip().split("\n"),
+        "",
     ]
+
+    heads = ["method", *(f"toy/{split}" for split in toy.TEST_SPLITS)]
+    heads += ["toy/test, calculator off", "iteration chosen on dev"]
     rows = []
     for method in ("sft", *METHODS):
-        cells = [interval(right[method, split, True]) for split in toy.TEST_SPLITS]
-        iterations = "0" if method == "sft" else ", ".join(str(chosen[method, seed]) for seed in seeds)
-        rows.append([method, *cells, interval(right[method, "test", False]), iterations])
-    lines += [markdown_table(heads, rows), "", "## Differences on toy/test, in points", ""]
+        cells = [interval(correct[method, split, True]) for split in toy.TEST_SPLITS]
+        chosen = "0" if method == "sft" else ", ".join(str(iterations[method, seed]) for seed in seeds)
+        rows.append([method, *cells, interval(correct[method, "test", False]), chosen])
+    lines += ["## Greedy accuracy, mean over seeds", "", markdown_table(heads, rows), ""]
+
     rows = []
     for a, b in (("st", "sft"), ("dpo-st", "sft"), ("dpo-st", "st")):
-        rows.append([f"{a} − {b}", difference(right[a, "test", True] - right[b, "test", True])])
+        rows.append([f"{a} − {b}", difference(correct[a, "test", True] - correct[b, "test", True])])
     for method in ("sft", *METHODS):
-        gain = right[method, "test", True] - right[method, "test", False]
+        gain = correct[method, "test", True] - correct[method, "test", False]
         rows.append([f"{method}: calculator on − off", difference(gain)])
-    lines += [
-        markdown_table(["difference", "points"], rows),
-        "",
-        "## Before and after the first DPO step, toy/test",
-        "",
-    ]
-    before = [sampled(models["sft", seed]) for seed in seeds]
-    after = [sampled(directories["dpo-st", seed] / "iteration-1" / "dpo") for seed in seeds]
+    lines += ["## Differences on toy/test, in points", "", markdown_table(["difference", "points"], rows), ""]
+
+    n_before = np.stack([n_correct_samples(models["sft", seed]) for seed in seeds])
+    n_after = np.stack([n_correct_samples(directories["dpo-st", seed] / "iteration-1" / "dpo") for seed in seeds])
     rows = []
     for k in (1, SAMPLES):
-        old, new = (np.array([[pass_at_k(SAMPLES, c, k) for c in row] for row in rows_]) for rows_ in (before, after))
-        rows.append([f"pass@{k}", interval(old), interval(new), difference(new - old)])
-    lines += [markdown_table(["", "SFT (iteration 0)", "after DPO", "difference, points"], rows), ""]
+        before = pass_at(n_before, k)
+        after = pass_at(n_after, k)
+        rows.append([f"pass@{k}", interval(before), interval(after), difference(after - before)])
+    heads = ["", "SFT (iteration 0)", "after DPO", "difference, points"]
+    lines += ["## Before and after the first DPO step, toy/test", "", markdown_table(heads, rows), ""]
     lines += ["## Every run", "", *every_run(directories), ""]
     return "\n".join(lines)
 
@@ -120,52 +131,69 @@ def report(directories: dict, seeds: list[int], model: str, command: str) -> str
 def best_iteration(directory: Path) -> int:
     """The iteration with the best accuracy on dev, the earliest in a tie."""
     iterations = json.loads((directory / "results.json").read_text(encoding="utf-8"))["iterations"]
-    return max(iterations, key=lambda entry: (entry["accuracy"]["toy/dev"], -entry["iteration"]))["iteration"]
+    best = max(iterations, key=lambda entry: (entry["accuracy"]["toy/dev"], -entry["iteration"]))
+    return int(best["iteration"])
 
 
-def outcomes_of(checkpoint: Path, split: str, calculator: bool) -> list[float]:
-    """1.0 for each question of a test set that the greedy completion gets right."""
-    settings = SamplingSettings(max_new_tokens=TINY_T5.max_new_tokens, slots=TINY_T5.slots)
-    model, template, examples = load_model(checkpoint), load_template(checkpoint), toy.examples(split)
-    texts = completions_by_question(model, template, examples, settings, 1, calculator, split)
-    return [float(is_correct(text, example.answer)) for (text,), example in zip(texts, examples, strict=True)]
+def greedy_outcomes(directory: Path, split: str, calculator: bool) -> np.ndarray:
+    """1.0 for each question of a test set whose greedy completion is correct, 0.0 for the others."""
+    return graded(directory, split, temperature=0.0, n_samples=1, calculator=calculator)[:, 0]
 
 
-def sampled(checkpoint: Path) -> list[int]:
-    """How many of ten samples are right, for each test question."""
-    settings = SamplingSettings(max_new_tokens=TINY_T5.max_new_tokens, slots=TINY_T5.slots)
-    settings = replace(settings, temperature=TINY_T5.temperature)
-    model, template, examples = load_model(checkpoint), load_template(checkpoint), toy.examples("test")
-    texts = completions_by_question(model, template, examples, settings, SAMPLES, True, "pass@k")
-    return [sum(is_correct(text, e.answer) for text in row) for row, e in zip(texts, examples, strict=True)]
+def n_correct_samples(directory: Path) -> np.ndarray:
+    """How many of ten samples are correct, for each question of toy/test."""
+    return graded(directory, "test", temperature=TINY_T5.temperature, n_samples=SAMPLES, calculator=True).sum(1)
+
+
+def graded(directory: Path, split: str, *, temperature: float, n_samples: int, calculator: bool) -> np.ndarray:
+    """Whether each sample of each question is correct, as 1.0 or 0.0, (questions, samples)."""
+    examples = toy.examples(split)
+    settings = SamplingSettings(temperature=temperature, max_new_tokens=TINY_T5.max_new_tokens, slots=TINY_T5.slots)
+    samples = generate(
+        load_model(directory),
+        load_template(directory),
+        [example.question for example in examples],
+        settings,
+        answers=[example.answer for example in examples],
+        n_samples=n_samples,
+        calculator=calculator,
+        label=split,
+    )
+    outcomes = np.zeros((len(examples), n_samples))
+    for sample in samples:
+        outcomes[sample.example_index, sample.sample_index] = bool(sample.is_correct)
+    return outcomes
+
+
+def pass_at(n_correct: np.ndarray, k: int) -> np.ndarray:
+    """pass@k of each question from its number of correct samples, (seeds, questions)."""
+    return np.array([[pass_at_k(SAMPLES, int(n), k) for n in of_seed] for of_seed in n_correct])
 
 
 def bootstrap(values: np.ndarray) -> tuple[float, float, float]:
     """Mean of (seeds × questions) and its 95 % interval, in percent, resampling questions."""
     by_question = 100 * values.mean(0)
-    draws = np.random.default_rng(0).integers(len(by_question), size=(4000, len(by_question)))
-    low, high = np.percentile(by_question[draws].mean(1), [2.5, 97.5])
+    resampled = np.random.default_rng(0).integers(len(by_question), size=(4000, len(by_question)))
+    low, high = np.percentile(by_question[resampled].mean(1), [2.5, 97.5])
     return float(by_question.mean()), float(low), float(high)
 
 
 def interval(values: np.ndarray) -> str:
+    """Mean and interval, in percent."""
     return "{:.1f} % [{:.1f}, {:.1f}]".format(*bootstrap(values))
 
 
 def difference(values: np.ndarray) -> str:
+    """Mean and interval with their signs, in points."""
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*bootstrap(values))
 
 
-def every_run(directories: dict) -> list[str]:
+def every_run(directories: dict[RunName, Path]) -> list[str]:
     """The runs' own tables."""
     lines = []
     for (method, seed), directory in directories.items():
-        lines += [
-            f"### {method}, seed {seed}",
-            "",
-            (directory / "report.md").read_text(encoding="utf-8").split("\n\n")[1],
-            "",
-        ]
+        _, table, _ = (directory / "report.md").read_text(encoding="utf-8").split("\n\n")
+        lines += [f"### {method}, seed {seed}", "", table, ""]
     return lines
 
 

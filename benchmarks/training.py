@@ -62,7 +62,6 @@ from minidpost.errors import UserError  # noqa: E402
 from minidpost.models.t5 import T5  # noqa: E402
 from minidpost.models.weights import load_model, load_template  # noqa: E402
 from minidpost.sampling.generate import generate  # noqa: E402
-from minidpost.selftraining.algorithm import encoded  # noqa: E402
 from minidpost.selftraining.presets import Preset, preset_for  # noqa: E402
 from minidpost.selftraining.selection import Candidates, preference_pairs  # noqa: E402
 from minidpost.storage import markdown_table, read_json, write_json  # noqa: E402
@@ -231,7 +230,8 @@ def gold_sequences(labelled: list[Example], template: Template, preset: Preset) 
     """The labelled set as ids, by question: what the tokenizer can write and the preset's lengths allow."""
     gold = {}
     for example in labelled:
-        sequence = encoded(template, example.question, template.target_ids(example.rationale))
+        prompt_ids = tuple(template.prompt_ids(example.question))
+        sequence = TokenizedExample(prompt_ids, tuple(template.target_ids(example.rationale)))
         round_trips = template.round_trips(template.target(example.rationale))
         if round_trips and drop_too_long([sequence], preset.max_source, preset.max_target):
             gold[example.question] = sequence
@@ -251,7 +251,7 @@ def sampled_pairs(
     )
     for sample in samples:
         candidates = known[sample.example_index]
-        same_grade = candidates.right if sample.is_correct else candidates.wrong
+        same_grade = candidates.correct if sample.is_correct else candidates.incorrect
         same_grade.append(tuple(sample.token_ids))
     prompts = [tuple(template.prompt_ids(question)) for question in questions]
     return [pair for prompt, candidates in zip(prompts, known, strict=True) for pair in pairs_of(prompt, candidates)]
@@ -266,7 +266,7 @@ def stand_in_pairs(gold: list[TokenizedExample]) -> list[PreferencePair]:
         for _ in range(SAMPLES_PER_QUESTION):
             others = [other.target_ids for other in random.sample(gold, N_STAND_IN_CANDIDATES) if other is not sequence]
             nearest = min(others, key=lambda ids, gold=sequence.target_ids: abs(len(ids) - len(gold)))
-            same_grade = candidates.right if random.random() < FRACTION_CORRECT else candidates.wrong
+            same_grade = candidates.correct if random.random() < FRACTION_CORRECT else candidates.incorrect
             same_grade.append(nearest)
         pairs += pairs_of(sequence.prompt_ids, candidates)
     return pairs

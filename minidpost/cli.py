@@ -1,17 +1,24 @@
-"""What the commands share: flags, the model to load, one line for a user's mistake, a quiet end for Ctrl-C."""
+"""What train.py, sample.py and eval.py share.
+
+`run_command` turns exceptions into one line and an exit status; `Parser` and the types below it (`POSITIVE`,
+`TEMPERATURE`, …) check flags before anything is read or written; `model_parser` and `open_model` are for the commands
+that sample from one model.
+"""
 
 import argparse
+import io
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import torch
-from torch import nn
 
 from minidpost.errors import UserError
+from minidpost.models.hf_config import Model
 from minidpost.models.hub import find_model
 from minidpost.models.weights import load_model, load_template
 from minidpost.precision import DTYPES, default_device, sampling_dtype
@@ -20,19 +27,29 @@ from minidpost.text.templates import Template
 from minidpost.training.state import Terminated, interrupt
 
 RUNS = Path("runs")
-MAX_MESSAGE = 1000
-MAX_COUNT = 10**6  # of rows, tokens, samples …: what lies above is a slip of the finger
+MAX_MESSAGE = 1000  # characters in a message
+MAX_COUNT = 10**6  # of rows, tokens, samples …: what is larger must be a typing error
+
+Value = TypeVar("Value", int, float)
 
 
 def run_command(main: Callable[[], None], if_interrupted: str = "nothing was written") -> None:
-    """Run a command's main and exit with its status.
+    """Run a command's main and exit with a status that says how it ended.
 
-    0; 2 for a mistake of the user's or a full disk; 130 for Ctrl-C; 143 for SIGTERM. What follows Ctrl-C and a full
-    disk is said in the words of `if_interrupted`.
+    0: done. 1: the reader of a pipe went away. 2: a mistake of the user's, too little memory or a full disk, with one
+    line on standard error. 130: Ctrl-C. 143: SIGTERM. `if_interrupted` is what becomes of the work after Ctrl-C,
+    SIGTERM or a full disk, as the last words of that line.
     """
     name = os.path.basename(sys.argv[0])
-    warnings.formatwarning = lambda message, *_: f"{name}: warning: {one_line(message)}\n"
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack signs that a model has
+
+    def format_warning(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        return f"{name}: warning: {one_line(message)}\n"
+
+    warnings.formatwarning = format_warning
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters that a model has
     try:
         signal.signal(signal.SIGTERM, interrupt)
         main()
@@ -45,15 +62,16 @@ def run_command(main: Callable[[], None], if_interrupted: str = "nothing was wri
             raise
         print(f"{name}: not enough memory; fewer --slots or --max-new-tokens need less", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as reason:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would only garble the end
+    except KeyboardInterrupt as interruption:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only garble the message
         print(f"\n{name}: interrupted; {if_interrupted}", file=sys.stderr)
-        sys.exit(143 if isinstance(reason, Terminated) else 130)
+        sys.exit(143 if isinstance(interruption, Terminated) else 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        if (reason := no_room(error)) is not None:
+        reason = no_room(error)
+        if reason is not None:
             print(f"{name}: cannot write ({reason}); {if_interrupted}", file=sys.stderr)
         elif isinstance(error, OSError) and error.filename is not None:
             print(f"{name}: {one_line(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
@@ -65,24 +83,28 @@ def run_command(main: Callable[[], None], if_interrupted: str = "nothing was wri
 
 
 def one_line(message: object) -> str:
-    """A message as it can be shown: on one line, of at most MAX_MESSAGE signs, none of which commands a terminal."""
+    """A message as it can be shown: one line of at most MAX_MESSAGE characters, control characters as U+FFFD."""
     text = " ".join(str(message).split())
-    text = text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
-    return "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
+    if len(text) > MAX_MESSAGE:
+        text = text[: MAX_MESSAGE - 1] + "…"
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, without the usage."""
+    """argparse's parser, but that a mistake is a UserError of one line, without the usage."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
+        """Raise a UserError instead of printing the usage and exiting."""
         raise UserError(f"{message} (--help lists the flags)")
 
-    def parse_known_args(self, args=None, namespace=None):
-        """argparse's, of arguments that are text: others could not be written into any file."""
-        for argument in sys.argv[1:] if args is None else args:
-            if not argument.isascii() and any("\ud800" <= sign <= "\udfff" for sign in argument):
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """argparse's; UserError at arguments that are not UTF-8, as they could not be written into any file."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        for argument in arguments:
+            # Python has bytes that are not UTF-8 as lone surrogates.
+            if any("\ud800" <= character <= "\udfff" for character in argument):
                 self.error(f"argument {argument!r:.80} is not UTF-8")
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(arguments, namespace)
 
 
 def model_parser(description: str) -> Parser:
@@ -97,15 +119,18 @@ def model_parser(description: str) -> Parser:
     parser.add_argument("--slots", type=POSITIVE, default=64, metavar="N", help="rows decoded at once (default: 64)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device", type=device, default=default_device())
-    precision = "of weights and sums; bf16 pays on a GPU or on a CPU with AMX (default: bf16 on CUDA, else fp32)"
-    parser.add_argument("--dtype", choices=DTYPES, help=precision)
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of weights and sums; bf16 pays on a GPU or on a CPU with AMX (default: bf16 on CUDA, else fp32)",
+    )
     return parser
 
 
-def checked(kind: type, allowed: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
-    """A flag's type: what `kind` reads and `allowed` accepts; `wanted` says what that is."""
+def checked(kind: Callable[[str], Value], allowed: Callable[[Value], bool], wanted: str) -> Callable[[str], Value]:
+    """A flag's type for argparse: what `kind` reads and `allowed` accepts; `wanted` says in words what that is."""
 
-    def parse(text: str) -> float:
+    def parse(text: str) -> Value:
         try:
             value = kind(text)
             if not allowed(value):
@@ -119,14 +144,14 @@ def checked(kind: type, allowed: Callable[[float], bool], wanted: str) -> Callab
 
 POSITIVE = checked(int, lambda value: 1 <= value <= MAX_COUNT, f"a whole number from 1 to {MAX_COUNT:,}")
 NOT_NEGATIVE = checked(int, lambda value: 0 <= value <= MAX_COUNT, f"a whole number from 0 to {MAX_COUNT:,}")
-# Between the bounds logits divided by it stay what they are; nearer to 0 they overflow.
+# Logits divided by less than a thousandth may overflow.
 TEMPERATURE = checked(float, lambda value: value == 0 or 1e-3 <= value <= 1e3, "0 or a number from 0.001 to 1000")
 MINUTES = checked(float, lambda value: 0 <= value < float("inf"), "a number of minutes")
-SHARE = checked(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+FRACTION = checked(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 
 
 def device(text: str) -> str:
-    """A flag's type: a device that tensors can be put on."""
+    """A flag's type for argparse: a device that tensors can be put on."""
     try:
         torch.zeros(1, device=text).item()
     except (RuntimeError, AssertionError):  # torch asserts where it was built without the device
@@ -135,7 +160,7 @@ def device(text: str) -> str:
 
 
 def check_output(path: Path | None) -> None:
-    """UserError where an output file exists, as nothing is overwritten, or where it could not be written in the end."""
+    """UserError where an output file exists, as nothing is overwritten, or could not be written when it is needed."""
     if path is None:
         return
     if path.exists():
@@ -145,14 +170,20 @@ def check_output(path: Path | None) -> None:
         raise UserError(f"--output {path}: {parent} is no directory that can be written to")
 
 
-def open_model(checkpoint: str | None, device: str, dtype: str | None = None) -> tuple[Path, nn.Module, Template]:
-    """The model of a directory or a name, and how it writes; by default the newest fine-tuned one under runs/."""
+def open_model(checkpoint: str | None, device: str, dtype: str | None = None) -> tuple[Path, Model, Template]:
+    """The directory, the model and the template that --checkpoint, --device and --dtype ask for.
+
+    `checkpoint` is a directory or a model's name, None the newest fine-tuned model under runs/; `dtype` is one of
+    DTYPES, None the one that samples fastest on the device. UserError: no such model, or a broken one.
+    """
     directory = find_model(checkpoint) if checkpoint is not None else default_checkpoint()
     template = load_template(directory)  # before the weights, which take longer to read
-    return directory, load_model(directory, DTYPES[dtype] if dtype else sampling_dtype(device), device), template
+    precision = DTYPES[dtype] if dtype else sampling_dtype(device)
+    model = load_model(directory, precision, device)
+    return directory, model, template
 
 
 def default_checkpoint() -> Path:
-    """The model that the newest run made last; without a run, the embedded one that has learnt the task."""
+    """The model that the newest run made last; without a run, the bundled one that has learnt the task."""
     finished = sorted(RUNS.glob("*/iteration-*/sft/config.json"), key=lambda path: path.stat().st_mtime)
     return finished[-1].parent if finished else find_model("tiny-t5-dpo-st")

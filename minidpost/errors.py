@@ -1,5 +1,5 @@
-"""What the user got wrong."""
+"""The one exception that a command shows as one line instead of a traceback."""
 
 
 class UserError(Exception):
-    """What the user got wrong, in one line that names the file, flag or value and what would be right."""
+    """A mistake of the user's; the message is one line that names the file, flag or value and what would be right."""

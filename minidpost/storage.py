@@ -1,6 +1,6 @@
-"""Files that are whole or absent: JSONL in and out, and stages that take their final name only when finished.
+"""Atomic writes (a file or directory is whole or absent), JSON and JSONL in and out, Markdown tables.
 
-What is read may be anything: a line and a JSON file have a greatest length, beyond which nothing more is read.
+What is read may be anything, so that a line and a JSON file have a greatest length, beyond which nothing more is read.
 """
 
 import codecs
@@ -13,15 +13,15 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from minidpost.errors import UserError
 
-MAX_LINE_BYTES = 2**22  # of a line of JSONL or of a text of questions; GSM8K's longest has two thousand
-MAX_JSON_BYTES = 2**26  # of a file that is one JSON value; the longest we know, a vocabulary, has nine million
+MAX_LINE_BYTES = 2**22  # in a line of JSONL or of a text of questions; GSM8K's longest has two thousand
+MAX_JSON_BYTES = 2**26  # in a file that is one JSON value; the longest we know, a vocabulary, has nine million
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) for each non-blank line; UserError names the file and the broken line."""
     try:
         stream = open(path, "rb")
@@ -32,34 +32,39 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
 
 
 def bounded_lines(stream: BinaryIO, name: str) -> Iterator[bytes]:
-    """The lines of a stream, without a byte order mark; UserError at one above MAX_LINE_BYTES, never held whole."""
-    number = 0
+    """Yield the lines of a stream, without a byte order mark.
+
+    UserError at a line longer than MAX_LINE_BYTES, which is never held whole; `name` begins the message.
+    """
+    line_number = 0
     while line := stream.readline(MAX_LINE_BYTES + 1):
-        number += 1
+        line_number += 1
         if len(line) > MAX_LINE_BYTES:
-            raise UserError(f"{name}, line {number}: longer than the {MAX_LINE_BYTES:,} bytes that a line may have")
-        yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            raise UserError(
+                f"{name}, line {line_number}: longer than the {MAX_LINE_BYTES:,} bytes that a line may have"
+            )
+        yield line.removeprefix(codecs.BOM_UTF8) if line_number == 1 else line
 
 
-def parse_jsonl(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, dict]]:
-    """`read_jsonl` of lines that are open already; `name` begins every complaint.
+def parse_jsonl(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`read_jsonl` of lines that have been read already; `name` begins every message.
 
     Refused: broken UTF-8, half a surrogate pair, brackets nested beyond Python's recursion limit, integers of more than
     4,300 digits. Of two values of one key the last counts; NaN and Infinity are numbers, as Python writes them.
     """
-    for number, line in enumerate(lines, start=1):
+    for line_number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"))
+            record = json.loads(line.decode("utf-8"))
             if b"\\ud" in line.lower():  # half a surrogate pair is valid JSON, but no text that could be written again
-                json.dumps(row, ensure_ascii=False).encode("utf-8")
+                json.dumps(record, ensure_ascii=False).encode("utf-8")
         except (ValueError, RecursionError) as error:
             reason = str(error).partition(";")[0]
-            raise UserError(f"{name}, line {number}: not a JSON object in UTF-8 ({reason:.100})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{name}, line {number}: a JSON object is expected, found {type(row).__name__}")
-        yield number, row
+            raise UserError(f"{name}, line {line_number}: not a JSON object in UTF-8 ({reason:.100})") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{name}, line {line_number}: a JSON object is expected, found {type(record).__name__}")
+        yield line_number, record
 
 
 def read_json(path: Path) -> object:
@@ -69,27 +74,28 @@ def read_json(path: Path) -> object:
     if len(content) > MAX_JSON_BYTES:
         raise ValueError(f"longer than {MAX_JSON_BYTES:,} bytes")
     try:
-        return json.loads(content.decode("utf-8"))
+        value: object = json.loads(content.decode("utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    return value
 
 
-def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
-    """Write one object a line, under a temporary name until the file is whole."""
+def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write one object a line, atomically."""
     with staged_file(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
-        for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for record in records:
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Write indented JSON, under a temporary name until the file is whole."""
+    """Write indented JSON, atomically."""
     with staged_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def staged_file(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; it takes the final name when the block ends without an error.
+    """Write a file atomically: give a temporary path beside `path`, renamed to it when the block ends without an error.
 
     The content is on the disk before the name is, so that even a power cut leaves the old file or the new one.
     """
@@ -107,7 +113,10 @@ def staged_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_directory(path: str | Path) -> Iterator[Path]:
-    """Give an empty directory `path.unfinished`; it takes the final name when the block ends without an error."""
+    """Fill a directory atomically: give an empty `path.unfinished`, renamed when the block ends without an error.
+
+    After an error it keeps its temporary name; the next call empties it.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -120,12 +129,15 @@ def staged_directory(path: str | Path) -> Iterator[Path]:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Remove the temporary names that killed processes left anywhere in a directory, where nobody may be at work."""
-    for rest in list(directory.rglob("*.unfinished")):
-        if rest.is_dir():
-            shutil.rmtree(rest, ignore_errors=True)
+    """Remove the temporary files and directories that killed processes left below a directory.
+
+    No other process may be writing there.
+    """
+    for path in list(directory.rglob("*.unfinished")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            rest.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def to_disk(path: Path) -> None:
@@ -139,7 +151,8 @@ def to_disk(path: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(2**20))
     with open(path, "rb", buffering=0) as stream:
         while size := stream.readinto(buffer):
             digest.update(buffer[:size])
@@ -147,14 +160,14 @@ def sha256_of(path: Path) -> str:
 
 
 def no_room(error: Exception) -> str | None:
-    """What the system said where the disk, a quota or a size limit has no room left; None for any other error.
-
-    safetensors passes the system's error on as a text of its own.
-    """
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
-        number = int(found[1])
-    return os.strerror(number) if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
+    """The system's message where an error says that no space is left, on a disk or in a limit; None for others."""
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None:
+        found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors puts the system's error into a text
+        code = int(found[1]) if found else None
+    if code not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return None
+    return os.strerror(code)
 
 
 def markdown_table(heads: list[str], rows: list[list[str]]) -> str:

@@ -1,3 +1,3 @@
-"""The version, on its own so that every room can read it."""
+"""The version, in a module of its own so that the build and every other module can read it."""
 
 __version__ = "0.1.0"

@@ -34,7 +34,6 @@ def tiny_model_dir(tmp_path_factory) -> Path:
     tokenizer = load_tokenizer(ROOT / "weights" / "tiny-t5")
     torch.manual_seed(0)
     model = T5(T5Config(tokenizer.vocab_size, 16, 8, 24, 2, 1, 1, dropout=0.1)).initialise()
-    model.tokenizer_files = tokenizer.files
     directory = tmp_path_factory.mktemp("models") / "tiny-random"
-    save_model(model, directory)
+    save_model(model, directory, tokenizer.files)
     return directory

@@ -29,9 +29,9 @@ from minidpost.cli import MAX_MESSAGE, one_line
 from minidpost.data import toy
 from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.t5 import T5, T5Config
-from minidpost.models.weights import load_model, save_model
+from minidpost.models.weights import load_model, save_model, tokenizer_files
 from minidpost.sampling.generate import Sample
-from minidpost.selftraining.report import table
+from minidpost.selftraining.report import results_table
 from minidpost.text.templates import template_for
 from minidpost.text.tokenizer import load_tokenizer
 from minidpost.training.batching import TokenizedExample
@@ -109,14 +109,13 @@ def knowing_model_dir(tmp_path_factory, tiny_template) -> Path:
     tokenizer = load_tokenizer(ROOT / "weights" / "tiny-t5")
     torch.manual_seed(0)
     model = T5(T5Config(tokenizer.vocab_size, 32, 16, 64, 2, 1, 1, dropout=0.0)).initialise()
-    model.tokenizer_files = tokenizer.files
     pairs = [
         TokenizedExample(tuple(tiny_template.prompt_ids(question)), tuple(tiny_template.target_ids(rationale)))
         for question, rationale in KNOWN.items()
     ]
     train_sft(model, pairs, SFTSettings(60, 2, Schedule(1e-2)))
     directory = tmp_path_factory.mktemp("models") / "knowing"
-    save_model(model, directory)
+    save_model(model, directory, tokenizer.files)
     return directory
 
 
@@ -177,7 +176,7 @@ def test_without_calculator_nothing_is_forced(call, knowing_model_dir):
     assert row["completion"] == KNOWN[TOM]
 
 
-def test_an_answer_that_is_none_is_null_and_a_cut_is_told(call, knowing_model_dir):
+def test_a_missing_answer_is_null_and_a_cut_is_told(call, knowing_model_dir):
     flags = ["--checkpoint", knowing_model_dir, "--max-new-tokens", 3]
     call("sample.py", TOM, *flags, "--output", "rows.jsonl")
     (row,) = read_rows("rows.jsonl")
@@ -273,7 +272,7 @@ def test_control_characters_do_not_reach_a_terminal(tiny_template, capsys):
     assert capsys.readouterr().out == "\ufffdcHow?\ufffd\n    ½ – ü\n    \ufffd[2J\n"
 
 
-def test_without_argument_the_newest_model_answers_toy_questions(call, tiny_model_dir, knowing_model_dir):
+def test_without_argument_the_newest_model_answers(call, tiny_model_dir, knowing_model_dir):
     for name, age, source in (("a/iteration-2", 50, tiny_model_dir), ("b/iteration-1", 10, knowing_model_dir)):
         path = shutil.copytree(source, Path("runs", name, "sft"))
         os.utime(path / "config.json", (time.time() - age,) * 2)
@@ -338,7 +337,15 @@ FILES = {
     "sft": ["sft"],
     "st": ["samples-sft.jsonl", "pseudo-labels.jsonl", "sft"],
     "rft": ["samples-sft.jsonl", "pseudo-labels.jsonl", "sft"],
-    "dpo-st": ["samples-dpo.jsonl", "pairs.jsonl", "dpo", "samples-sft.jsonl", "pseudo-labels.jsonl", "sft"],
+    "dpo-st": [
+        "samples-dpo.jsonl",
+        "pairs.jsonl",
+        "reference.safetensors",
+        "dpo",
+        "samples-sft.jsonl",
+        "pseudo-labels.jsonl",
+        "sft",
+    ],
 }
 
 
@@ -346,8 +353,7 @@ def test_a_whole_run_of_a_llama(call, my_data):
     tokenizer = load_tokenizer(ROOT / "weights" / "tiny-llama")
     torch.manual_seed(0)
     model = Llama(LlamaConfig(tokenizer.vocab_size, 16, 24, 2, n_heads=4, n_kv_heads=2, d_head=4)).initialise()
-    model.tokenizer_files = tokenizer.files
-    save_model(model, "llama")
+    save_model(model, "llama", tokenizer.files)
     outcome = call("train.py", "--model", "llama", "--data", my_data, "--run-dir", "run", *QUICK, "--limit", 6)
     assert (outcome.status, outcome.complaints) == (0, [])
     assert {path.name for path in Path("run/iteration-1").iterdir()} == {*FILES["dpo-st"], "evaluation.json"}
@@ -361,7 +367,7 @@ def test_a_whole_run_of_a_llama(call, my_data):
 
 
 @pytest.mark.parametrize("flags", [[], ["--activation-checkpointing"]])
-def test_a_run_that_cannot_fit_is_refused_before_it_begins(call, tiny_model_dir, my_data, monkeypatch, flags):
+def test_a_run_that_cannot_fit_is_refused(call, tiny_model_dir, my_data, monkeypatch, flags):
     from minidpost.selftraining import estimates
 
     monkeypatch.setattr(estimates, "available_bytes", lambda device: 10**6)
@@ -376,43 +382,44 @@ def test_a_whole_run_of_each_method(call, tiny_model_dir, my_data, method):
     flags = [*QUICK, "--limit", 6, "--method", method]
     outcome = call("train.py", "--model", tiny_model_dir, "--data", my_data, "--run-dir", "run", *flags)
     assert (outcome.status, outcome.complaints) == (0, [])
-    run, numbers = Path("run"), [0] if method == "sft" else [0, 1]
-    for number in numbers:
-        files = [*(FILES[method] if number else FILES["sft"]), "evaluation.json"]
-        assert {path.name for path in (run / f"iteration-{number}").iterdir()} == set(files)
+    run = Path("run")
+    iterations = [0] if method == "sft" else [0, 1]
+    for iteration in iterations:
+        files = [*(FILES[method] if iteration else FILES["sft"]), "evaluation.json"]
+        assert {path.name for path in (run / f"iteration-{iteration}").iterdir()} == set(files)
         for model in {"sft", "dpo"} & set(files):
-            load_model(run / f"iteration-{number}" / model)
+            load_model(run / f"iteration-{iteration}" / model)
             names = {"config.json", "model.safetensors", "spiece.model", "log.jsonl"}
-            assert {path.name for path in (run / f"iteration-{number}" / model).iterdir()} == names
+            assert {path.name for path in (run / f"iteration-{iteration}" / model).iterdir()} == names
     results = json.loads((run / "results.json").read_text())
     assert (results["model"], results["method"], results["seed"]) == (str(tiny_model_dir), method, 42)
     assert results["settings"]["preset"]["max_new_tokens"] == 8
-    assert [entry["iteration"] for entry in results["iterations"]] == numbers
+    assert [entry["iteration"] for entry in results["iterations"]] == iterations
     for entry in results["iterations"]:
         assert entry["accuracy"] == {"mine/dev": 0.0}
         assert entry["flops"] > 0
-        assert entry["seconds"] >= 0
+        assert isinstance(entry["seconds"], float) and entry["seconds"] >= 0
         assert entry["pass_at_10"] == 0
         assert (entry["pairs"] is not None) == (method == "dpo-st" and entry["iteration"] == 1)
         assert entry["pseudo_labels"] == (0 if entry["iteration"] else None)
-    assert table(results) in outcome.out
-    assert table(results) in (run / "report.md").read_text()
+    assert results_table(results) in outcome.out
+    assert results_table(results) in (run / "report.md").read_text()
     assert (run / "figures/accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in run.iterdir()} == {
-        *(f"iteration-{number}" for number in numbers),
+        *(f"iteration-{iteration}" for iteration in iterations),
         *(".lock", "config.json", "stages.jsonl", "log.txt", "results.json", "report.md", "figures"),
     }
 
 
-def test_rest_em_with_a_model_that_is_never_right_ends_in_one_line(call, tiny_model_dir, my_data):
+def test_rest_em_without_a_correct_sample_is_one_line(call, tiny_model_dir, my_data):
     outcome = call("train.py", "--model", tiny_model_dir, "--method", "rest-em", "--data", my_data, *QUICK)
     assert outcome.status == 2
     assert outcome.complaints == [
-        "train.py: iteration 1: not one sample was right, so there is nothing to fine-tune on"
+        "train.py: iteration 1: not one sample was correct, so there is nothing to fine-tune on"
     ]
 
 
-def test_the_embedded_world_and_a_second_run(call, tiny_model_dir, tmp_path):
+def test_the_toy_world_and_a_second_run(call, tiny_model_dir, tmp_path):
     flags = ["--model", tiny_model_dir, *QUICK]
     first = finished(start("train.py", *flags, cwd=tmp_path))
     assert (first.status, first.complaints) == (0, [])
@@ -427,7 +434,7 @@ def test_the_embedded_world_and_a_second_run(call, tiny_model_dir, tmp_path):
     before = snapshot(run)
     second = call("train.py", *flags)
     assert (second.status, second.complaints) == (0, [])
-    shown = table(results)
+    shown = results_table(results)
     assert shown in first.out
     assert shown in second.out
     unchanged = {name for name, state in snapshot(run).items() if before[name] == state}
@@ -435,7 +442,7 @@ def test_the_embedded_world_and_a_second_run(call, tiny_model_dir, tmp_path):
     assert snapshot(run)["results.json"][1] == before["results.json"][1]
 
 
-def test_a_run_directory_of_another_configuration_is_left_alone(call, tiny_model_dir, my_data):
+def test_a_run_of_other_settings_is_left_alone(call, tiny_model_dir, my_data):
     flags = ["--model", tiny_model_dir, "--data", my_data, "--run-dir", "run", "--method", "sft", *QUICK]
     assert call("train.py", *flags).status == 0
     before = snapshot(Path("run"))
@@ -461,7 +468,7 @@ def test_unlabelled_questions_are_sampled_for(call, tiny_model_dir, my_data):
     assert {"How many?", "And now?"} <= {row["question"] for row in rows}
 
 
-def test_fresh_begins_anew_and_keeps_the_old_run(call, tiny_model_dir, my_data):
+def test_fresh_renames_the_old_run(call, tiny_model_dir, my_data):
     flags = ["--model", tiny_model_dir, "--data", my_data, "--run-dir", "run", "--method", "sft", *QUICK]
     assert call("train.py", *flags).status == 0
     before = snapshot(Path("run"))
@@ -473,7 +480,7 @@ def test_fresh_begins_anew_and_keeps_the_old_run(call, tiny_model_dir, my_data):
     assert not Path("run.2").exists()
 
 
-def test_a_base_model_that_was_exchanged_is_noticed(call, tiny_model_dir, knowing_model_dir, my_data):
+def test_an_exchanged_base_model_is_noticed(call, tiny_model_dir, knowing_model_dir, my_data):
     base = shutil.copytree(tiny_model_dir, "base")
     flags = ["--model", base, "--data", my_data, "--run-dir", "run", "--method", "sft", *QUICK]
     assert call("train.py", *flags).status == 0
@@ -494,7 +501,7 @@ LONG = ["--method", "sft", "--sft-epochs", 150, "--limit", 20, "--max-new-tokens
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_signal_in_the_middle_of_a_training(call, tiny_model_dir, number, status):
+def test_a_signal_during_training(call, tiny_model_dir, number, status):
     flags = ["--model", tiny_model_dir, *LONG, *(["--checkpoint-minutes", 0] if number == signal.SIGKILL else [])]
     process = start("train.py", *flags, "--run-dir", "run", cwd=Path.cwd())
     log = Path("run/iteration-0/sft.unfinished/log.jsonl")
@@ -524,7 +531,7 @@ def test_sigterm_while_sampling_ends_at_once(tiny_model_dir, tmp_path):
     assert not (tmp_path / "run/iteration-0/evaluation.json").exists()
 
 
-def test_a_second_process_on_the_same_run_ends_in_one_line(call, tiny_model_dir):
+def test_a_second_process_on_a_run_is_refused(call, tiny_model_dir):
     flags = ["--model", tiny_model_dir, "--sft-epochs", 10_000, "--run-dir", "run"]
     process = start("train.py", *flags, cwd=Path.cwd())
     while not Path("run/iteration-0/sft.unfinished").is_dir():
@@ -540,7 +547,7 @@ def test_a_second_process_on_the_same_run_ends_in_one_line(call, tiny_model_dir)
     process.communicate()
 
 
-def test_a_full_disk_is_one_line_and_room_continues_the_run(call, tiny_model_dir):
+def test_a_full_disk_is_one_line_then_continued(call, tiny_model_dir):
     """The limit lets the first steps of a training be logged, but no checkpoint be written."""
     flags = ["--model", tiny_model_dir, *LONG, "--checkpoint-minutes", 0]
     limit = (tiny_model_dir / "model.safetensors").stat().st_size * 2
@@ -738,7 +745,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path, tiny_model_dir, line):
     assert outcome.err.startswith(f"{command}: ")
 
 
-def test_a_complaint_is_one_line_that_a_terminal_can_be_shown():
+def test_a_message_is_one_line_without_control_characters():
     assert one_line("a\n b\u2028c\x1b[31m\x9b\u202e") == "a b c\ufffd[31m\ufffd\ufffd"
     assert one_line("x" * MAX_MESSAGE) == "x" * MAX_MESSAGE
     assert one_line("x" * 10**6) == "x" * (MAX_MESSAGE - 1) + "…"
@@ -754,19 +761,19 @@ def test_a_lack_of_memory_is_answered_in_one_line(call, tiny_model_dir, monkeypa
     assert outcome.complaints == ["sample.py: not enough memory; fewer --slots or --max-new-tokens need less"]
 
 
-def test_weights_that_are_no_numbers_are_a_warning_on_one_line(tiny_model_dir, tmp_path):
+def test_nan_weights_are_a_warning_on_one_line(tiny_model_dir, tmp_path):
     model = load_model(tiny_model_dir)
     with torch.no_grad():
         model.embedding.weight[3, 0] = float("nan")
-    save_model(model, tmp_path / "spoilt")
-    process = start("sample.py", TOM, "--checkpoint", "spoilt", "--max-new-tokens=3", "--temperature=1", cwd=tmp_path)
+    save_model(model, tmp_path / "nan", tokenizer_files(tiny_model_dir))
+    process = start("sample.py", TOM, "--checkpoint", "nan", "--max-new-tokens=3", "--temperature=1", cwd=tmp_path)
     outcome = finished(process)
     assert outcome.status == 0
-    warning = "sample.py: warning: spoilt/model.safetensors: tensor shared.weight holds NaN or infinity (1 such in all)"
+    warning = "sample.py: warning: nan/model.safetensors: tensor shared.weight holds NaN or infinity (1 such in all)"
     assert outcome.complaints == [warning]
 
 
-def test_further_questions_that_are_known_are_left_out(call, tiny_model_dir):
+def test_known_unlabelled_questions_are_left_out(call, tiny_model_dir):
     """Those of dev above all: their pseudo-labels would be trained on."""
     write_lines(
         "mine.jsonl", *({"question": f"Tom has {n}?", "answer": n, "rationale": f"#### {n}"} for n in range(1, 10))
@@ -775,7 +782,7 @@ def test_further_questions_that_are_known_are_left_out(call, tiny_model_dir):
     files = ["--data", "mine.jsonl", "--unlabelled", "more.jsonl"]
     with pytest.warns(UserWarning, match="9 questions to sample for left out: the labelled set or dev has them"):
         outcome = call("train.py", "--model", tiny_model_dir, *files, "--method", "dpo-st", *QUICK[2:])
-    assert outcome.status in (0, 2)  # a random model may have not one right sample
+    assert outcome.status in (0, 2)  # a random model may have not one correct sample
     (samples,) = Path("runs").glob("*/iteration-1/samples-dpo.jsonl")
     answers = {row["question"]: row["answer"] for row in read_rows(samples)}
     assert len(answers) == 10
@@ -790,12 +797,12 @@ def test_a_reader_that_leaves_early_is_no_error(knowing_model_dir, tmp_path):
     assert Outcome(1, "", err).complaints == []
 
 
-# -- with the embedded models, as a newcomer types it ------------------------------------------------------------------
+# -- with the bundled models, as a newcomer types it -------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "shown"), [("sample.py", "?"), ("eval.py", "toy/distractors")])
-def test_without_run_or_argument_the_embedded_model_answers(tmp_path, command, shown):
+def test_without_run_or_argument_the_bundled_model_answers(tmp_path, command, shown):
     outcome = finished(start(command, cwd=tmp_path))
     assert outcome.status == 0
     assert outcome.complaints == []
@@ -804,12 +811,12 @@ def test_without_run_or_argument_the_embedded_model_answers(tmp_path, command, s
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_train_without_argument_makes_the_embedded_model_better(tmp_path):
+def test_train_without_argument_improves_the_bundled_model(tmp_path):
     process = start("train.py", cwd=tmp_path)
     out, _ = process.communicate(timeout=1800)
     assert process.returncode == 0
     results = json.loads((tmp_path / "runs/tiny-t5-dpo-st-toy-42/results.json").read_text())
-    assert table(results) in out
+    assert results_table(results) in out
     accuracies = [entry["accuracy"]["toy/dev"] for entry in results["iterations"]]
     assert max(accuracies) > accuracies[0] > 0
     assert "####" in finished(start("sample.py", cwd=tmp_path)).out

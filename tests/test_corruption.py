@@ -1,4 +1,4 @@
-"""A share of the corruption drill, and that the drill would notice a command that behaves otherwise."""
+"""A part of the corruption test, and that it would notice a command that behaves otherwise."""
 
 import random
 
@@ -12,10 +12,10 @@ GOOD = corrupt.Outcome(0, "7", "sampling: 100%|███| 2/2\n", (), "7")
 
 
 @pytest.mark.slow
-def test_a_share_of_the_drill():
+def test_a_part_of_all_corrupted_inputs():
     every = list(corrupt.cases(seed=0))
     assert len(every) >= 300
-    counts, failures = corrupt.drill(random.Random(1).sample(every, 100))
+    counts, failures = corrupt.run_cases(random.Random(1).sample(every, 100))
     assert failures == []
     assert counts.total() == 100
 

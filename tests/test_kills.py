@@ -1,4 +1,4 @@
-"""A share of the kill drill, and that the drill would notice a file that differs."""
+"""A few runs that are killed at random moments, and that the comparison would notice a file that differs."""
 
 import json
 import subprocess
@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-DRILL = Path(__file__).resolve().parent / "fault_injection" / "kill.py"
+KILL_TEST = Path(__file__).resolve().parent / "fault_injection" / "kill.py"
 
 
 @pytest.mark.slow
 def test_five_runs_that_are_killed_end_as_one_that_is_not(tmp_path):
-    command = [sys.executable, DRILL, "--kills", "5", "--seed", "7", "--output", tmp_path / "kills.md"]
+    command = [sys.executable, KILL_TEST, "--kills", "5", "--seed", "7", "--output", tmp_path / "kills.md"]
     outcome = subprocess.run(command, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     assert "**5 of 5** ended with the same" in (tmp_path / "kills.md").read_text(encoding="utf-8")
 
 
-def test_what_the_drill_compares(tmp_path):
+def test_which_differences_between_runs_count(tmp_path):
     from fault_injection import kill
 
     step, stage = {"step": 0, "loss": 2.5, "tokens_per_second": 1.5}, {"stage": "a", "flops": 1.5, "seconds": 0.25}

@@ -59,7 +59,7 @@ def test_a_broken_line_is_named_by_number(tmp_path, line, complaint):
     assert len(str(error.value)) < 250 + len(str(tmp_path))
 
 
-def test_a_whole_surrogate_pair_is_a_sign_like_any_other(tmp_path):
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"a": "\\ud83c\\udf4e"}')
     assert list(read_jsonl(tmp_path / "a.jsonl")) == [(1, {"a": "🍎"})]
 
@@ -87,7 +87,7 @@ def test_the_longest_line(tmp_path):
         next(rows)
 
 
-def test_a_byte_order_mark_and_other_systems_line_ends_are_no_part_of_the_text(tmp_path):
+def test_byte_order_mark_and_crlf_are_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": 2, "a": 3}\r\n')
     assert list(read_jsonl(tmp_path / "a.jsonl")) == [(1, {"a": 1}), (3, {"a": 3})]
 
@@ -116,12 +116,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         assert str(path) in str(error.value)
 
 
-def test_json_is_indented_and_keeps_signs(tmp_path):
+def test_json_is_indented_and_not_escaped(tmp_path):
     write_json(tmp_path / "a.json", {"text": "ü"})
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "text": "ü"\n}\n'
 
 
-def test_a_failed_file_leaves_the_old_one_and_no_rest(tmp_path):
+def test_a_failed_write_leaves_the_old_file(tmp_path):
     def rows():
         yield {"a": 1}
         raise RuntimeError
@@ -144,7 +144,7 @@ def test_nothing_has_the_final_name_before_the_end(tmp_path):
     assert [path.name for path in (tmp_path / "d").rglob("*")] == ["e", "x"]
 
 
-def test_a_failed_directory_keeps_its_temporary_name_and_is_emptied_next_time(tmp_path):
+def test_a_failed_directory_is_emptied_next_time(tmp_path):
     with pytest.raises(RuntimeError), staged_directory(tmp_path / "d") as temporary:
         Path(temporary, "half").write_text("")
         raise RuntimeError

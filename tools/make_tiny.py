@@ -34,7 +34,8 @@ from minidpost.training.optim import Schedule  # noqa: E402
 from minidpost.training.sft import SFTSettings, train_sft  # noqa: E402
 
 SEED = 7  # of the pre-training problems and weights; toy.WORLD_SEED makes the task's
-PEOPLE, THINGS = {*toy.NAMES, *toy.UNSEEN_NAMES}, {*toy.THINGS, *toy.UNSEEN_THINGS}
+PEOPLE = {*toy.NAMES, *toy.UNSEEN_NAMES}
+THINGS = {*toy.THINGS, *toy.UNSEEN_THINGS}
 WORDS = """
 how many much each every other more less than first second last week month year hour minute day morning night money
 dollars cents price cost costs pay paid buys sells sold bought total all together altogether left remaining half third
@@ -57,7 +58,7 @@ def outlined(problem: Example) -> tuple[str, str]:
     results: set[str] = set()
     steps = []
     for expression, result in re.findall(r"<<([^=]*)=(\d+)>>", problem.rationale):
-        steps.append(re.sub(r"\d+", lambda number: "_" if number[0] in results else number[0], expression))
+        steps.append(re.sub(r"\d+", lambda match: "_" if match[0] in results else match[0], expression))
         results.add(result)
     return f"Outline: {problem.question}", f"{about(problem)}: {', '.join(steps)}"
 
@@ -70,17 +71,18 @@ def about(problem: Example) -> str:
 
 def pretraining_texts(n: int) -> list[tuple[str, str]]:
     """Source and target texts: problems of at most two steps with their equations, and chains with outlines."""
-    random, texts = Random(SEED), []
+    random = Random(SEED)
+    texts: list[tuple[str, str]] = []
     while len(texts) < n:
         split = random.choice(("train", "train", "words"))
         if len(texts) % 2:
-            drawn = toy.problem(random, split, (0, 1))
-            if drawn is not None and 1 <= drawn.rationale.count("<<") <= 2:
-                texts.append(solved(drawn))
+            problem = toy.problem(random, split, (0, 1))
+            if problem is not None and 1 <= problem.rationale.count("<<") <= 2:
+                texts.append(solved(problem))
         else:
-            drawn = toy.problem(random, split, toy.EVENTS_A_PROBLEM)
-            if drawn is not None:
-                texts.append(outlined(drawn))
+            problem = toy.problem(random, split, toy.EVENTS_A_PROBLEM)
+            if problem is not None:
+                texts.append(outlined(problem))
     random.shuffle(texts)
     return texts
 
@@ -89,8 +91,8 @@ def sample_texts(written: Callable[[str], str]) -> list[str]:
     """Questions and rationales of the toy world, and frequent words, to make a vocabulary from."""
     random = Random(SEED)
     splits = ("train", "words", "distractors")
-    drawn = [toy.problem(random, random.choice(splits), (1, 2, 3)) for _ in range(4000)]
-    problems = [problem for problem in drawn if problem is not None]
+    tried = [toy.problem(random, random.choice(splits), (1, 2, 3)) for _ in range(4000)]
+    problems = [problem for problem in tried if problem is not None]
     texts = [text for problem in problems for text in (problem.question, written(problem.rationale))]
     return texts + [" ".join(random.sample(WORDS, 12)) for _ in range(2000)] + ["Solve: Outline: Answer"] * 500
 
@@ -101,7 +103,7 @@ def t5_vocabulary(vocab_size: int) -> bytes:
     def bracketed(rationale: str) -> str:
         return re.sub(r"([-+*/=])", r" \1 ", rationale.replace("<<", " [ ").replace(">>", "] "))
 
-    symbols = [f"▁{number}" for number in range(1000)] + [*"0123456789"] + [f"▁{sign}" for sign in "[=+-*/$"]
+    symbols = [f"▁{number}" for number in range(1000)] + [*"0123456789"] + [f"▁{symbol}" for symbol in "[=+-*/$"]
     return vocabulary(sample_texts(bracketed), symbols, vocab_size, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
 
 
@@ -116,7 +118,7 @@ def llama_vocabulary(vocab_size: int) -> bytes:
 
 def vocabulary(texts: list[str], symbols: list[str], vocab_size: int, **options: int) -> bytes:
     """A SentencePiece unigram model in which every symbol, and every word of the texts that is worth it, is a piece."""
-    # A word that is always followed by a space would not become a piece of its own: show each before several signs.
+    # A word that is always followed by a space would not become a piece of its own: show each before several marks.
     words = sorted({word.strip(".,?$%'") for text in texts for word in text.split()})
     texts = [*texts, *(f"{word}. {word}, {word}? {word}' {word}" for word in words if not word.isdigit())]
     model = io.BytesIO()
@@ -167,6 +169,7 @@ FAMILIES = {
 
 
 def main() -> None:
+    """Make the vocabulary, pre-train the model, write the directory."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("--output", type=Path, help="default: weights/tiny-FAMILY")
@@ -182,7 +185,6 @@ def main() -> None:
     template = template_for(options.family, tokenizer)
     torch.manual_seed(SEED)
     model = model_type(make_config(tokenizer.vocab_size)).initialise()
-    model.tokenizer_files = tokenizer.files
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     texts = pretraining_texts(options.examples)
     sequences = [
@@ -191,7 +193,7 @@ def main() -> None:
     ]
     settings = SFTSettings(1, 32, Schedule(2e-3, warmup=0.05), micro_batch_tokens=2048, seed=SEED)
     train_sft(model, sequences, settings, stage="pre-training")
-    save_model(model, directory)
+    save_model(model, directory, tokenizer.files)
 
 
 if __name__ == "__main__":

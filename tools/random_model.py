@@ -23,7 +23,7 @@ MAX_LAYERS = 1000
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and make the directory; the exit status, 2 behind a line that says what was wrong."""
+    """Parse the command line and make the directory; the exit status, 2 after a line that says what was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="a config.json, or the directory that holds it")
     parser.add_argument("--tokenizer", type=Path, required=True, help="the directory of its vocabulary; copied along")
@@ -57,9 +57,8 @@ def make(config_path: Path, tokenizer_dir: Path, output: Path, seed: int, n_laye
         config = replace(config, **dict.fromkeys(depths, n_layers))
     torch.manual_seed(seed)
     model = mapping_for(config).model(config).initialise()
-    model.tokenizer_files = tokenizer.files
     with staged_directory(output) as unfinished:
-        save_model(model, unfinished)
+        save_model(model, unfinished, tokenizer.files)
     return sum(weight.numel() for weight in model.parameters())
 
 

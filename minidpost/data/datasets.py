@@ -12,11 +12,12 @@ import re
 import sys
 import warnings
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from contextlib import nullcontext
 from decimal import Decimal
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.request import urlopen
 
 from tqdm import tqdm
@@ -35,10 +36,9 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "toy": tuple(toy.SPLITS),
 }
 
-
-MAX_TEXT = 20_000  # signs of a question or a rationale: ten times GSM8K's longest
+MAX_TEXT = 20_000  # characters in a question or a rationale: ten times GSM8K's longest
 MAX_DOWNLOAD = 2**26  # bytes after which no more is taken from a server; the largest file has 4 million
-CHUNK = 2**16
+CHUNK = 2**16  # bytes read from a server at once
 
 
 class Source(NamedTuple):
@@ -93,7 +93,7 @@ def load(name: str, split: str, data_dir: str | Path = "data") -> list[Example]:
 
 
 def check_split(name: str, split: str) -> None:
-    """UserError: an unknown name or split."""
+    """Raise UserError where a dataset or its split is unknown."""
     if name not in SPLITS:
         raise UserError(f"there is no dataset {name!r}; choose one of {', '.join(SPLITS)}")
     if split not in SPLITS[name]:
@@ -103,28 +103,31 @@ def check_split(name: str, split: str) -> None:
 def load_jsonl(path: str | Path, labelled: bool) -> list[Example]:
     """Return a user's own examples; with `labelled`, every row must carry a rationale.
 
-    A row holds `question`, `answer` (a number or the text of one) and, if it likes, `rationale`; or it has GSM8K's own
-    shape, the whole solution with its `#### n` in `answer`. A rationale without `####` gets the line `#### answer`. Of
-    rows with one question the first is kept, and a warning says how many were not. UserError names file and line.
+    A row holds `question`, `answer` (a number or the text of one) and, if there is one, `rationale`; or it has GSM8K's
+    own shape, the whole solution with its `#### n` in `answer`. A rationale without `####` gets the line `#### answer`.
+    Of rows with the same question the first is taken, and a warning says how many were not. UserError names file and
+    line.
     """
-    first: dict[str, tuple[int, Example]] = {}
-    repeated = []
-    for line, row in read_jsonl(path):
-        example = _example(row, f"{path}, line {line}")
+    first: dict[str, tuple[int, Example]] = {}  # by question: the first row that has it, and its line
+    n_repeated = 0
+    for line_number, row in read_jsonl(path):
+        example = _example(row, f"{path}, line {line_number}")
         if labelled and example.rationale is None:
-            raise UserError(f"{path}, line {line}: every row of a labelled set needs a `rationale`")
-        earlier, kept = first.setdefault(example.question, (line, example))
-        if kept.answer != example.answer:
+            raise UserError(f"{path}, line {line_number}: every row of a labelled set needs a `rationale`")
+        if example.question not in first:
+            first[example.question] = (line_number, example)
+            continue
+        earlier_line, earlier = first[example.question]
+        if earlier.answer != example.answer:
             raise UserError(
-                f"{path}, line {line}: the answer is {example.answer}, but line {earlier} answers the same question "
-                f"with {kept.answer}; remove one of them"
+                f"{path}, line {line_number}: the answer is {example.answer}, but line {earlier_line} answers the same "
+                f"question with {earlier.answer}; remove one of them"
             )
-        if earlier != line:
-            repeated.append(line)
+        n_repeated += 1
     if not first:
         raise UserError(f"{path}: holds no examples")
-    if repeated:
-        warnings.warn(f"{path}: {len(repeated)} rows left out, their questions stand above already", stacklevel=2)
+    if n_repeated:
+        warnings.warn(f"{path}: {n_repeated} rows left out, their questions stand above already", stacklevel=2)
     return [example for _, example in first.values()]
 
 
@@ -134,57 +137,78 @@ def load_questions(source: str) -> list[str]:
     A question that stands there twice is answered twice. UserError names the file, and the line that is broken or holds
     no question.
     """
-    name, suffix = ("standard input", "") if source == "-" else (source, Path(source).suffix)
-    if source != "-" and suffix not in (".jsonl", ".txt"):
+    # 1) Read the lines, from the file or from standard input.
+    is_standard_input = source == "-"
+    name = "standard input" if is_standard_input else source
+    suffix = "" if is_standard_input else Path(source).suffix
+    if not is_standard_input and suffix not in (".jsonl", ".txt"):
         raise UserError(f"{source}: a file that ends in .jsonl or .txt is expected, or - for standard input")
     try:
-        with nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb") as stream:
+        with nullcontext(sys.stdin.buffer) if is_standard_input else open(source, "rb") as stream:
             lines = list(bounded_lines(stream, name))
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror})") from None
-    first = next((line.strip() for line in lines if line.strip()), b"")
-    if suffix == ".jsonl" or (source == "-" and first.startswith(b"{")):
-        rows = ((line, row.get("question")) for line, row in parse_jsonl(lines, name))
-    else:
-        try:
-            texts = [line.decode("utf-8") for line in lines]
-        except UnicodeDecodeError:
-            raise UserError(f"{name}: not a text in UTF-8") from None
-        rows = ((line, text) for line, text in enumerate(texts, start=1) if text.strip())
-    questions = [_text(question, "question", f"{name}, line {line}") for line, question in rows]
+    # 2) The suffix says what they are; on standard input a first line that begins with { does.
+    first_line = next((line.strip() for line in lines if line.strip()), b"")
+    is_jsonl = suffix == ".jsonl" or (is_standard_input and first_line.startswith(b"{"))
+    found = _jsonl_questions(lines, name) if is_jsonl else _text_questions(lines, name)
+    # 3) Check each.
+    questions = [_text(question, "question", f"{name}, line {line_number}") for line_number, question in found]
     if not questions:
         raise UserError(f"{name}: holds no questions")
     return questions
 
 
+def _jsonl_questions(lines: list[bytes], name: str) -> Iterator[tuple[int, object]]:
+    """The line number and the unchecked `question` of each row."""
+    for line_number, row in parse_jsonl(lines, name):
+        yield line_number, row.get("question")
+
+
+def _text_questions(lines: list[bytes], name: str) -> Iterator[tuple[int, object]]:
+    """The line number and the text of each line that is not blank; UserError where any is not UTF-8."""
+    try:
+        texts = [line.decode("utf-8") for line in lines]
+    except UnicodeDecodeError:
+        raise UserError(f"{name}: not a text in UTF-8") from None
+    for line_number, text in enumerate(texts, start=1):
+        if text.strip():
+            yield line_number, text
+
+
 def _text(value: object, key: str, where: str) -> str:
-    """A row's text, without the spaces around it."""
+    """A row's text, without the spaces around it; UserError where it is none, empty, too long or has a NUL in it."""
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: `{key}` must be a text that is not empty")
     if "\0" in value or len(value) > MAX_TEXT:
         found = "one with NUL in it" if "\0" in value else f"one of {len(value):,}"
-        raise UserError(f"{where}: `{key}` must be a text of at most {MAX_TEXT:,} signs, found {found}")
+        raise UserError(f"{where}: `{key}` must be a text of at most {MAX_TEXT:,} characters, found {found}")
     return value.strip()
 
 
-def _example(row: dict, where: str) -> Example:
-    """Check one row of a user's file; `where` begins every complaint."""
+def _example(row: dict[str, Any], where: str) -> Example:
+    """Check one row of a user's file; `where` begins every message."""
     for key in ("question", "answer"):
         if key not in row:
             raise UserError(f"{where}: `{key}` is missing")
-    question, given, rationale = _text(row["question"], "question", where), row["answer"], row.get("rationale")
-    if rationale is not None:
-        rationale = _text(rationale, "rationale", where)
+    question = _text(row["question"], "question", where)
+    given = row["answer"]
+    rationale: str | None = None
+    if row.get("rationale") is not None:
+        rationale = _text(row["rationale"], "rationale", where)
 
+    # 1) The answer: a number, the text of one, or GSM8K's whole solution.
     if rationale is None and isinstance(given, str) and "####" in given:
-        number, rationale = extract_answer(given), _text(given, "answer", where)
+        value = extract_answer(given)
+        rationale = _text(given, "answer", where)
     else:
-        number = _number(given)
-    if number is None:
+        value = _number(given)
+    if value is None:
         found = f"a {type(given).__name__}" if isinstance(given, (list, dict)) else f"{given!r:.80}"
         raise UserError(f"{where}: `answer` must be a number or the text of one, found {found}")
-    answer = _plain(number)
+    answer = _plain(value)
 
+    # 2) The rationale ends in the same answer.
     if rationale is not None:
         if "####" not in rationale:
             rationale += f"\n#### {answer}"
@@ -196,42 +220,50 @@ def _example(row: dict, where: str) -> Example:
 def _number(value: object) -> Decimal | None:
     """Read a JSON value as a number; None: it is none (true, NaN, a list, a text that holds something else).
 
-    JSON's own 1e9 is the number that it is, where the text "1e9" is none (see answers.py).
+    JSON's own 1e9 is the number that it is, where the text "1e9" is none (see grading.py).
     """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = format(Decimal(str(value)), "f")  # 1e-05 -> 0.00001
     return parse_number(value) if isinstance(value, str) else None
 
 
-def _plain(number: Decimal) -> str:
+def _plain(value: Decimal) -> str:
     """Write a number in digits alone: no exponent, no commas, no zeros after the last decimal that counts."""
-    digits = format(number, "f")
+    digits = format(value, "f")
     return digits.rstrip("0").rstrip(".") if "." in digits else digits
 
 
 def _gsm8k(split: str, data_dir: str | Path) -> list[Example]:
+    """One of GSM8K's splits; dev is the rows of the upstream train file that `gsm8k_dev_indices.json` lists."""
     file = "gsm8k/test.jsonl" if split == "test" else "gsm8k/train.jsonl"
-    rows = [json.loads(line) for line in _read_verified(file, data_dir).splitlines()]
-    examples = [Example(row["question"], _plain(extract_answer(row["answer"])), row["answer"]) for row in rows]
+    examples = []
+    for line in _read_verified(file, data_dir).splitlines():
+        row = json.loads(line)
+        answer = extract_answer(row["answer"])
+        assert answer is not None, row  # the file is the pinned one
+        examples.append(Example(row["question"], _plain(answer), row["answer"]))
     if split == "test":
         return examples
-    dev = json.loads(Path(__file__).with_name("gsm8k_dev_indices.json").read_text(encoding="utf-8"))
+    dev_indices = json.loads(Path(__file__).with_name("gsm8k_dev_indices.json").read_text(encoding="utf-8"))
     if split == "dev":
-        return [examples[index] for index in dev]
-    held_out = set(dev)
+        return [examples[index] for index in dev_indices]
+    held_out = set(dev_indices)
     return [example for index, example in enumerate(examples) if index not in held_out]
 
 
 def _multiarith(data: bytes) -> list[Example]:
+    """MultiArith's problems, whose answers are written as floats."""
     return [Example(row["sQuestion"].strip(), _plain(Decimal(row["lSolutions"][0]))) for row in json.loads(data)]
 
 
 def _asdiv(data: bytes) -> list[Example]:
-    """Keep the 2,096 of 2,305 problems whose answer is a whole number, with or without a unit: `9 (apples)`."""
+    """Take the 2,096 of 2,305 problems whose answer is a whole number, with or without a unit: `9 (apples)`."""
     examples = []
     for problem in ElementTree.fromstring(data).iter("Problem"):
-        if answer := re.fullmatch(r"(\d+)( \(.*\))?", problem.findtext("Answer")):
-            body, question = problem.findtext("Body").strip(), problem.findtext("Question").strip()
+        answer = re.fullmatch(r"(\d+)( \(.*\))?", problem.findtext("Answer", ""))
+        if answer is not None:
+            body = problem.findtext("Body", "").strip()
+            question = problem.findtext("Question", "").strip()
             examples.append(Example(f"{body} {question}", answer[1]))
     return examples
 
@@ -240,7 +272,8 @@ def _svamp(data: bytes) -> list[Example]:
     """Join body and question; of the bodies that stop without a mark, an open `If …` gets a comma, the rest a stop."""
     examples = []
     for row in json.loads(data):
-        body, question = row["Body"].strip(), row["Question"].strip()
+        body = row["Body"].strip()
+        question = row["Question"].strip()
         if body[-1] not in ".,?!":
             last_sentence = re.split(r"[.?!] +", body)[-1]
             body += "," if last_sentence.startswith("If ") else "."
@@ -250,7 +283,8 @@ def _svamp(data: bytes) -> list[Example]:
 
 def _read_verified(file: str, data_dir: str | Path) -> bytes:
     """Return the bytes of one upstream file, known to be the pinned ones."""
-    path, source = Path(data_dir, file), SOURCES[file]
+    path = Path(data_dir, file)
+    source = SOURCES[file]
     if not path.exists():
         _fetch(source, path)
     try:

@@ -18,8 +18,9 @@ WORLD_SEED = 2024
 SIZES = {"train": 400, "unlabelled": 800, "dev": 200, "test": 500, "longer": 150, "words": 150, "distractors": 150}
 SPLITS = tuple(SIZES)
 TEST_SPLITS = ("test", "longer", "words", "distractors")
-EVENTS_A_PROBLEM, LONGER_EVENTS = (1, 1, 2), (3, 4)
-MAX_AMOUNT = 999
+EVENTS_A_PROBLEM = (1, 1, 2)  # numbers of events to choose from: two thirds of the problems have one
+LONGER_EVENTS = (3, 4)
+MAX_AMOUNT = 999  # of anything at any time
 
 NAMES = "Mia Tom Ana Ben Eva Sam Zoe Max Lily Jack Nora Paul Rosa Adam Ella Hugo".split()
 GIRLS = set("Mia Ana Eva Zoe Lily Nora Rosa Ella Ines Ruth Olga".split())
@@ -47,10 +48,10 @@ class Story:
         self.steps: list[str] = []
         self.she = "she" if self.name in GIRLS else "he"
 
-    def say(self, *ways: str, unseen: tuple[str, ...] = (), **numbers: int) -> None:
-        """Add a sentence to the question, written in one of these ways (or in a way that training never shows)."""
-        way = self.random.choice(unseen if self.unseen and unseen else ways)
-        self.sentences.append(way.format(**vars(self), **numbers))
+    def say(self, *wordings: str, unseen: tuple[str, ...] = (), **numbers: int) -> None:
+        """Add a sentence to the question in one of these wordings, or in one that training never shows."""
+        wording = self.random.choice(unseen if self.unseen and unseen else wordings)
+        self.sentences.append(wording.format(**vars(self), **numbers))
 
     def compute(self, sentence: str, expression: str, result: int) -> int:
         """Add a step to the rationale; the sentence has `{}` where the annotated result goes. Returns the result."""
@@ -67,6 +68,7 @@ class Story:
 
 
 def start_count(story: Story) -> None:
+    """A plain number of things."""
     story.amount = story.random.randint(12, 99)
     story.say(
         "{name} has {n} {thing}.",
@@ -77,7 +79,9 @@ def start_count(story: Story) -> None:
 
 
 def start_boxes(story: Story) -> None:
-    boxes, each = story.random.randint(3, 12), story.random.randint(4, 25)
+    """So many boxes with so many things in each."""
+    boxes = story.random.randint(3, 12)
+    each = story.random.randint(4, 25)
     story.say(
         "{name} has {b} {box} with {c} {thing} in each.",
         "{name} fills {b} {box} with {c} {thing} each.",
@@ -89,7 +93,9 @@ def start_boxes(story: Story) -> None:
 
 
 def start_kinds(story: Story) -> None:
-    first, second = story.random.randint(8, 80), story.random.randint(8, 80)
+    """Things of two kinds, added up."""
+    first = story.random.randint(8, 80)
+    second = story.random.randint(8, 80)
     story.say(
         "{name} has {a} red {thing} and {b} blue {thing}.",
         "{name} owns {a} old {thing} and {b} new {thing}.",
@@ -101,7 +107,9 @@ def start_kinds(story: Story) -> None:
 
 
 def start_days(story: Story) -> None:
-    each, days = story.random.randint(4, 30), story.random.randint(3, 14)
+    """So many things a day for some days."""
+    each = story.random.randint(4, 30)
+    days = story.random.randint(3, 14)
     story.say(
         "{name} collects {c} {thing} a day for {d} days.",
         "For {d} days {name} gets {c} {thing} every day.",
@@ -112,10 +120,11 @@ def start_days(story: Story) -> None:
     story.amount = story.compute("{name} starts with {} {thing}.", f"{each}*{days}", each * days)
 
 
-# What happens next: each changes the amount, or returns False where it cannot.
+# What happens next: each changes the amount and returns True, or returns False where it does not fit.
 
 
-def gain(story: Story) -> None:
+def gain(story: Story) -> bool:
+    """Some more things."""
     more = story.random.randint(5, 95)
     story.say(
         "{she} buys {n} more.",
@@ -126,9 +135,11 @@ def gain(story: Story) -> None:
         n=more,
     )
     story.now_has(f"{story.amount}+{more}", story.amount + more)
+    return True
 
 
-def loss(story: Story) -> bool | None:
+def loss(story: Story) -> bool:
+    """Some fewer things; not of few."""
     if story.amount < 12:
         return False
     fewer = story.random.randint(3, min(95, story.amount - 4))
@@ -141,10 +152,13 @@ def loss(story: Story) -> bool | None:
         n=fewer,
     )
     story.now_has(f"{story.amount}-{fewer}", story.amount - fewer)
+    return True
 
 
-def gain_boxes(story: Story) -> None:
-    boxes, each = story.random.randint(2, 9), story.random.randint(4, 20)
+def gain_boxes(story: Story) -> bool:
+    """Some more boxes of things."""
+    boxes = story.random.randint(2, 9)
+    each = story.random.randint(4, 20)
     story.say(
         "{she} buys {b} {box} with {c} in each.",
         "{friend} brings {b} {box} of {c} {thing}.",
@@ -154,9 +168,11 @@ def gain_boxes(story: Story) -> None:
     )
     added = story.compute("The {box} hold {} {thing}.", f"{boxes}*{each}", boxes * each)
     story.now_has(f"{story.amount}+{added}", story.amount + added)
+    return True
 
 
-def multiply(story: Story) -> None:
+def multiply(story: Story) -> bool:
+    """Twice or three times as many."""
     word, times = story.random.choice([("doubles", 2), ("triples", 3)])
     story.say(
         f"Then {{she}} {word} the number of {{thing}}.",
@@ -164,9 +180,11 @@ def multiply(story: Story) -> None:
         f"A month later {{she}} has {'twice' if times == 2 else 'three times'} as many.",
     )
     story.now_has(f"{story.amount}*{times}", story.amount * times)
+    return True
 
 
-def part_away(story: Story) -> bool | None:
+def part_away(story: Story) -> bool:
+    """Half, a third or a quarter less; only where that is a whole number."""
     parts = [(word, n) for word, n in (("half", 2), ("a third", 3), ("a quarter", 4)) if story.amount % n == 0]
     if not parts or story.amount < 8:
         return False
@@ -179,13 +197,15 @@ def part_away(story: Story) -> bool | None:
     )
     gone = story.compute("That is {} {thing} less.", f"{story.amount}/{n}", story.amount // n)
     story.now_has(f"{story.amount}-{gone}", story.amount - gone)
+    return True
 
 
-def percent_away(story: Story) -> bool | None:
-    shares = [p for p in (10, 20, 25, 30, 40, 60, 75) if story.amount * p % 100 == 0]
-    if not shares or story.amount < 8:
+def percent_away(story: Story) -> bool:
+    """Some percent less; only where that is a whole number."""
+    percentages = [p for p in (10, 20, 25, 30, 40, 60, 75) if story.amount * p % 100 == 0]
+    if not percentages or story.amount < 8:
         return False
-    percent = story.random.choice(shares)
+    percent = story.random.choice(percentages)
     story.say(
         "{she} sells {p}% of them.",
         "Then {p}% of the {thing} get lost.",
@@ -194,12 +214,14 @@ def percent_away(story: Story) -> bool | None:
     )
     gone = story.compute("That is {} {thing} less.", f"{story.amount}*{percent}/100", story.amount * percent // 100)
     story.now_has(f"{story.amount}-{gone}", story.amount - gone)
+    return True
 
 
 # What is asked of the end: each returns the answer, or None where it does not fit.
 
 
 def ask_count(story: Story) -> int:
+    """How many there are."""
     story.say(
         "How many {thing} does {name} have now?",
         "How many {thing} are there in the end?",
@@ -209,6 +231,7 @@ def ask_count(story: Story) -> int:
 
 
 def ask_money(story: Story) -> int:
+    """What all of them are worth."""
     price = story.random.randint(2, 12)
     story.say(
         "{she} sells them for {p} dollars each. How many dollars does {name} get?",
@@ -220,6 +243,7 @@ def ask_money(story: Story) -> int:
 
 
 def ask_share(story: Story) -> int | None:
+    """How many each gets of equal parts; only where they divide evenly."""
     fits = [n for n in range(3, 13) if story.amount % n == 0 and story.amount > 2 * n]
     if not fits:
         return None
@@ -234,6 +258,7 @@ def ask_share(story: Story) -> int | None:
 
 
 def ask_together_times(story: Story) -> int:
+    """How many with a friend who has some times as many."""
     word, times = story.random.choice([("twice", 2), ("three times", 3), ("four times", 4)])
     story.say(
         f"{{friend}} has {word} as many. How many do they have together?",
@@ -244,6 +269,7 @@ def ask_together_times(story: Story) -> int:
 
 
 def ask_together_more(story: Story) -> int:
+    """How many with a friend who has some more."""
     more = story.random.randint(3, 60)
     story.say(
         "{friend} has {n} more than {name}. How many do they have together?",
@@ -255,6 +281,7 @@ def ask_together_more(story: Story) -> int:
 
 
 def ask_missing(story: Story) -> int:
+    """How many are missing to a larger number."""
     goal = story.amount + story.random.randint(5, 150)
     story.say(
         "{she} wants to have {n}. How many more does {name} need?",
@@ -265,9 +292,16 @@ def ask_missing(story: Story) -> int:
     return story.compute("The difference is {}.", f"{goal}-{story.amount}", goal - story.amount)
 
 
-STARTS: tuple[Callable, ...] = (start_count, start_boxes, start_kinds, start_days)
-EVENTS: tuple[Callable, ...] = (gain, loss, gain_boxes, multiply, part_away, percent_away)
-QUESTIONS: tuple[Callable, ...] = (ask_count, ask_money, ask_share, ask_together_times, ask_together_more, ask_missing)
+STARTS: tuple[Callable[[Story], None], ...] = (start_count, start_boxes, start_kinds, start_days)
+EVENTS: tuple[Callable[[Story], bool], ...] = (gain, loss, gain_boxes, multiply, part_away, percent_away)
+QUESTIONS: tuple[Callable[[Story], int | None], ...] = (
+    ask_count,
+    ask_money,
+    ask_share,
+    ask_together_times,
+    ask_together_more,
+    ask_missing,
+)
 DISTRACTIONS = (
     "{friend} is {n} years old.",
     "{friend} has {n} chairs at home.",
@@ -279,30 +313,35 @@ DISTRACTIONS = (
 def examples(split: str, seed: int = WORLD_SEED) -> list[Example]:
     """The examples of a split; no question stands twice, in it or in another split. `unlabelled` has no rationales."""
     seen: set[str] = set()
-    for name in SPLITS:
-        drawn = _draw(name, seed, seen)
+    for name in SPLITS:  # one after the other, as each avoids the questions of those before it
+        made = _examples_of_split(name, seed, seen)
         if name == split:
-            return drawn
+            return made
     raise KeyError(split)
 
 
-def _draw(split: str, seed: int, seen: set[str]) -> list[Example]:
-    random, drawn = Random(f"{seed}/{split}"), []
-    while len(drawn) < SIZES[split]:
-        example = problem(random, split, LONGER_EVENTS if split == "longer" else EVENTS_A_PROBLEM)
-        if example is not None and example.question not in seen and largest_number(example) <= MAX_AMOUNT:
-            seen.add(example.question)
-            rationale = None if split == "unlabelled" else example.rationale
-            drawn.append(Example(example.question, example.answer, rationale))
-    return drawn
+def _examples_of_split(split: str, seed: int, seen: set[str]) -> list[Example]:
+    """The examples of a split, none of a question that was `seen`; adds their questions to it."""
+    random = Random(f"{seed}/{split}")
+    n_events = LONGER_EVENTS if split == "longer" else EVENTS_A_PROBLEM
+    made: list[Example] = []
+    while len(made) < SIZES[split]:
+        example = problem(random, split, n_events)
+        if example is None or example.question in seen or largest_number(example) > MAX_AMOUNT:
+            continue
+        seen.add(example.question)
+        rationale = None if split == "unlabelled" else example.rationale
+        made.append(Example(example.question, example.answer, rationale))
+    return made
 
 
 def problem(random: Random, split: str, n_events: tuple[int, ...]) -> Example | None:
-    """One problem of a split's kind, with one of these numbers of events; None where the draws do not fit together."""
+    """One problem of a split's kind, with one of these numbers of events; None where its parts do not fit together."""
     story = new_story(random, unseen=split == "words")
     random.choice(STARTS)(story)
     for _ in range(random.choice(n_events)):
-        if random.choice(EVENTS)(story) is False or story.amount > MAX_AMOUNT:
+        fits = random.choice(EVENTS)(story)
+        if not fits or story.amount > MAX_AMOUNT:
             return None
         if split == "distractors" and random.random() < 0.5:
             story.say(*DISTRACTIONS, n=random.randint(3, 60))
@@ -313,7 +352,8 @@ def new_story(random: Random, unseen: bool) -> Story:
     """An empty story with its people and things."""
     name, friend = random.sample(UNSEEN_NAMES if unseen else NAMES, 2)
     thing = random.choice(UNSEEN_THINGS if unseen else THINGS)
-    return Story(random, name, friend, thing, random.choice(UNSEEN_BOXES if unseen else BOXES), unseen)
+    box = random.choice(UNSEEN_BOXES if unseen else BOXES)
+    return Story(random, name, friend, thing, box, unseen)
 
 
 def finished(story: Story, answer: int | None) -> Example | None:
@@ -327,4 +367,5 @@ def finished(story: Story, answer: int | None) -> Example | None:
 
 def largest_number(example: Example) -> int:
     """The largest number of a rationale."""
-    return max(int(number) for number in re.findall(r"\d+", example.rationale))
+    assert example.rationale is not None
+    return max(int(digits) for digits in re.findall(r"\d+", example.rationale))

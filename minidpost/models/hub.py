@@ -1,7 +1,8 @@
 """From a model's name to its directory: our own weights lie in the repository, published ones are fetched on demand.
 
-A fetched model has the files that checkpoint.py and tokenizer.py read (config.json, safetensors, the vocabulary), never
-a pickle. It grows under `NAME.unfinished` and takes its name when complete; a broken fetch keeps its whole files.
+A fetched model has the files that weights.py and tokenizer.py read (config.json, safetensors, the vocabulary), never
+a pickle. It lies under `NAME.unfinished` until it is complete; a fetch that was broken off goes on with the files that
+had arrived whole.
 """
 
 import difflib
@@ -10,6 +11,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from minidpost.errors import UserError
 from minidpost.storage import read_json
@@ -36,17 +38,21 @@ def find_model(name_or_directory: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
 
     UserError: a directory without config.json, an unknown name, an incomplete model, a fetch that fails.
     """
-    directory, name = Path(name_or_directory), name_or_directory
+    directory = Path(name_or_directory)
     if (directory / "config.json").is_file():
         return directory
+    name = name_or_directory
     if name not in (*BUNDLED, *PUBLISHED):
         raise UserError(_explain_unknown(name))
     found = Path(weights_dir) / name
     if not found.exists():
         if name in BUNDLED:
             raise UserError(f"{found} is missing, though it is part of the repository; restore it with git checkout")
-        _fetch(*PUBLISHED[name], found)
-    if missing := _missing_files(found, PUBLISHED.get(name, ("", FILE_NAMES[0]))[1]):
+        repository, tokenizer_file = PUBLISHED[name]
+        _fetch(repository, tokenizer_file, found)
+    tokenizer_file = PUBLISHED[name][1] if name in PUBLISHED else FILE_NAMES[0]
+    missing = _missing_files(found, tokenizer_file)
+    if missing:
         raise UserError(f"{found}: lacks {', '.join(missing)}; put it there, or remove the directory and start again")
     return found
 
@@ -54,7 +60,7 @@ def find_model(name_or_directory: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
 def _explain_unknown(name: str) -> str:
     """Say what is wrong with a name that is no model's, nor a directory with one."""
     if Path(name).is_dir():
-        return f"{name}: this directory holds no config.json, so it is no model in Hugging Face's layout"
+        return f"{name}: this directory holds no config.json, so it is no model in Hugging Face's format"
     known = (*BUNDLED, *PUBLISHED)
     closest = difflib.get_close_matches(name.rpartition("/")[2].lower(), known, n=1)
     hint = f" (did you mean {closest[0]}?)" if closest else ""
@@ -63,27 +69,30 @@ def _explain_unknown(name: str) -> str:
 
 def _missing_files(directory: Path, tokenizer_file: str) -> list[str]:
     """Name the files that a model still lacks; shards are those that its index names, any tokenizer file will do."""
-    wanted = ["config.json", "model.safetensors"]
+    weights = ["model.safetensors"]
     index = directory / SHARDS
     if index.is_file():
         try:
-            wanted[1:] = sorted(map(os.fspath, set(read_json(index)["weight_map"].values())))
+            content: Any = read_json(index)
+            weights = sorted(map(os.fspath, set(content["weight_map"].values())))
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            wanted[1:] = [f"a readable {SHARDS}"]
-    if not any((directory / name).is_file() for name in FILE_NAMES):
-        wanted.insert(1, tokenizer_file)
-    return [file for file in wanted if not (directory / file).is_file()]
+            weights = [f"a readable {SHARDS}"]
+    has_tokenizer = any((directory / name).is_file() for name in FILE_NAMES)
+    tokenizer = [] if has_tokenizer else [tokenizer_file]
+    return [file for file in ("config.json", *tokenizer, *weights) if not (directory / file).is_file()]
 
 
 def _fetch(repository: str, tokenizer_file: str, directory: Path) -> None:
     """Download the files of a repository that are read; `directory` appears only when nothing is missing."""
     from huggingface_hub import constants, snapshot_download  # here: reads HF_ENDPOINT now, and is slow to import
 
-    unfinished, files = directory.with_name(f"{directory.name}.unfinished"), ("config.json", tokenizer_file)
+    unfinished = directory.with_name(f"{directory.name}.unfinished")
+    files = ("config.json", tokenizer_file)
     try:
         snapshot_download(repository, local_dir=unfinished, allow_patterns=[*files, "*.safetensors", SHARDS])
         # Offline, snapshot_download is content with whatever an earlier call left here.
-        if missing := _missing_files(unfinished, tokenizer_file):
+        missing = _missing_files(unfinished, tokenizer_file)
+        if missing:
             raise FileNotFoundError(f"{', '.join(missing)} did not arrive")
         _check_arrived(unfinished)
         shutil.rmtree(unfinished / ".cache", ignore_errors=True)  # its records of the download

@@ -1,14 +1,16 @@
 """Hugging Face directories in and out: config.json and safetensors, whole or in shards.
 
-Every shape is checked, and tensors that are missing or not expected (layouts.py has their names) are refused by name.
+Every shape is checked, and tensors that are missing or not expected (hf_config.py has their names) are refused by name.
 Weights are read one tensor at a time straight into place, so a model is never held twice. Pickles (*.bin) are not read:
 they can run code.
 """
 
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,60 +18,72 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minidpost.errors import UserError
-from minidpost.models.hf_config import Config, config_json, mapping_for, model_type, read_config
+from minidpost.models.hf_config import Config, Model, config_json, mapping_for, model_type, read_config
+from minidpost.models.t5 import T5Config
 from minidpost.storage import read_json, write_json
 from minidpost.text.templates import Template, Tokenizer, template_for
 from minidpost.text.tokenizer import FILE_NAMES, load_tokenizer
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (*FILE_NAMES, "tokenizer_config.json")
 READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_SHARD_BYTES = 5 * 10**9
 
 
-def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
+def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Model:
     """Read a Hugging Face directory into a model of ours, in eval mode.
 
     Tensors on disk may be fp32, bf16 or fp16 and are cast to `dtype`. UserError: a missing or broken file, a model
     type or setting we do not have, a tensor that is missing, unexpected, or of another shape. NaN or infinity among
     the weights is no error, but a warning that names the first such tensor.
     """
+    # 1) Which tensors lie in which file, and what the model looks like.
     directory = Path(directory)
     files = tensor_files(directory)
     config = read_config(directory)
-    if not getattr(config, "scaled", True) and any("lm_head.weight" in names for names in files.values()):
-        config = replace(config, tied=False)  # transformers 5 writes "tied" above a head of T5's that is not
-    mapping, model = mapping_for(config), empty_model(config)
+    has_head = any("lm_head.weight" in names for names in files.values())
+    if isinstance(config, T5Config) and not config.scaled and has_head:
+        config = replace(config, tied=False)  # transformers 5 writes "tied" for every T5; the head on disk is the truth
+
+    # 2) A model with shapes but no memory, and what each tensor on disk is called here.
+    mapping = mapping_for(config)
+    model = empty_model(config)
     parameters = dict(model.named_parameters())
     missing = {theirs: ours for ours, theirs in mapping.names(config)}
     not_finite = []
+
+    # 3) One tensor at a time from the disk to its place: read, check, cast, set.
     for path, names in files.items():
         with open_tensors(path) as tensors:
             for theirs in names:
                 ours = missing.pop(theirs, None)
-                if ours is None and not mapping.is_redundant(theirs, config):
-                    raise UserError(f"{path}: unexpected tensor {theirs}")
-                if ours is not None:
-                    tensor = read_tensor(tensors, path, theirs, parameters[ours].shape)
-                    if not is_finite(tensor):
-                        not_finite.append(f"{path}: tensor {theirs}")
-                    set_parameter(model, ours, nn.Parameter(tensor.to(device, dtype)))
+                if ours is None:
+                    if not mapping.is_redundant(theirs, config):
+                        raise UserError(f"{path}: unexpected tensor {theirs}")
+                    continue
+                tensor = read_tensor(tensors, path, theirs, parameters[ours].shape)
+                if not is_finite(tensor):
+                    not_finite.append(f"{path}: tensor {theirs}")
+                set_parameter(model, ours, nn.Parameter(tensor.to(device, dtype)))
+
+    # 4) Every parameter must have come.
     if missing:
         raise UserError(f"{directory}: missing tensor {min(missing)} ({len(missing)} missing in all)")
     if not_finite:
         warnings.warn(f"{not_finite[0]} holds NaN or infinity ({len(not_finite)} such in all)", stacklevel=2)
-    model.tokenizer_files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     return model.eval()
 
 
-def empty_model(config: Config) -> nn.Module:
-    """A model that has shapes but no memory."""
+def empty_model(config: Config) -> Model:
+    """A model that has shapes but no memory (on torch's meta device)."""
     with torch.device("meta"):
-        return mapping_for(config).model(config)
+        model: Model = mapping_for(config).model(config)
+    return model
 
 
 def load_template(directory: str | Path) -> Template:
-    """How the model of a directory writes; UserError: no tokenizer there, or none of its family's kind."""
+    """The template of a directory's model; UserError: no tokenizer there, or one that does not fit the model."""
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, read_config(directory).vocab_size, Path(directory))
     return template_for(model_type(directory), tokenizer)
@@ -86,26 +100,46 @@ def check_vocabulary(tokenizer: Tokenizer, n_embeddings: int, directory: Path) -
         raise UserError(f"{directory}: the tokenizer has no end token, which the model is trained to stop with")
 
 
-def save_model(model: nn.Module, directory: str | Path) -> None:
-    """Write config.json, safetensors (shards above 5 GB) and the tokenizer's files, as transformers reads them."""
+def tokenizer_files(directory: str | Path) -> list[Path]:
+    """The tokenizer's files in a model directory, those that are there."""
+    paths = [Path(directory) / name for name in TOKENIZER_FILES]
+    return [path for path in paths if path.is_file()]
+
+
+def save_model(model: Model, directory: str | Path, tokenizer_files: Sequence[Path]) -> None:
+    """Write config.json, safetensors (shards above 5 GB) and the tokenizer's files, as transformers reads them.
+
+    `tokenizer_files` are those of the model this one was made from (see the function of that name); an empty sequence
+    gives a directory without a tokenizer.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", config_json(model.config, next(model.parameters()).dtype))
     parameters = dict(model.named_parameters())
-    tensors = {theirs: parameters[ours].detach() for ours, theirs in mapping_for(model.config).names(model.config)}
+    names = mapping_for(model.config).names(model.config)
+    tensors = {theirs: parameters[ours].detach() for ours, theirs in names}
     write_tensors(tensors, directory, MAX_SHARD_BYTES)
-    # `original/tokenizer.model` too goes to the root, unless there is one of that name already among the model's files.
-    for name, path in {path.name: path for path in reversed(getattr(model, "tokenizer_files", []))}.items():
-        if path.resolve() != (directory / name).resolve():
-            shutil.copyfile(path, directory / name)
+    # All go to the root, `original/tokenizer.model` too; of two files with one name the first is taken.
+    copied: set[str] = set()
+    for path in tokenizer_files:
+        if path.name in copied:
+            continue
+        copied.add(path.name)
+        target = directory / path.name
+        if path.resolve() != target.resolve():
+            shutil.copyfile(path, target)
 
 
 def tensor_files(directory: Path) -> dict[Path, list[str]]:
-    """The names of the tensors in each file, from the single file's header or the shards' index."""
-    whole, index = directory / WEIGHTS, directory / INDEX
-    if whole.is_file():
-        with open_tensors(whole) as tensors:
-            return {whole: list(tensors.keys())}
+    """The names of the tensors in each file, from the single file's header or from the index of the shards.
+
+    UserError: no weights in the directory, weights as a pickle alone, a broken header or index.
+    """
+    single = directory / WEIGHTS
+    index = directory / INDEX
+    if single.is_file():
+        with open_tensors(single) as tensors:
+            return {single: list(tensors.keys())}
     if not index.is_file():
         pickles = sorted(path.name for path in directory.glob("*.bin"))
         if pickles:
@@ -117,7 +151,7 @@ def tensor_files(directory: Path) -> dict[Path, list[str]]:
         raise UserError(f"{directory}: neither {WEIGHTS} nor {INDEX} is here")
     files: dict[Path, list[str]] = {}
     try:
-        for name, shard in read_json(index)["weight_map"].items():
+        for name, shard in shards_of(index).items():
             if not is_plain_name(shard) or not shard.endswith(".safetensors"):
                 raise UserError(f"{index}: shard {shard!r:.80} is no safetensors file of this directory")
             files.setdefault(directory / shard, []).append(name)
@@ -126,18 +160,28 @@ def tensor_files(directory: Path) -> dict[Path, list[str]]:
     return files
 
 
+def shards_of(index: Path) -> dict[str, str]:
+    """The shard of each tensor, by name, from an index of shards as it stands there: nothing in it is checked.
+
+    Any of OSError, ValueError, KeyError, TypeError, AttributeError (here or where it is used) says that it is broken.
+    """
+    content: Any = read_json(index)
+    shards: dict[str, str] = content["weight_map"]
+    return shards
+
+
 def is_plain_name(name: str) -> bool:
-    """Whether a name that a file gives is that of another file in its directory, on every system."""
+    """Whether a name is that of a file in the same directory, on every system: no path, no drive, nothing invisible."""
     return name not in ("", ".", "..") and name.isprintable() and not set(name) & {"/", "\\", ":"}
 
 
 def read_tensor(tensors: safe_open, path: Path, name: str, shape: torch.Size) -> Tensor:
-    """One tensor of an open file, its shape checked before it is read."""
+    """One tensor of an open file, its shape checked before it is read; UserError where it does not fit."""
     try:
         stored = tuple(tensors.get_slice(name).get_shape())
         if stored != tuple(shape):
             raise UserError(f"{path}: tensor {name} has shape {stored}, {tuple(shape)} is expected")
-        tensor = tensors.get_tensor(name)
+        tensor: Tensor = tensors.get_tensor(name)
     except SafetensorError as error:
         raise UserError(f"{path}: tensor {name} cannot be read ({error})") from None
     if tensor.dtype not in READABLE_DTYPES:
@@ -146,12 +190,12 @@ def read_tensor(tensors: safe_open, path: Path, name: str, shape: torch.Size) ->
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; both show in the least and the greatest value."""
+    """Whether no value is NaN or infinite: either would show in the smallest or the largest value."""
     return all(bound.isfinite().item() for bound in tensor.aminmax())
 
 
 def open_tensors(path: Path) -> safe_open:
-    """A safetensors file, opened (mapped, nothing read yet)."""
+    """A safetensors file, opened: mapped into memory, nothing read yet; UserError where it is broken."""
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
@@ -166,19 +210,23 @@ def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 def write_tensors(tensors: dict[str, Tensor], directory: Path, max_shard_bytes: int) -> None:
     """Write model.safetensors, or numbered shards and their index where one file would exceed `max_shard_bytes`."""
-    shards, room = [{}], max_shard_bytes
+    # 1) Fill shards in the order of the tensors; a tensor larger than a shard gets one of its own.
+    shards: list[dict[str, Tensor]] = [{}]
+    room = max_shard_bytes
     for name, tensor in tensors.items():
         if tensor.nbytes > room and shards[-1]:
             shards.append({})
             room = max_shard_bytes
         shards[-1][name] = tensor.contiguous()
         room -= tensor.nbytes
+    # 2) One file needs no index.
     if len(shards) == 1:
         save_file(shards[0], directory / WEIGHTS, metadata={"format": "pt"})
         return
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    # 3) Several are named model-00001-of-00003.safetensors and so on; the index says where each tensor lies.
+    weight_map: dict[str, str] = {}
+    for shard_number, shard in enumerate(shards, start=1):
+        file_name = f"model-{shard_number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, directory / file_name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(shard, file_name))
     total = sum(tensor.nbytes for tensor in tensors.values())

@@ -5,6 +5,7 @@ of ours, with its reason.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from minidpost.sampling.sampler import SamplingSettings
 from minidpost.training.dpo import DPOSettings
@@ -14,7 +15,7 @@ from minidpost.training.sft import SFTSettings
 
 @dataclass(frozen=True)
 class Preset:
-    """The settings of a run; lengths in tokens, steps in optimizer steps."""
+    """The hyperparameters of a run; lengths in tokens, steps in optimizer steps."""
 
     # SFT
     sft_epochs: int = 8  # [paper]
@@ -22,13 +23,13 @@ class Preset:
     sft_learning_rate: float = 3e-4  # [paper]
     # DPO
     dpo_steps: int = 150  # [paper]
-    dpo_max_epochs: int = 4  # [ours] a small set of pairs is not gone through more often than this
+    dpo_max_epochs: int = 4  # [ours] at most so many epochs, however few the pairs are
     dpo_pairs_per_step: int = 96  # [paper]
     dpo_learning_rate: float = 7e-7  # [paper]
     beta: float = 0.1  # [paper]
     # both
-    warmup: float = 0.1  # [paper]
-    learning_rate_floor: float = 0.1  # [code]
+    warmup: float = 0.1  # [paper] fraction of the steps
+    learning_rate_floor: float = 0.1  # [code] fraction of the peak
     weight_decay: float = 0.01  # [paper]
     max_grad_norm: float = 1.0  # [paper]
     max_source: int = 200  # [paper] longer training examples are dropped and counted; the published code cuts them
@@ -47,7 +48,7 @@ class Preset:
     iterations: int = 3  # [paper]
 
     def sft(self, seed: int) -> SFTSettings:
-        """The settings of a fine-tuning."""
+        """The settings of supervised fine-tuning."""
         return SFTSettings(
             epochs=self.sft_epochs,
             examples_per_step=self.sft_examples_per_step,
@@ -58,9 +59,10 @@ class Preset:
         )
 
     def dpo(self, n_pairs: int, seed: int) -> DPOSettings:
-        """The settings of DPO on so many pairs."""
+        """The settings of DPO on `n_pairs` preference pairs."""
+        steps_per_epoch = -(-n_pairs // self.dpo_pairs_per_step)  # rounded up
         return DPOSettings(
-            steps=min(self.dpo_steps, self.dpo_max_epochs * -(-n_pairs // self.dpo_pairs_per_step)),
+            steps=min(self.dpo_steps, self.dpo_max_epochs * steps_per_epoch),
             pairs_per_step=self.dpo_pairs_per_step,
             schedule=self.schedule(self.dpo_learning_rate),
             beta=self.beta,
@@ -70,13 +72,23 @@ class Preset:
         )
 
     def schedule(self, learning_rate: float) -> Schedule:
-        """The schedule with this peak."""
-        return Schedule(learning_rate, self.warmup, self.learning_rate_floor, self.weight_decay, self.max_grad_norm)
+        """The optimizer's settings with this peak learning rate."""
+        return Schedule(
+            learning_rate=learning_rate,
+            warmup=self.warmup,
+            floor=self.learning_rate_floor,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+        )
 
     def sampling(self, seed: int) -> SamplingSettings:
         """The settings of sampling."""
         return SamplingSettings(
-            self.temperature, self.top_k, max_new_tokens=self.max_new_tokens, slots=self.slots, seed=seed
+            temperature=self.temperature,
+            top_k=self.top_k,
+            max_new_tokens=self.max_new_tokens,
+            slots=self.slots,
+            seed=seed,
         )
 
 
@@ -100,8 +112,8 @@ LLAMA = replace(
 )
 
 # [ours] throughout, chosen on dev and fresh questions so that the default run shows the method within ten minutes on
-# two cores: under a million weights want a higher learning rate than hundreds of millions, and fewer steps do; a larger
-# β holds them closer to the reference, without which DPO on a few hundred pairs spoils what they know.
+# two cores: models of less than a million weights need a higher learning rate than those of hundreds of millions, and
+# fewer steps; a larger β keeps them closer to the reference, without which DPO on a few hundred pairs makes them worse.
 TINY_T5 = replace(
     T5,
     sft_epochs=10,
@@ -117,9 +129,9 @@ TINY_T5 = replace(
     max_new_tokens=160,
     slots=256,
 )
-TINY_LLAMA = replace(TINY_T5, sft_epochs=16)  # it has the longer way to go: dev 26.0 % after 16 epochs, 20.5 after 10
+TINY_LLAMA = replace(TINY_T5, sft_epochs=16)  # it learns more slowly: dev 26.0 % after 16 epochs, 20.5 after 10
 
-PRESETS = {  # of models by name; any other has its family's
+PRESETS = {  # by the model's name; any other model has its family's
     "tiny-t5": TINY_T5,
     "flan-t5-xl": replace(T5, activation_checkpointing=True),
     "tiny-llama": TINY_LLAMA,
@@ -128,7 +140,7 @@ FAMILIES = {"t5": T5, "llama": LLAMA}  # by config.json's model_type
 
 # What the methods change of a preset. RFT (Yuan et al. 2023): one round of 100 samples. ReST-EM (Singh et al. 2023): 32
 # samples at top-k 40, at most 10 kept. Both [paper].
-METHOD_SETTINGS = {
+METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {"iterations": 0},
     "st": {},
     "dpo-st": {},

@@ -1,7 +1,15 @@
 """A run's directory: claimed by one process and one configuration, filled stage by stage, continued where it stopped.
 
-A stage works under a temporary name and takes its own when it is whole; what has its final name is finished, and is
-noted with its hashes in stages.jsonl. What a stage in progress may be continued from lies beside it in NAME.progress.
+A stage writes under a temporary name and takes its own when it is whole (storage.py). What has its final name is
+finished, and is listed with its files' hashes in stages.jsonl. What an unfinished stage is continued from lies beside
+it in NAME.progress:
+
+    config.json                           format, settings, versions
+    stages.jsonl                          {"stage": "iteration-1/pairs.jsonl", "pairs": 9, "seconds": 0.4, "sha256": …}
+    log.txt                               what the terminal showed between progress bars
+    iteration-1/pairs.jsonl               a finished stage: a file, or a directory such as iteration-1/dpo
+    iteration-1/dpo.unfinished/           a stage at work, under its temporary name
+    iteration-1/dpo.progress/             what that stage is continued from
 """
 
 import fcntl
@@ -12,11 +20,13 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -34,40 +44,97 @@ from minidpost.storage import (
 from minidpost.training.state import fingerprint
 from minidpost.version import __version__
 
-FORMAT = 2  # of everything in a run directory; raised when a run begun by older code could not be continued exactly
+FORMAT = 3  # of everything in a run directory; raised when a run begun by older code could not be continued exactly
 LOCK = ".lock"
 
 
-class RunDirectory:
-    """`config.json` (format, settings, versions), `stages.jsonl` (what each took and found, its files' hashes),
-    `log.txt`, the stages' files."""
+@dataclass
+class Stage:
+    """A stage at work: the temporary path that it writes (a file or an empty directory), and what it reports."""
 
-    def __init__(self, path: Path, settings: dict, fresh: bool = False):
-        """Begin a run, or continue the one that was begun with the same settings; `fresh` sets that one aside first.
+    path: Path
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class RunDirectory:
+    """The directory of one run, locked by this process until the process ends.
+
+    `settings` are what makes a run the same run; `stages` has the metadata of every finished stage by name: what the
+    stage reported, its `seconds`, and `sha256`, the hash of each of its files.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], fresh: bool = False) -> None:
+        """Begin a run, or continue the one that was begun with the same settings; `fresh` renames that one first.
 
         To continue reads all finished files, to compare their hashes: about a second a gigabyte and core.
         UserError: another process works here, the settings or the format differ, a finished file was changed.
         """
-        self.path, self.settings = Path(path), json.loads(json.dumps(settings, default=str))
+        self.path = Path(path)
+        self.settings = json.loads(json.dumps(settings, default=str))  # as they will be read back
         config = self.path / "config.json"
-        if self.path.exists() and not self._is_ours():
+        if self.path.exists() and not self._is_run_directory():
             raise UserError(f"{path} exists and is no run directory; choose another --run-dir")
-        lock_directory(self.path)
-        aside = self._set_aside() if fresh and config.is_file() else None
-        if config.is_file():
-            self._check_same(config)
-        else:
-            versions = {"minidpost": __version__, "python": platform.python_version(), "torch": version("torch")}
-            write_json(config, {"format": FORMAT, "settings": self.settings, "versions": versions})
-        if aside:
-            self.say(f"the run that was here is now {aside}")
-        self.facts = self._finished_stages()
-        remove_unfinished(self.path)
-        for rest in list(self.path.rglob("*.progress")):
-            if rest.with_suffix("").exists():  # a kill came between the stage's end and this
-                shutil.rmtree(rest, ignore_errors=True)
 
-    def _is_ours(self) -> bool:
+        lock_directory(self.path)
+        if fresh and config.is_file():
+            old_run = self._rename_old_run()
+            self._write_config(config)
+            self.log(f"the run that was here is now {old_run}")
+        elif config.is_file():
+            self._check_config(config)
+        else:
+            self._write_config(config)
+
+        self.stages = self._finished_stages()
+        remove_unfinished(self.path)
+        for progress in list(self.path.rglob("*.progress")):
+            if progress.with_suffix("").exists():  # a kill came between the stage's end and the removal
+                shutil.rmtree(progress, ignore_errors=True)
+
+    # -- stages -------------------------------------------------------------------------------------------------------
+
+    def is_finished(self, name: str) -> bool:
+        """Whether a stage has its final name; UserError where something has that name which no stage wrote."""
+        path = self.path / name
+        if path.exists() and name not in self.stages:
+            raise UserError(f"{path} is there, but stages.jsonl does not know of it; move it away, or --fresh")
+        return path.exists()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Give a stage a temporary path, which takes the stage's name when the block ends without an error.
+
+        A name with a suffix is that of a file, any other that of a directory.
+        """
+        path = self.path / name
+        self.log(name)
+        started = time.perf_counter()
+        with staged_file(path) if path.suffix else staged_directory(path) as temporary:
+            stage = Stage(temporary)
+            yield stage
+            metadata = stage.metadata
+            metadata["seconds"] = round(time.perf_counter() - started, 2)
+            metadata["sha256"] = file_hashes(temporary)
+            # The metadata is written before the stage takes its name, so that whatever is finished has some.
+            self.stages[name] = metadata
+            write_jsonl(self.path / "stages.jsonl", [{"stage": key, **value} for key, value in self.stages.items()])
+        shutil.rmtree(self.progress(name), ignore_errors=True)
+
+    def progress(self, name: str) -> Path:
+        """The directory of what an unfinished stage can be continued from; it is removed when the stage is finished."""
+        return self.path / f"{name}.progress"
+
+    def log(self, text: str) -> None:
+        """Write one line to the terminal, between progress bars, and to log.txt."""
+        line = f"{time.strftime('%H:%M:%S')} {text}"
+        tqdm.write(line)
+        sys.stdout.flush()  # a pipe would hold it back until the end
+        with open(self.path / "log.txt", "a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+    # -- beginning and continuing -------------------------------------------------------------------------------------
+
+    def _is_run_directory(self) -> bool:
         """Whether this is a run directory, or one that is empty but for what a run leaves that was killed at once."""
         if not self.path.is_dir():
             return False
@@ -75,87 +142,90 @@ class RunDirectory:
         if "config.json" not in names:
             return names <= {LOCK}
         try:  # a model's directory has a config.json too
-            return "log.txt" in names or "settings" in read_json(self.path / "config.json")
+            return "log.txt" in names or "settings" in json_object(self.path / "config.json")
         except (OSError, ValueError, TypeError):
             return False
 
-    def _set_aside(self) -> Path:
-        aside = next(p for n in count(1) if not (p := self.path.with_name(f"{self.path.name}.{n}")).exists())
-        os.rename(self.path, aside)
+    def _rename_old_run(self) -> Path:
+        """Rename the run that is here to the first of NAME.1, NAME.2, … that is free, and claim the directory anew."""
+        index = 1
+        while self.path.with_name(f"{self.path.name}.{index}").exists():
+            index += 1
+        new_path = self.path.with_name(f"{self.path.name}.{index}")
+        os.rename(self.path, new_path)
         lock_directory(self.path)
-        return aside
+        return new_path
 
-    def _check_same(self, config: Path) -> None:
+    def _write_config(self, config: Path) -> None:
+        versions = {"minidpost": __version__, "python": platform.python_version(), "torch": version("torch")}
+        write_json(config, {"format": FORMAT, "settings": self.settings, "versions": versions})
+
+    def _check_config(self, config: Path) -> None:
+        """UserError where the run that is here was begun by another format or with other settings."""
         try:
-            begun = read_json(config)
-            begun_format, torch_then = begun.get("format", 1), begun.get("versions", {}).get("torch")
-            begun, wanted = flat(begun["settings"]), flat(self.settings)
-            differing = [name for name in {**wanted, **begun} if begun.get(name) != wanted.get(name)]
+            content = json_object(config)
+            old_format = content.get("format", 1)  # the first format was not numbered
+            old_torch = content.get("versions", {}).get("torch")
+            old_settings = flat(content["settings"])
+            new_settings = flat(self.settings)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{config} is not readable; choose another --run-dir, or --fresh") from None
-        if begun_format != FORMAT:
+        if old_format != FORMAT:
             raise UserError(
-                f"{self.path} is a run directory of format {begun_format}, this code writes format {FORMAT}; "
+                f"{self.path} is a run directory of format {old_format}, this code writes format {FORMAT}; "
                 "choose another --run-dir, or --fresh"
             )
-        if differing:
-            name = differing[0]
-            raise UserError(
-                f"{self.path} was begun with {name} = {begun.get(name)}, this command has {wanted.get(name)}; "
-                "choose another --run-dir, or --fresh"
-            )
-        if torch_then != version("torch"):
-            self.say(f"begun with torch {torch_then}, continued with {version('torch')}: rounding may differ")
+        for name in {**new_settings, **old_settings}:
+            if old_settings.get(name) != new_settings.get(name):
+                raise UserError(
+                    f"{self.path} was begun with {name} = {old_settings.get(name)}, "
+                    f"this command has {new_settings.get(name)}; choose another --run-dir, or --fresh"
+                )
+        if old_torch != version("torch"):
+            self.log(f"begun with torch {old_torch}, continued with {version('torch')}: rounding may differ")
 
-    def _finished_stages(self) -> dict[str, dict]:
-        """The facts of every stage that has its name, its files being those that it made."""
-        path, found = self.path / "stages.jsonl", {}
+    def _finished_stages(self) -> dict[str, dict[str, Any]]:
+        """The metadata of every stage that has its final name; UserError where a file of one was changed."""
+        path = self.path / "stages.jsonl"
+        stages: dict[str, dict[str, Any]] = {}
+        expected_sha256: dict[Path, str] = {}
         try:
-            for _, row in read_jsonl(path) if path.is_file() else ():
-                name = row.pop("stage")
-                if (self.path / name).exists():  # noted before it has its name, a stage can lack it after a kill
-                    found[name] = row
-            made = {self.path / name / file: was for name, row in found.items() for file, was in row["sha256"].items()}
+            for _, metadata in read_jsonl(path) if path.is_file() else ():
+                name = metadata.pop("stage")
+                if (self.path / name).exists():  # a kill between the writing of the metadata and the renaming
+                    stages[name] = metadata
+            for name, metadata in stages.items():
+                for file, sha256 in metadata["sha256"].items():
+                    expected_sha256[self.path / name / file] = sha256
         except (KeyError, TypeError, ValueError, AttributeError, OSError):
             raise UserError(f"{path} was changed since it was written; restore it, or --fresh") from None
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run
-            hashes = pool.map(lambda file: sha256_of(file) if file.is_file() else "missing", made)
-            for (file, was), now in zip(made.items(), hashes, strict=True):
-                if was != now:
-                    change = "is missing" if now == "missing" else "was changed"
+            all_actual_sha256 = pool.map(sha256_or_none, expected_sha256)
+            for (file, expected), actual in zip(expected_sha256.items(), all_actual_sha256, strict=True):
+                if actual != expected:
+                    change = "is missing" if actual is None else "was changed"
                     raise UserError(f"{file} {change} since its stage was finished; restore it, or --fresh")
-        return found
+        return stages
 
-    def stage(self, name: str, work: Callable[[Path], dict]) -> Path:
-        """Do `work` on a temporary path that becomes the stage's when whole, and note facts and seconds; or skip it."""
-        path = self.path / name
-        if name in self.facts and path.exists():
-            return path
-        if path.exists():
-            raise UserError(f"{path} is there, but stages.jsonl does not know of it; move it away, or --fresh")
-        self.say(name)
-        started = time.perf_counter()
-        with staged_file(path) if path.suffix else staged_directory(path) as temporary:
-            facts = work(temporary) | {"seconds": round(time.perf_counter() - started, 2)}
-            files = [file for file in sorted([temporary, *temporary.rglob("*")]) if file.is_file()]
-            facts["sha256"] = {str(file.relative_to(temporary)): sha256_of(file) for file in files}  # "." if it is one
-            self.facts[name] = facts
-            rows = ({"stage": stage, **facts} for stage, facts in self.facts.items())
-            write_jsonl(self.path / "stages.jsonl", rows)  # before the stage takes its name: what is finished has facts
-        shutil.rmtree(self.progress(name), ignore_errors=True)
-        return path
 
-    def progress(self, name: str) -> Path:
-        """Where a stage keeps what it can be continued from: a directory, gone when the stage is finished."""
-        return self.path / f"{name}.progress"
+def file_hashes(path: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a directory by relative name; of a file alone, under the name "."."""
+    files = [file for file in sorted([path, *path.rglob("*")]) if file.is_file()]
+    return {str(file.relative_to(path)): sha256_of(file) for file in files}
 
-    def say(self, text: str) -> None:
-        """One line on the terminal, between progress bars, and in log.txt."""
-        line = f"{time.strftime('%H:%M:%S')} {text}"
-        tqdm.write(line)
-        sys.stdout.flush()  # a pipe would hold it back until the end
-        with open(self.path / "log.txt", "a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
+
+def sha256_or_none(path: Path) -> str | None:
+    """The SHA-256 of a file, or None where there is no such file."""
+    return sha256_of(path) if path.is_file() else None
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; TypeError where it holds another value, OSError and ValueError as `read_json`."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise TypeError(f"{path}: a JSON object is expected")
+    return content
 
 
 def lock_directory(path: Path) -> None:
@@ -172,44 +242,61 @@ def lock_directory(path: Path) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be locked ({error.strerror}); choose a --run-dir on another disk") from None
     if not (path / LOCK).exists() or not os.path.samestat(os.fstat(handle), os.stat(path / LOCK)):
-        raise UserError(f"{path} was set aside by another process at this moment; run the command again")
+        raise UserError(f"{path} was renamed by another process at this moment; run the command again")
 
 
 def model_hash(directory: Path) -> str:
-    """A short hash of a model's configuration, weights and vocabulary, by which a run knows its base again."""
-    files = sorted(
-        path for pattern in ("config.json", "*.safetensors", "**/*.model") for path in directory.glob(pattern)
-    )
-    names_and_hashes = [(str(path.relative_to(directory)), sha256_of(path)) for path in files]
+    """A short hash that identifies a model: of its configuration, weights and vocabulary."""
+    paths: list[Path] = []
+    for pattern in ("config.json", "*.safetensors", "**/*.model"):
+        paths.extend(directory.glob(pattern))
+    names_and_hashes = [(str(path.relative_to(directory)), sha256_of(path)) for path in sorted(paths)]
     return hashlib.sha256(repr(names_and_hashes).encode()).hexdigest()[:16]
 
 
-def flat(settings: dict) -> dict:
-    """Settings with those of inner groups under dotted names, so that a complaint can name the one that differs."""
-    pairs = {}
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with those of inner groups under dotted names, so that an error can name the one that differs.
+
+    {"seed": 1, "preset": {"beta": 0.1}} gives {"seed": 1, "preset.beta": 0.1}.
+    """
+    result: dict[str, Any] = {}
     for name, value in settings.items():
-        pairs |= {f"{name}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {name: value}
-    return pairs
+        if isinstance(value, dict):
+            for inner_name, inner_value in value.items():
+                result[f"{name}.{inner_name}"] = inner_value
+        else:
+            result[name] = value
+    return result
 
 
 class Chunks:
-    """Rows committed a chunk at a time, each chunk a JSONL file in a directory; other settings have other files."""
+    """Records saved a chunk at a time, each chunk a JSONL file of one directory.
 
-    def __init__(self, directory: Path, *identity: object):
-        self.directory, self.prefix = directory, fingerprint(*identity)[:16]
+    `identity` is what the records depend on (stage, settings, …): chunks of another identity have other names, and are
+    neither read nor overwritten.
+    """
 
-    def path(self, number: int) -> Path:
-        return self.directory / f"{self.prefix}-{number:06d}.jsonl"
+    def __init__(self, directory: Path, *identity: object) -> None:
+        self.directory = directory
+        self.prefix = fingerprint(*identity)[:16]
+
+    def path(self, chunk_index: int) -> Path:
+        """The file of one chunk."""
+        return self.directory / f"{self.prefix}-{chunk_index:06d}.jsonl"
 
     def n_finished(self) -> int:
-        """How many chunks there are, from the first."""
-        return next(number for number in count() if not self.path(number).is_file())
+        """How many chunks there are, counted from the first without a gap."""
+        n_chunks = 0
+        while self.path(n_chunks).is_file():
+            n_chunks += 1
+        return n_chunks
 
-    def commit(self, number: int, rows: Sequence[dict]) -> None:
+    def commit(self, chunk_index: int, records: Sequence[dict[str, Any]]) -> None:
         """Write a finished chunk."""
-        write_jsonl(self.path(number), rows)
+        write_jsonl(self.path(chunk_index), records)
 
-    def rows(self) -> Iterator[dict]:
-        """The rows of all chunks."""
-        for number in range(self.n_finished()):
-            yield from (row for _, row in read_jsonl(self.path(number)))
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The records of all chunks, in order."""
+        for chunk_index in range(self.n_finished()):
+            for _, record in read_jsonl(self.path(chunk_index)):
+                yield record

@@ -4,8 +4,8 @@ GSM8K annotates its rationales (`<<48/2=24>>24`). A model that has learnt to wri
 the calculator: after `<<48/2=` the next tokens are forced to `24>>` (Cobbe et al. 2021; paper, section 3.2).
 
 Departures from the published code: exact rational arithmetic by a parser of our own instead of `eval` on model output;
-at most two decimals, rounded half up, where it printed floats (0.29*100 is 29, not 29.0); the open annotation's text is
-the automaton's whole state, where the sequence was read again at every step.
+at most two decimals, rounded half up, where it printed floats (0.29*100 is 29, not 29.0); the automaton keeps only
+the text of the open annotation, where the whole sequence was read again at every step.
 """
 
 import re
@@ -14,8 +14,8 @@ from copy import copy
 from fractions import Fraction
 from functools import lru_cache
 
-MAX_CHARACTERS = 200
-MAX_DEPTH = 20
+MAX_CHARACTERS = 200  # in an expression
+MAX_DEPTH = 20  # of nested parentheses
 MAX_BITS = 256  # of the numerator and of the denominator of any intermediate
 
 _NUMBER = r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
@@ -31,11 +31,11 @@ class _Malformed(Exception):
 def evaluate_expression(expression: str) -> str | None:
     """The value of an arithmetic expression, as GSM8K prints it; None if it has none or exceeds the bounds.
 
-    Knows + - * / and parentheses, signs, decimals (`.5`, `5.`), thousands commas, percent (`20%` is 0.2), and × ÷ − x
-    as operators. No power, no implied multiplication, no currency, no exponent (`1e9`), no digits but ASCII's and no
-    other look-alikes (– ⁄ · ∗ and full-width signs): GSM8K's annotations have none. The result is an integer where the
-    value is one, else has at most two decimals, half rounded away from zero. Never raises; at most MAX_CHARACTERS
-    symbols and as many operations on numbers of MAX_BITS, whatever the text.
+    Knows + - * / and parentheses, leading + and -, decimals (`.5`, `5.`), thousands commas, percent (`20%` is 0.2), and
+    × ÷ − x as operators. No power, no implied multiplication, no currency, no exponent (`1e9`), no digits but ASCII's
+    and no other look-alikes (– ⁄ · ∗ and full-width characters): GSM8K's annotations have none. The result is an
+    integer where the value is one, else has at most two decimals, half rounded away from zero. Never raises; at most
+    MAX_CHARACTERS symbols and as many operations on numbers of MAX_BITS, whatever the text.
     """
     if len(expression) > MAX_CHARACTERS:
         return None
@@ -46,8 +46,9 @@ def evaluate_expression(expression: str) -> str | None:
 
 
 def _split(expression: str) -> list[str]:
-    """The expression's numbers and signs, in ASCII and without thousands commas."""
-    symbols, position = [], 0
+    """The expression's numbers and operators, in ASCII and without thousands commas."""
+    symbols = []
+    position = 0
     while position < len(expression):
         match = _SYMBOL.match(expression, position)
         if match is None:
@@ -58,6 +59,7 @@ def _split(expression: str) -> list[str]:
 
 
 def _print(value: Fraction) -> str:
+    """At most two decimals: 24 as "24", 1/3 as "0.33", 1/2 as "0.5", 1/200 as "0.01"."""
     hundredths = (abs(value) * 200 + 1) // 2  # half up, away from zero
     whole, cents = divmod(hundredths, 100)
     sign = "-" if value < 0 and hundredths else ""
@@ -73,6 +75,7 @@ class _Parser:
         self._depth = 0
 
     def value(self) -> Fraction:
+        """The value of all symbols."""
         value = self._sum()
         if self._peek():
             raise _Malformed
@@ -88,13 +91,17 @@ class _Parser:
     def _sum(self) -> Fraction:
         value = self._product()
         while self._peek() in ("+", "-"):
-            value = _bounded(value + self._product() if self._take() == "+" else value - self._product())
+            if self._take() == "+":
+                value = _bounded(value + self._product())
+            else:
+                value = _bounded(value - self._product())
         return value
 
     def _product(self) -> Fraction:
         value = self._signed()
         while self._peek() in ("*", "/"):
-            operator, operand = self._take(), self._signed()
+            operator = self._take()
+            operand = self._signed()
             if operator == "/" and not operand:
                 raise _Malformed
             value = _bounded(value * operand if operator == "*" else value / operand)
@@ -103,7 +110,8 @@ class _Parser:
     def _signed(self) -> Fraction:
         sign = 1
         while self._peek() in ("+", "-"):
-            sign = -sign if self._take() == "-" else sign
+            if self._take() == "-":
+                sign = -sign
         return sign * self._percentage()
 
     def _percentage(self) -> Fraction:
@@ -130,6 +138,7 @@ class _Parser:
 
 
 def _bounded(value: Fraction) -> Fraction:
+    """The value, unless its numerator or denominator has become too long."""
     if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
         raise _Malformed
     return value
@@ -149,8 +158,11 @@ class Automaton:
         open_mark: str,
         close_mark: str,
     ):
-        """`token_texts` holds every id's text, "" where an id has none (ids beyond its end have none either);
-        `encode_result` gives the ids of a result and the closing mark, exactly as they stand in the training text."""
+        """Bind the automaton to a vocabulary.
+
+        `token_texts` holds every id's text, "" where an id has none (ids beyond its end have none either);
+        `encode_result` gives the ids of a result and the closing mark, exactly as they stand in the training text.
+        """
         self._token_texts = token_texts
         self._encode_result = encode_result
         self._open_mark = open_mark
@@ -171,17 +183,21 @@ class Automaton:
 
     def push(self, token_id: int) -> list[int]:
         """Take the row's next token, forced ones too; returns the ids to force right after it, nearly always none."""
+        # 1) Nothing is open and this token opens nothing: by far the most frequent case.
         if not self._pending and token_id not in self.trigger_ids:
             return []
+        # 2) What follows the last opening mark is the annotation, unless it has been closed or is too long.
         text = self._pending + (self._token_texts[token_id] if 0 <= token_id < len(self._token_texts) else "")
         _, mark, annotation = text.rpartition(self._open_mark)
         if not mark or self._close_mark in annotation or len(annotation) > MAX_CHARACTERS:
             self._pending = self._unfinished_mark(text)
             return []
         self._pending = mark + annotation
+        # 3) `48/2=` is complete: one `=`, at the end. `48/2` and `48/2=2` are not.
         expression, equals, rest = annotation.partition("=")
         if not equals or rest.strip():
             return []
+        # 4) With a value, the result and the closing mark are forced.
         result = evaluate_expression(expression)
         if result is None:
             return []
@@ -191,5 +207,8 @@ class Automaton:
 
     def _unfinished_mark(self, text: str) -> str:
         """The longest end of `text` that is a proper beginning of the opening mark."""
-        lengths = range(len(self._open_mark) - 1, 0, -1)
-        return next((self._open_mark[:n] for n in lengths if text.endswith(self._open_mark[:n])), "")
+        for length in range(len(self._open_mark) - 1, 0, -1):
+            beginning = self._open_mark[:length]
+            if text.endswith(beginning):
+                return beginning
+        return ""

@@ -4,9 +4,10 @@ GSM8K's convention: a rationale ends in `#### number`. The last one counts, and 
 published code. Departures: arithmetic is exact, and an answer that only begins like a number (`1/2`, `1e9`, `3:30`) is
 none, where a search for leading digits reads 1, 1 and 3.
 
-A number is plain ASCII digits, at most MAX_DIGITS signs of them. NaN, Infinity, exponents, fractions and the digits of
-other scripts (`١٨`, `１８`), which Python's own `float` and `Decimal` would take, are none: the model never saw them in
-training, so they say that something went wrong. No text raises, and all are read in time linear in their length.
+A number is plain ASCII digits, at most MAX_DIGITS of them with point and commas. NaN, Infinity, exponents, fractions
+and the digits of other scripts (`١٨`, `１８`), which Python's own `float` and `Decimal` would take, are none: the model
+never saw them in training, so they say that something went wrong. No text raises, and all are read in time linear in
+their length.
 """
 
 import re
@@ -18,7 +19,7 @@ _EXACT = Context(prec=2 * MAX_DIGITS + 1)  # holds the difference of any two acc
 
 _NUMBER = r"(?P<sign>\$?[-−]?)\$?(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
 _WHOLE = re.compile(rf"\s*{_NUMBER}%?\s*")
-# What follows the digits when they are not the whole number.
+# What follows the digits where they are not the whole number: `1/2`, `1e9`, `3:30`.
 _MORE = r"[0-9]|[.,:_][0-9]|[eE][-+]?[0-9]|\s*[*/^×÷]\s*[0-9]"
 _FINAL = re.compile(rf"####\s*{_NUMBER}(?P<more>{_MORE})?")
 
@@ -39,13 +40,14 @@ def extract_answer(text: str) -> Decimal | None:
 
 def is_correct(completion: str, answer: str) -> bool:
     """Whether a completion's final answer equals the dataset's within 1e-4; False if either has no number."""
-    found, expected = extract_answer(completion), parse_number(answer)
+    found = extract_answer(completion)
+    expected = parse_number(answer)
     if found is None or expected is None:
         return False
     return _EXACT.subtract(found, expected).copy_abs() <= TOLERANCE
 
 
-def _value(match: re.Match) -> Decimal | None:
+def _value(match: re.Match[str]) -> Decimal | None:
     """The exact value of a match of `_NUMBER`; None if it is longer than answers are."""
     if len(match["digits"]) > MAX_DIGITS:
         return None

@@ -1,24 +1,23 @@
 """How a model family writes a question and a rationale, and the way back.
 
-Between the stages a rationale is kept in GSM8K's own form, called canonical here: lines, `<<48/2=24>>24` annotations
-and `#### 72` at the end. T5's vocabulary has no `<`, no newline and few mathematical signs, so that its targets are one
-line, as in the published code:
+Between the stages a rationale is in GSM8K's own form, called canonical here: lines, `<<48/2=24>>24` annotations
+and `#### 72` at the end. T5's vocabulary has no `<`, no newline and few mathematical symbols, so that its targets are
+one line, as in the published code:
 
     Natalia sold 48 / 2 = [ 48 / 2 = 24] 24 clips in May. Natalia sold 48 + 24 = [ 48 + 24 = 72] 72 clips. #### 72
 
-Llama's vocabularies have all of it, so that its targets are GSM8K's own form, behind an Alpaca-style prompt.
+Llama's vocabularies have all of it, so that its targets are GSM8K's own form, after an Alpaca-style prompt.
 
 Departures from the published code: operators are spaced evenly (there `a+b+c` became `a + b+c`); what has been
 formatted once stays as it is (there `#### 9` became `#### 9.` from the second round on); an annotation's result is
-written as the calculator writes it, so that forced ids are the training text's; signs outside the vocabulary are
-folded, not lost. Llama's begin id stands in front of every prompt, in training as elsewhere.
+written as the calculator writes it, so that forced ids are the training text's; characters outside the
+vocabulary are replaced by what comes nearest, not lost. Llama's BOS stands in front of every prompt, in training too.
 """
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -29,13 +28,24 @@ from minidpost.text.grading import parse_number
 
 
 class Tokenizer(Protocol):
-    """What a format needs of a tokenizer (see tokenizer.py)."""
+    """What a template needs of a tokenizer (see tokenizer.py)."""
 
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int | None
-    token_texts: Sequence[str]
-    files: Sequence[Path]
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    @property
+    def token_texts(self) -> Sequence[str]:
+        """What each id adds to a text."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files that a model directory needs for this tokenizer."""
 
     def encode(self, text: str, continued: bool = False) -> list[int]: ...
 
@@ -43,25 +53,33 @@ class Tokenizer(Protocol):
 
 
 class Template(Protocol):
-    """What a format is to the rest of the code: canonical texts on one side, a model's texts and ids on the other."""
+    """What a template is to the rest of the code: canonical texts on one side, a model's texts and ids on the other."""
 
     eos_id: int
 
-    def prompt(self, question: str) -> str: ...
+    def prompt(self, question: str) -> str:
+        """The text that the model is given for a question."""
 
-    def target(self, rationale: str) -> str: ...
+    def target(self, rationale: str) -> str:
+        """The text that the model is trained to write for a canonical rationale."""
 
-    def canonical(self, text: str) -> str: ...
+    def canonical(self, text: str) -> str:
+        """The way back: the canonical rationale of a text that the model wrote."""
 
-    def prompt_ids(self, question: str) -> list[int]: ...
+    def prompt_ids(self, question: str) -> list[int]:
+        """The ids of a question's prompt."""
 
-    def target_ids(self, rationale: str) -> list[int]: ...
+    def target_ids(self, rationale: str) -> list[int]:
+        """The ids of a rationale's target, EOS included."""
 
-    def decode(self, ids: Iterable[int]) -> str: ...
+    def decode(self, ids: Iterable[int]) -> str:
+        """The canonical rationale that a completion's ids stand for."""
 
-    def new_calculator(self) -> Automaton: ...
+    def new_calculator(self) -> Automaton:
+        """A calculator for one row of the sampler."""
 
-    def round_trips(self, text: str) -> bool: ...
+    def round_trips(self, text: str) -> bool:
+        """Whether the vocabulary can write a text: encoded and decoded, it is the same."""
 
 
 _ANNOTATION = re.compile(r"<<([^<>]*)>>")
@@ -69,8 +87,9 @@ _BRACKETS = re.compile(r"\[([^\[\]<>]*)\]\s*")
 _ANSWER_MARK = re.compile(r"\s?####[\s#]*")  # one space, not all: a search that begins at each of many is slow
 _SENTENCE_MARKS = (".", "!", "?", ":", ";", ",")
 
-# A binary operator stands between these two; any other sign (`= -5`, `30-minute`) stays as it is.
-_LEFT, _RIGHT = r"(?<=[0-9)%])\s*", r"\s*(?=[-+]?[$€£]?\s?[-+]?\.?[0-9(\[])"
+# A binary operator stands between these two; any other one (`= -5`, `30-minute`) stays as it is.
+_LEFT = r"(?<=[0-9)%])\s*"
+_RIGHT = r"\s*(?=[-+]?[$€£]?\s?[-+]?\.?[0-9(\[])"
 _SPACING = [
     (re.compile(rf"{_LEFT}([-+*/]){_RIGHT}"), r" \1 "),
     (re.compile(r"\s*(?<![<>=!])=(?![=>])\s*"), " = "),
@@ -80,8 +99,9 @@ _SPACING = [
     (re.compile(r"\s+\)"), ")"),
 ]
 
-# What replaces a sign that the vocabulary lacks, in this order: a replacement may hold a sign replaced further on.
-_FOLDS = [
+# What replaces a character that the vocabulary lacks, as (character, pattern, replacement). They are applied in this
+# order: a replacement may hold a character that is replaced further down.
+_REPLACEMENTS = [
     ("×", rf"{_LEFT}×{_RIGHT}", "*"),
     ("×", "×", "x"),
     ("÷", "÷", "/"),
@@ -113,23 +133,37 @@ class T5Template:
     """T5's way: the bare question for the encoder, a one-line rationale with `[ 48 / 2 = 24] 24` for the decoder."""
 
     def __init__(self, tokenizer: Tokenizer):
-        """Bind the format to a vocabulary, which decides what has to be folded."""
-        self._tokenizer = tokenizer
-        self._is_lossy = cache(lambda sign: sign != " " and not self.round_trips(sign))
-        self._folds = [(re.compile(pattern), new) for sign, pattern, new in _FOLDS if self._is_lossy(sign)]
+        """Bind the template to a vocabulary, which decides what has to be replaced; UserError if it has no EOS."""
+        if tokenizer.eos_id is None:
+            raise UserError(f"{tokenizer.files[0]}: T5's template needs an end id")
         self.eos_id = tokenizer.eos_id
+        self._tokenizer = tokenizer
+        self._is_unknown: dict[str, bool] = {}  # by character, filled as they come
+        self._replacements = [
+            (re.compile(pattern), replacement)
+            for character, pattern, replacement in _REPLACEMENTS
+            if self._lacks(character)
+        ]
         self._automaton = Automaton(tokenizer.token_texts, self._result_ids, "[", "]")
 
     def prompt(self, question: str) -> str:
-        """The question on one line, signs outside the vocabulary folded."""
-        return self._fold(question)
+        """The question on one line, characters outside the vocabulary replaced."""
+        return self._replace_unknown_characters(question)
 
     def target(self, rationale: str) -> str:
         """The training text of a canonical rationale; `target(canonical(t)) == t` for every target t."""
+        # 1) Each line becomes a sentence, the answer goes to the end.
         prose, *answers = _ANSWER_MARK.split(rationale)
-        sentences = [_sentence(self._fold(_bracketed(line))) for line in prose.split("\n") if line.strip()]
-        answers = [self._fold(_bracketed(answer)).rstrip(" .") for answer in answers]
-        text = " ".join(sentences + [f"#### {answer}" for answer in answers if answer])
+        parts = []
+        for line in prose.split("\n"):
+            if line.strip():
+                parts.append(_sentence(self._replace_unknown_characters(_bracketed(line))))
+        for answer in answers:
+            written = self._replace_unknown_characters(_bracketed(answer)).rstrip(" .")
+            if written:
+                parts.append(f"#### {written}")
+        text = " ".join(parts)
+        # 2) Spaces around operators and brackets, as T5's pieces want them.
         for pattern, replacement in _SPACING:
             text = pattern.sub(replacement, text)
         return _one_line(text)
@@ -141,12 +175,12 @@ class T5Template:
         return _ANSWER_MARK.sub("\n#### ", text).strip()
 
     def prompt_ids(self, question: str) -> list[int]:
-        """The encoder's ids for a question, the end id included."""
-        return [*self._tokenizer.encode(self.prompt(question)), self._tokenizer.eos_id]
+        """The encoder's ids for a question, EOS included."""
+        return [*self._tokenizer.encode(self.prompt(question)), self.eos_id]
 
     def target_ids(self, rationale: str) -> list[int]:
-        """The decoder's ids for a canonical rationale, the end id included."""
-        return [*self._tokenizer.encode(self.target(rationale)), self._tokenizer.eos_id]
+        """The decoder's ids for a canonical rationale, EOS included."""
+        return [*self._tokenizer.encode(self.target(rationale)), self.eos_id]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The canonical rationale that a completion's ids stand for."""
@@ -164,21 +198,28 @@ class T5Template:
         # No piece of T5's vocabulary reaches across a space, so these are the ids of ` 24]` wherever a target holds it.
         return self._tokenizer.encode(f" {result}]")
 
-    def _fold(self, text: str) -> str:
-        """The text on one line, signs that the vocabulary lacks replaced by what comes nearest, if anything does."""
+    def _lacks(self, character: str) -> bool:
+        """Whether the vocabulary cannot write a character."""
+        if character not in self._is_unknown:
+            self._is_unknown[character] = character != " " and not self.round_trips(character)
+        return self._is_unknown[character]
+
+    def _replace_unknown_characters(self, text: str) -> str:
+        """The text on one line, each character that the vocabulary lacks as what comes nearest, if anything does."""
         text = _one_line(unicodedata.normalize("NFC", text))
-        if any(map(self._is_lossy, set(text))):
-            for pattern, replacement in self._folds:
-                text = pattern.sub(replacement, text)
-            text = _one_line("".join(_likeness(sign) if self._is_lossy(sign) else sign for sign in text))
-        return text
+        if not any(self._lacks(character) for character in set(text)):
+            return text
+        for pattern, replacement in self._replacements:
+            text = pattern.sub(replacement, text)
+        characters = [_plain_spelling(character) if self._lacks(character) else character for character in text]
+        return _one_line("".join(characters))
 
 
 LLAMA_PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{question}\n\n### Response:\n"
 )
-# Behind both groups there may be a seam between forced and other ids.
+# Where the calculator's forced ids begin (after group 1) and end (after group 2).
 _CALCULATED = re.compile(r"(<<[^<>=]*=)([^<>]*>>)")
 
 
@@ -187,18 +228,19 @@ class LlamaTemplate:
 
     The prompt ends in a line break. It belongs to the prompt, and the completion is tokenised as what continues it, so
     that the completion's first piece is the same in training, in sampling and in the whole text tokenised at once: none
-    of their tokenizers makes pieces that go on behind a line break.
+    of their tokenizers makes pieces that go on after a line break.
 
-    The calculator forces `24>>` behind `<<48/2=`, whatever follows. Other pieces may reach across these places (`=-`,
+    The calculator forces `24>>` after `<<48/2=`, whatever follows. Other pieces may reach across these places (`=-`,
     `>>.`), so training text is tokenised in segments that end there, and forced ids are always those of training.
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        """Bind the format to a vocabulary; UserError if it is none of Llama's kind."""
+        """Bind the template to a vocabulary; UserError if it is none of Llama's kind."""
         self._tokenizer = tokenizer
-        if None in (tokenizer.bos_id, tokenizer.eos_id) or not self.round_trips("<<\n>>"):
-            raise UserError(f"{tokenizer.files[0]}: Llama's format needs begin and end ids, <<, >> and line breaks")
+        if tokenizer.bos_id is None or tokenizer.eos_id is None or not self.round_trips("<<\n>>"):
+            raise UserError(f"{tokenizer.files[0]}: Llama's template needs begin and end ids, <<, >> and line breaks")
         self.eos_id = tokenizer.eos_id
+        self._bos_id = tokenizer.bos_id
         self._automaton = Automaton(tokenizer.token_texts, self._result_ids, "<<", ">>")
 
     def prompt(self, question: str) -> str:
@@ -214,11 +256,11 @@ class LlamaTemplate:
         return _tidy(text)
 
     def prompt_ids(self, question: str) -> list[int]:
-        """The ids in front of a completion, the begin id first."""
-        return [self._tokenizer.bos_id, *self._tokenizer.encode(self.prompt(question))]
+        """The ids in front of a completion, BOS first."""
+        return [self._bos_id, *self._tokenizer.encode(self.prompt(question))]
 
     def target_ids(self, rationale: str) -> list[int]:
-        """The completion's ids for a canonical rationale, the end id included."""
+        """The completion's ids for a canonical rationale, EOS included."""
         return [*self._segmented_ids(self.target(rationale)), self.eos_id]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -234,25 +276,34 @@ class LlamaTemplate:
         return self._tokenizer.decode(self._segmented_ids(text)) == text
 
     def _segmented_ids(self, text: str) -> list[int]:
-        seams = [end for match in _CALCULATED.finditer(text) for end in (match.end(1), match.end(2))]
-        segments = [text[start:end] for start, end in pairwise([0, *seams, len(text)])]
-        return [token_id for segment in segments for token_id in self._tokenizer.encode(segment, continued=True)]
+        """The ids of a text, tokenised apart where forced ids would begin and end.
+
+        `It is <<48/2=24>>24.` is tokenised as `It is <<48/2=`, `24>>`, `24.`
+        """
+        ends = []
+        for match in _CALCULATED.finditer(text):
+            ends += [match.end(1), match.end(2)]
+        ids: list[int] = []
+        for start, end in pairwise([0, *ends, len(text)]):
+            ids += self._tokenizer.encode(text[start:end], continued=True)
+        return ids
 
     def _result_ids(self, result: str) -> list[int]:
         return self._tokenizer.encode(f"{result}>>", continued=True)
 
 
-_FORMATS = {"t5": T5Template, "llama": LlamaTemplate}
+_TEMPLATES: dict[str, Callable[[Tokenizer], Template]] = {"t5": T5Template, "llama": LlamaTemplate}
 
 
 def template_for(model_type: str, tokenizer: Tokenizer) -> Template:
-    """The format of a model family, named as in Hugging Face's config.json; UserError if the family is unknown."""
-    if model_type not in _FORMATS:
-        raise UserError(f"model_type {model_type!r}: only {' and '.join(map(repr, _FORMATS))} are supported")
-    return _FORMATS[model_type](tokenizer)
+    """The template of a model family, named as in Hugging Face's config.json; UserError if the family is unknown."""
+    if model_type not in _TEMPLATES:
+        raise UserError(f"model_type {model_type!r}: only {' and '.join(map(repr, _TEMPLATES))} are supported")
+    return _TEMPLATES[model_type](tokenizer)
 
 
 def _one_line(text: str) -> str:
+    """The text with single spaces in place of every kind and number of spaces and line breaks."""
     return " ".join(text.split())
 
 
@@ -273,21 +324,25 @@ def _bracketed(text: str) -> str:
 
 
 def _with_printed_result(annotation: str) -> str:
-    """`1500*2=3,000.00` as `1500*2=3000`: the calculator's print where the human's result equals it."""
+    """`1500*2=3,000.00` as `1500*2=3000`: the calculator's writing where the human's result equals it."""
     expression, equals, result = annotation.partition("=")
-    printed, number = evaluate_expression(expression), parse_number(result)
-    if printed is None or number is None or number != Decimal(printed):
+    printed = evaluate_expression(expression)
+    value = parse_number(result)
+    if printed is None or value is None or value != Decimal(printed):
         return annotation
     return expression + equals + printed
 
 
 def _unspaced(annotation: str) -> str:
+    """` 48 / 2 = 24` as `48/2=24`."""
     return re.sub(r"\s*([-+*/=])\s*", r"\1", annotation.strip())
 
 
-def _likeness(sign: str) -> str:
-    """A sign's plain spelling: letters without accents, fractions with a slash, invisible signs not at all."""
-    if unicodedata.category(sign) == "Cf":
+def _plain_spelling(character: str) -> str:
+    """A character spelt plainly: letters without accents, fractions with a slash, invisible characters not at all."""
+    if unicodedata.category(character) == "Cf":
         return ""
-    spelling = unicodedata.normalize("NFKD", sign).replace("⁄", "/")
-    return "".join(c for c in spelling if not unicodedata.combining(c)) if sign.isalpha() else spelling
+    spelling = unicodedata.normalize("NFKD", character).replace("⁄", "/")
+    if not character.isalpha():
+        return spelling
+    return "".join(part for part in spelling if not unicodedata.combining(part))

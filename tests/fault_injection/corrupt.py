@@ -6,10 +6,10 @@ files are compared before and after. It must do one of two things.
 
 refused    status 2, and on standard error exactly one line that is neither a progress bar nor a warning; it begins with
            the command's name. Nothing is printed, no file is changed or made, train.py's new run directory aside.
-harmless   status 0 and the very output (completions, scores, weights) of the same command with the unspoilt input;
+harmless   status 0 and the very output (completions, scores, weights) of the same command with the intact input;
            for weights that are NaN or infinite: status 0 and one warning that names the tensor.
 
-A traceback, a death by signal or clock, another status, a second line or another result is a failure.
+A traceback, an end by a signal or the time limit, another status, a second line or another result is a failure.
 """
 
 import argparse
@@ -63,12 +63,12 @@ BY_MODEL = {"train.py": TRAIN, "sample.py": SAMPLE, "eval.py": EVAL}
 
 @dataclass(frozen=True)
 class Case:
-    """One spoilt input: what is spoilt, how, the command line, and what the command should do."""
+    """One corrupted input: what is corrupted, how, the command line, and what the command should do."""
 
     kind: str
     name: str
     line: list[str]
-    spoil: Callable[[Path], None] = lambda directory: None
+    corrupt: Callable[[Path], None] = lambda directory: None
     expected: str = "refused"  # or "harmless", or what a warning must say
 
 
@@ -87,12 +87,11 @@ class Outcome:
 
 
 def make_inputs(directory: Path) -> None:
-    """The unspoilt inputs: a tiny random model, questions, labelled rows."""
+    """The intact inputs: a tiny random model, questions, labelled rows."""
     tokenizer = load_tokenizer(ROOT / "weights" / "tiny-t5")
     torch.manual_seed(0)
     model = T5(T5Config(tokenizer.vocab_size, 16, 8, 24, 2, 2, 1, dropout=0.1)).initialise()
-    model.tokenizer_files = tokenizer.files
-    save_model(model, directory / MODEL)
+    save_model(model, directory / MODEL, tokenizer.files)
     write_rows(directory / "questions.jsonl", [{"question": question} for question in QUESTIONS])
     write_rows(directory / "rows.jsonl", ROWS)
     (directory / "questions.txt").write_text("\n".join(QUESTIONS), encoding="utf-8")
@@ -106,14 +105,14 @@ def write_rows(path: Path, rows: list) -> None:
 def cases(seed: int) -> Iterator[Case]:
     """All of them, in a fixed order."""
     for command, line in BY_MODEL.items():
-        for kind, name, spoil, expected in [*model_files(), *configs(), *tensors(seed), *shards(), *tokenizers()]:
-            yield Case(kind, f"{command}: {name}", line, spoil, expected)
+        for kind, name, corrupt, expected in [*model_files(), *configs(), *tensors(seed), *shards(), *tokenizers()]:
+            yield Case(kind, f"{command}: {name}", line, corrupt, expected)
     for content, name, expected in jsonl_contents():
-        spoil = replaced("rows.jsonl", content)
-        yield Case("JSONL", f"train.py --data: {name}", TRAIN, spoil, expected)
+        corrupt = replaced("rows.jsonl", content)
+        yield Case("JSONL", f"train.py --data: {name}", TRAIN, corrupt, expected)
         toy = [*TRAIN[:3], "--data", "toy", "--limit", "20", *TRAIN[5:], "--unlabelled", "rows.jsonl"]
         if expected == "refused" and name not in NEEDS_RATIONALE:
-            yield Case("JSONL", f"train.py --unlabelled: {name}", toy, spoil)
+            yield Case("JSONL", f"train.py --unlabelled: {name}", toy, corrupt)
     for content, name, expected in question_contents():
         yield Case("questions", f"sample.py --input: {name}", SAMPLE, replaced("questions.jsonl", content), expected)
     for content, name, expected in text_contents():
@@ -121,10 +120,10 @@ def cases(seed: int) -> Iterator[Case]:
         yield Case("questions", f"sample.py --input: {name}", line, replaced("questions.txt", content), expected)
     for line in bad_flags():
         yield Case("flags", " ".join(word if len(word) < 40 else word[:40] + "…" for word in line), line)
-    for spoil, name in run_directories():
-        yield Case("run directory", f"train.py --run-dir: {name}", TRAIN, spoil)
-    for spoil, name in data_directories():
-        yield Case("datasets", f"eval.py: {name}", [*EVAL, "--tasks", "multiarith", "--split", "test"], spoil)
+    for corrupt, name in run_directories():
+        yield Case("run directory", f"train.py --run-dir: {name}", TRAIN, corrupt)
+    for corrupt, name in data_directories():
+        yield Case("datasets", f"eval.py: {name}", [*EVAL, "--tasks", "multiarith", "--split", "test"], corrupt)
 
 
 def replaced(name: str, content: bytes) -> Callable[[Path], None]:
@@ -132,11 +131,11 @@ def replaced(name: str, content: bytes) -> Callable[[Path], None]:
 
 
 def edited(name: str, edit: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    def spoil(directory: Path) -> None:
+    def corrupt(directory: Path) -> None:
         path = directory / MODEL / name
         path.write_bytes(edit(path.read_bytes()))
 
-    return spoil
+    return corrupt
 
 
 def config_with(**changes: object) -> Callable[[Path], None]:
@@ -178,7 +177,7 @@ def configs() -> Iterator[tuple]:
     sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
     for key in sizes:
         for value in (10**12, -1, 0, 2.5, "16", None, [16], True, float("nan")):
-            if not (key == "num_decoder_layers" and value is None):  # there null stands for the encoder's number
+            if not (key == "num_decoder_layers" and value is None):  # there null stands for num_layers
                 yield "config.json", f"{key} = {value}", config_with(**{key: value}), "refused"
         yield "config.json", f"{key} another", config_with(**{key: 17}), "refused"
     for key in ("vocab_size", "num_heads"):
@@ -270,8 +269,9 @@ def tensors(seed: int) -> Iterator[tuple]:
         yield "safetensors", f"header of {length} bytes", edited(WEIGHTS, lambda c, n=content: n + c[8:]), "refused"
     chance = random.Random(seed)
     for _ in range(6):
-        share = chance.random()
-        yield "safetensors", f"cut at {share:.0%}", edited(WEIGHTS, lambda c, s=share: c[: int(len(c) * s)]), "refused"
+        fraction = chance.random()
+        edit = edited(WEIGHTS, lambda c, f=fraction: c[: int(len(c) * f)])
+        yield "safetensors", f"cut at {fraction:.0%}", edit, "refused"
     yield "safetensors", "a byte missing", edited(WEIGHTS, lambda c: c[:-1]), "refused"
     yield "safetensors", "a byte more", edited(WEIGHTS, lambda c: c + b"\0"), "refused"
     for value in (float("nan"), float("inf"), float("-inf")):
@@ -282,7 +282,7 @@ def shards() -> Iterator[tuple]:
     """Weights in shards: their index, their names."""
 
     def sharded(edit: Callable[[Path, dict], None]) -> Callable[[Path], None]:
-        def spoil(directory: Path) -> None:
+        def corrupt(directory: Path) -> None:
             from safetensors.torch import load_file
 
             model = directory / MODEL
@@ -295,7 +295,7 @@ def shards() -> Iterator[tuple]:
             if (model / INDEX).exists():
                 (model / INDEX).write_text(json.dumps(index))
 
-        return spoil
+        return corrupt
 
     def renamed(name: object) -> Callable[[Path, dict], None]:
         return lambda model, index: index["weight_map"].update({"shared.weight": name})
@@ -313,19 +313,19 @@ def shards() -> Iterator[tuple]:
         "a shard cut": lambda m, i: os.truncate(next(m.glob("model-00002*")), 1000),
     }.items():
         yield "shards", what, sharded(edit), "refused"
-    yield "shards", "unspoilt", sharded(lambda m, i: None), "harmless"
+    yield "shards", "intact", sharded(lambda m, i: None), "harmless"
 
 
 def tokenizers() -> Iterator[tuple]:
     """SentencePiece models: cut, of another model."""
-    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
-        edit = edited("spiece.model", lambda c, s=share: c[: int(len(c) * s)])
-        yield "tokenizer", f"cut at {share:.0%}", edit, "refused"
+    for fraction in (0.1, 0.3, 0.5, 0.7, 0.9):
+        edit = edited("spiece.model", lambda c, f=fraction: c[: int(len(c) * f)])
+        yield "tokenizer", f"cut at {fraction:.0%}", edit, "refused"
 
     yield "tokenizer", "more pieces than embeddings", edited("spiece.model", more_pieces), "refused"
-    for sign in (b"\xe2\x96\x81", b"<pad>", b"<unk>"):
-        edit = edited("spiece.model", lambda c, old=sign: c.replace(old, b"\xff" * len(old), 1))
-        yield "tokenizer", f"broken UTF-8 for {sign.decode()}", edit, "refused"
+    for text in (b"\xe2\x96\x81", b"<pad>", b"<unk>"):
+        edit = edited("spiece.model", lambda c, old=text: c.replace(old, b"\xff" * len(old), 1))
+        yield "tokenizer", f"broken UTF-8 for {text.decode()}", edit, "refused"
     yield "tokenizer", "noise in front", edited("spiece.model", lambda c: b"\xff\xff\xff" + c), "refused"
 
 
@@ -338,7 +338,7 @@ NEEDS_RATIONALE = ("a rationale absent", "a rationale of another answer", "a rat
 
 
 def jsonl_contents() -> Iterator[tuple[bytes, str, str]]:
-    """Labelled rows, spoilt."""
+    """Labelled rows, corrupted."""
     good = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
     first = ROWS[0]
 
@@ -353,7 +353,7 @@ def jsonl_contents() -> Iterator[tuple[bytes, str, str]]:
         "a question that is an object": {"question": {"text": "How?"}},
         "a question that is a number": {"question": 3},
         "a question of NUL": {"question": "How\0?"},
-        "a question of 10^5 signs": {"question": "How? " * 20_000},
+        "a question of 10^5 characters": {"question": "How? " * 20_000},
         "a question of 10^4 words": {"question": "How? " * 3_500},
         "an answer absent": other | {"answer": "absent"},
         "an answer null": other | {"answer": None},
@@ -410,7 +410,7 @@ def broken_lines(good: bytes) -> Iterator[tuple[bytes, str, str]]:
 
 
 def question_contents() -> Iterator[tuple[bytes, str, str]]:
-    """Questions as JSONL, spoilt."""
+    """Questions as JSONL, corrupted."""
     good = "".join(json.dumps({"question": question}) + "\n" for question in QUESTIONS).encode()
     yield from broken_lines(good)
     for value in (None, 3, True, "", " ", ["How?"], {"text": "How?"}, "a\0b", "How? " * 20_000, "How? " * 3_500):
@@ -421,7 +421,7 @@ def question_contents() -> Iterator[tuple[bytes, str, str]]:
 
 
 def text_contents() -> Iterator[tuple[bytes, str, str]]:
-    """Questions as lines of text, spoilt."""
+    """Questions as lines of text, corrupted."""
     good = "\n".join(QUESTIONS).encode()
     for name, content in {
         "empty text": b"",
@@ -430,7 +430,7 @@ def text_contents() -> Iterator[tuple[bytes, str, str]]:
         "text in UTF-16 without a mark": good.decode().encode("utf-16-le"),
         "text with a NUL": good + b"\n\0",
         "text in one line of 100 MB": b"How? " * (2 * 10**7),
-        "text in one line of 10^5 signs": b"How? " * (2 * 10**4),
+        "text in one line of 10^5 characters": b"How? " * (2 * 10**4),
         "text in one line of 10^4 words": b"How? " * 3_500,
     }.items():
         yield content, name, "refused"
@@ -438,7 +438,7 @@ def text_contents() -> Iterator[tuple[bytes, str, str]]:
 
 
 def bad_flags() -> Iterator[list[str]]:
-    """Flags that are no flags, and values that are no values."""
+    """Flags that do not exist, and values that a flag cannot have."""
     numbers = ("x", "-1", "1.5", "1e9", "nan", "10000000000000", "9" * 5000, "١x", "", "0x10")
     for command, line, names in [
         ("sample.py", SAMPLE, ("--samples", "--slots", "--max-new-tokens", "--top-k", "--temperature", "--top-p")),
@@ -480,11 +480,11 @@ def run_directories() -> Iterator[tuple[Callable[[Path], None], str]]:
     """A run directory that is not this run's, or was edited."""
 
     def with_config(content: bytes) -> Callable[[Path], None]:
-        def spoil(directory: Path) -> None:
+        def corrupt(directory: Path) -> None:
             (directory / "run").mkdir()
             (directory / "run" / "config.json").write_bytes(content)
 
-        return spoil
+        return corrupt
 
     for name, content in {
         "config.json empty": b"",
@@ -509,11 +509,11 @@ def data_directories() -> Iterator[tuple[Callable[[Path], None], str]]:
     """A dataset that is not the pinned one."""
     for name, content in {"empty": b"", "a web page": b"<html>", "a list": b"[]", "nested": b"[" * 10**5}.items():
 
-        def spoil(directory: Path, content: bytes = content) -> None:
+        def corrupt(directory: Path, content: bytes = content) -> None:
             (directory / "data/multiarith").mkdir(parents=True)
             (directory / "data/multiarith/MultiArith.json").write_bytes(content)
 
-        yield spoil, name
+        yield corrupt, name
 
     yield lambda directory: (directory / "data").write_text("mine") and None, "data is a file"
     yield lambda directory: (directory / "data/multiarith/MultiArith.json").mkdir(parents=True), "a directory"
@@ -545,8 +545,8 @@ def become(line: list[str], directory: Path, streams: list) -> None:
     """Be the command and never return."""
     status = 70
     try:
-        for number, stream in enumerate(streams, start=1):
-            os.dup2(stream.fileno(), number)
+        for descriptor, stream in enumerate(streams, start=1):
+            os.dup2(stream.fileno(), descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
         sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
@@ -579,7 +579,7 @@ def contents(directory: Path) -> dict[str, str]:
     }
 
 
-def verdict(case: Case, outcome: Outcome, unspoilt: Outcome) -> tuple[str, str]:
+def verdict(case: Case, outcome: Outcome, intact: Outcome) -> tuple[str, str]:
     """("refused", "harmless" or "warned", "") where the command did what it should, else ("failure", why)."""
     lines = [line for line in re.split(r"[\n\r]", outcome.err) if line.strip()]
     lines = [line for line in lines if "%|" not in line]  # progress bars
@@ -588,8 +588,8 @@ def verdict(case: Case, outcome: Outcome, unspoilt: Outcome) -> tuple[str, str]:
     complaints = [line for line in lines if not line.startswith(mark)]
     if outcome.changed:
         return "failure", f"changed {', '.join(outcome.changed)}"
-    if any(not sign.isprintable() for line in lines for sign in line):
-        return "failure", f"signs that command a terminal: {lines!r:.300}"
+    if any(not character.isprintable() for line in lines for character in line):
+        return "failure", f"control characters: {lines!r:.300}"
     if case.expected == "refused":
         if outcome.status != 2 or len(complaints) != 1 or not complaints[0].startswith(f"{case.line[0]}: "):
             return (
@@ -599,36 +599,38 @@ def verdict(case: Case, outcome: Outcome, unspoilt: Outcome) -> tuple[str, str]:
         return ("refused", "") if not (outcome.out.strip() and case.line[0] != "train.py") else ("failure", outcome.out)
     if outcome.status or complaints:
         return "failure", f"status {outcome.status}: {outcome.err[-500:]!r}"
-    if case.kind != "NaN and Inf" and outcome.result != unspoilt.result:
-        return "failure", f"another result: {outcome.result[-300:]!r} for {unspoilt.result[-300:]!r}"
+    if case.kind != "NaN and Inf" and outcome.result != intact.result:
+        return "failure", f"another result: {outcome.result[-300:]!r} for {intact.result[-300:]!r}"
     if case.expected == "harmless":
         return ("harmless", "") if not warned else ("failure", f"warned: {warned}")
-    if not warned or case.expected not in warned[0]:  # a model trained from NaN gets a warning of its own, behind it
+    if not warned or case.expected not in warned[0]:  # a model trained from NaN gets a warning of its own, after it
         return "failure", f"{case.expected!r} is not the first warning: {warned}"
     return "warned", ""
 
 
-def drill(selected: list[Case], say: Callable[[str], None] = print) -> tuple[Counter, list[str]]:
+def run_cases(selected: list[Case], log: Callable[[str], None] = print) -> tuple[Counter, list[str]]:
     """Run the cases; counts by (kind, verdict), and a line for each failure."""
     torch.set_num_threads(1)
-    counts, failures, unspoilt = Counter(), [], {}
+    counts: Counter = Counter()
+    failures: list[str] = []
+    intact: dict[tuple[str, ...], Outcome] = {}  # by command line: what it does with the intact inputs
     with tempfile.TemporaryDirectory() as folder:
         clean = Path(folder, "clean")
         clean.mkdir()
         make_inputs(clean)
-        for number, case in enumerate(selected):
+        for case_index, case in enumerate(selected):
             key = tuple(case.line)
-            if case.expected != "refused" and key not in unspoilt:
-                unspoilt[key] = run(case.line, shutil.copytree(clean, Path(folder, "unspoilt", str(number))))
-                assert unspoilt[key].status == 0, unspoilt[key].err
-            directory = shutil.copytree(clean, Path(folder, "spoilt"))
-            case.spoil(directory)
-            result, why = verdict(case, run(case.line, directory), unspoilt.get(key))
+            if case.expected != "refused" and key not in intact:
+                intact[key] = run(case.line, shutil.copytree(clean, Path(folder, "intact", str(case_index))))
+                assert intact[key].status == 0, intact[key].err
+            directory = shutil.copytree(clean, Path(folder, "corrupted"))
+            case.corrupt(directory)
+            result, why = verdict(case, run(case.line, directory), intact.get(key))
             shutil.rmtree(directory)
             counts[case.kind, result] += 1
             if why:
                 failures.append(f"{case.kind}: {case.name}: {why}")
-                say(failures[-1])
+                log(failures[-1])
     return counts, failures
 
 
@@ -645,12 +647,12 @@ def table(counts: Counter, seconds: float, seed: int) -> str:
         [
             "# Corrupted inputs",
             "",
-            f"`python tests/drills/corrupt.py --seed {seed} --output benchmarks/results/corruption.md`",
+            f"`python tests/fault_injection/corrupt.py --seed {seed} --output benchmarks/results/corruption.md`",
             "",
             f"{versions}; {sum(counts.values())} inputs in {seconds:.0f} s.",
             "",
             "Each input goes through a command that reads it. *Refused*: status 2, exactly one line on standard error,",
-            "no file changed outside the new run directory. *Harmless*: status 0 and the result of the unspoilt input,",
+            "no file changed outside the new run directory. *Harmless*: status 0 and the result of the intact input,",
             "byte for byte. *Warned*: status 0 and the warning that belongs to it (weights that are NaN or infinite, a",
             "row that stands there twice).",
             "",
@@ -665,14 +667,14 @@ def table(counts: Counter, seconds: float, seed: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the places where files are cut (default: 0)")
-    parser.add_argument("--share", type=float, default=1.0, help="of the inputs, taken at random (default: 1, all)")
+    parser.add_argument("--fraction", type=float, default=1.0, help="of the inputs, taken at random (default: 1, all)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only inputs that have this in their kind or name")
     parser.add_argument("--output", type=Path, metavar="FILE", help="Markdown table to write (default: shown)")
     options = parser.parse_args()
     selected = [case for case in cases(options.seed) if options.only in f"{case.kind}: {case.name}"]
-    selected = random.Random(options.seed).sample(selected, round(options.share * len(selected)))
+    selected = random.Random(options.seed).sample(selected, round(options.fraction * len(selected)))
     started = time.perf_counter()
-    counts, failures = drill(sorted(selected, key=lambda case: case.kind))
+    counts, failures = run_cases(sorted(selected, key=lambda case: case.kind))
     text = table(counts, time.perf_counter() - started, options.seed)
     if options.output:
         options.output.write_text(text, encoding="utf-8")

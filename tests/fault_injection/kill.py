@@ -1,11 +1,11 @@
 """Kills runs at random instants, lets each be continued, and compares all their files with those of a run never killed.
 
 The run is a short one of train.py with everything in it: fine-tuning, sampling in several chunks, DPO, evaluation, the
-report, and a checkpoint after every step, so that many kills fall into the writing of one. SIGKILL goes to the whole
-process group. Each run is forked from a process that has its imports done, and so begins at once. What wall-clock time
-decides is left out of the comparison (seconds, minutes, tokens a second, log.txt), nothing else.
+report, and a training state saved after every step, so that many kills fall into the writing of one. SIGKILL goes to
+the whole process group. Each run is forked from a process that has its imports done, and so begins at once. What
+wall-clock time decides is left out of the comparison (seconds, minutes, tokens a second, log.txt), nothing else.
 
-    OMP_NUM_THREADS=1 python tests/drills/kill.py --kills 100 --output benchmarks/results/kills.md
+    OMP_NUM_THREADS=1 python tests/fault_injection/kill.py --kills 100 --output benchmarks/results/kills.md
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -49,7 +50,9 @@ def main() -> None:
     options = parser.parse_args()
     output = options.output and options.output.absolute()
     torch.set_num_threads(1)
-    random, rows, begun = Random(options.seed), [], time.monotonic()
+    random = Random(options.seed)
+    started = time.monotonic()
+    kills: list[Kill] = []
     with tempfile.TemporaryDirectory() as name:
         os.chdir(name)
         write_jsonl("examples.jsonl", [vars(example) for example in toy.examples("train")[:N_EXAMPLES]])
@@ -58,23 +61,38 @@ def main() -> None:
         length = train_for(whole)
         expected = contents(whole)
         print(f"uninterrupted: {length:.1f} s, {len(expected)} files")
-        while len(rows) < options.kills and time.monotonic() - begun < 60 * options.minutes:
-            path, instant = Path(f"run-{len(rows)}"), random.uniform(0, length)
-            spent = train_for(path, instant)
-            stage = stage_at_work(path)
-            lost = spent + train_for(path) - length
-            found = contents(path)
-            differing = sorted(file for file in {**found, **expected} if found.get(file) != expected.get(file))
-            rows.append((instant, stage, lost, differing))
-            print(
-                f"{len(rows)}: at {instant:.2f} s, {stage}, {lost:+.1f} s, {', '.join(differing) or 'equal'}",
-                flush=True,
+        while len(kills) < options.kills and time.monotonic() - started < 60 * options.minutes:
+            kill = kill_and_continue(
+                Path(f"run-{len(kills)}"), instant=random.uniform(0, length), length=length, expected=expected
             )
-    text = report(rows, length, len(expected))
+            kills.append(kill)
+            outcome = ", ".join(kill.differing) or "equal"
+            print(f"{len(kills)}: at {kill.instant:.2f} s, {kill.stage}, {kill.lost:+.1f} s, {outcome}", flush=True)
+    text = report(kills, length, len(expected))
     print(text)
     if output:
         output.write_text(text, encoding="utf-8")
-    sys.exit(any(row[-1] for row in rows))
+    sys.exit(any(kill.differing for kill in kills))
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One run that was killed and continued: when (seconds), in which stage, what it cost, which files differ."""
+
+    instant: float
+    stage: str
+    lost: float
+    differing: list[str]
+
+
+def kill_and_continue(path: Path, *, instant: float, length: float, expected: dict[str, bytes]) -> Kill:
+    """Kill a run `instant` seconds after its start, continue it, and compare its files with those of a whole run."""
+    seconds_before = train_for(path, instant)
+    stage = stage_at_work(path)
+    seconds_after = train_for(path)
+    found = contents(path)
+    differing = sorted(name for name in {**found, **expected} if found.get(name) != expected.get(name))
+    return Kill(instant, stage, seconds_before + seconds_after - length, differing)
 
 
 def train_for(path: Path, seconds: float | None = None) -> float:
@@ -129,36 +147,32 @@ def contents(path: Path) -> dict[str, bytes]:
     return files
 
 
-def report(rows: list[tuple], length: float, n_files: int) -> str:
-    """The table: a row a kill, and what they come to by stage."""
-    by_stage = defaultdict(list)
-    for row in rows:
-        by_stage[row[1]].append(row)
-    n_equal = sum(not row[-1] for row in rows)
-    summary = [
-        [
-            stage,
-            str(len(some)),
-            str(sum(not row[-1] for row in some)),
-            f"{sum(row[2] for row in some) / len(some):+.1f}",
-        ]
-        for stage, some in sorted(by_stage.items())
-    ]
-    single = [
-        [str(number), f"{instant:.2f}", stage, f"{lost:+.1f}", "no: " + ", ".join(differing) if differing else "yes"]
-        for number, (instant, stage, lost, differing) in enumerate(rows, start=1)
-    ]
+def report(kills: list[Kill], length: float, n_files: int) -> str:
+    """The table: a row for each kill, and their sums by stage."""
+    by_stage: dict[str, list[Kill]] = defaultdict(list)
+    for kill in kills:
+        by_stage[kill.stage].append(kill)
+    summary = []
+    for stage, of_stage in sorted(by_stage.items()):
+        n_stage_equal = sum(not kill.differing for kill in of_stage)
+        mean_lost = sum(kill.lost for kill in of_stage) / len(of_stage)
+        summary.append([stage, str(len(of_stage)), str(n_stage_equal), f"{mean_lost:+.1f}"])
+    single = []
+    for number, kill in enumerate(kills, start=1):
+        equal = "no: " + ", ".join(kill.differing) if kill.differing else "yes"
+        single.append([str(number), f"{kill.instant:.2f}", kill.stage, f"{kill.lost:+.1f}", equal])
+    n_equal = sum(not kill.differing for kill in kills)
     return f"""# Kills
 
-`tests/drills/kill.py`: {len(rows)} runs, each killed once (SIGKILL to its process group) at a random instant and
-continued by the same command. **{n_equal} of {len(rows)}** ended with the same {n_files} files, byte for byte, as a
-run that was not killed ({length:.1f} s). Left out is what the clock decides: seconds, minutes, tokens a second,
+`tests/fault_injection/kill.py`: {len(kills)} runs, each killed once (SIGKILL to its process group) at a random instant
+and continued by the same command. **{n_equal} of {len(kills)}** ended with the same {n_files} files, byte for byte, as
+a run that was not killed ({length:.1f} s). Left out is what the clock decides: seconds, minutes, tokens a second,
 log.txt. One thread, CPU, torch {torch.__version__}.
 
     train.py {" ".join(RUN)}
 
-on {N_EXAMPLES} examples of the toy world, with a checkpoint after every step, and in chunks of {CHUNK} requests
-(otherwise 1,024), so that there are several.
+on {N_EXAMPLES} examples of the toy world, with a training state saved after every step, and in chunks of {CHUNK}
+requests (otherwise 1,024), so that there are several.
 
 "Seconds lost" is what both parts of a run took together, less what the uninterrupted run took. It holds what starting
 again costs (reading weights and data, checking hashes; not Python's imports) and the noise of a machine that others use

@@ -142,7 +142,7 @@ def test_published_model_is_fetched_whole(server, tmp_path):
     assert server.served == []
 
 
-def test_cut_connection_leaves_no_model_and_the_next_call_completes_it(server, tmp_path):
+def test_a_cut_connection_is_completed_by_the_next_call(server, tmp_path):
     server.broken = SHARDS["decoder"]
     line = user_error(find_in_new_process(address(server), tmp_path))
     assert "flan-t5-xl could not be fetched" in line
@@ -174,7 +174,7 @@ PAGE = b"<!DOCTYPE html><html><body>Please log in.</body></html>"
         (SHARDS["decoder"], WANTED[SHARDS["decoder"]] + b"more"),
     ],
 )
-def test_what_arrives_altered_is_thrown_away_and_fetched_anew(server, tmp_path, name, content):
+def test_altered_files_are_fetched_again(server, tmp_path, name, content):
     server.instead[name] = content
     line = user_error(find_in_new_process(address(server), tmp_path))
     assert f"{name} arrived altered, its hash is not " in line and "run the command again" in line
@@ -256,7 +256,7 @@ def test_what_is_no_model(tmp_path, name, complaint):
     assert "\n" not in str(raised.value)
 
 
-def test_any_tokenizer_file_that_can_be_read_makes_a_model_whole(tmp_path):
+def test_any_readable_tokenizer_file_will_do(tmp_path):
     make_model(tmp_path / "llama-3-8b" / "original", "tokenizer.model")
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "llama-3-8b" / name).write_text("{}")
@@ -279,7 +279,7 @@ def test_weights_lie_in_the_repository():
 
 
 @pytest.mark.parametrize("name", hub.BUNDLED)
-def test_embedded_models_are_there_and_small(name):
+def test_bundled_models_are_there_and_small(name):
     files = list(hub.find_model(name).iterdir())
     assert sum(file.stat().st_size for file in files) < 6 * 10**6
     assert isinstance(load_template(hub.find_model(name)), LlamaTemplate if "llama" in name else T5Template)

@@ -18,7 +18,7 @@ from t5_oracle import SHAPES, assert_same_model, hf_logits, hf_twin, random_batc
 from minidpost.models import weights
 from minidpost.models.hf_config import read_config, t5_names
 from minidpost.models.t5 import T5, T5Config
-from minidpost.models.weights import INDEX, WEIGHTS, load_model, save_model, write_tensors
+from minidpost.models.weights import INDEX, WEIGHTS, load_model, save_model, tokenizer_files, write_tensors
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +56,7 @@ def rewrite_json(path: Path, **changes) -> None:
 @pytest.fixture
 def saved(tmp_path) -> Path:
     """A small model in one file."""
-    save_model(random_t5(SHAPES[SHAPE]), tmp_path / "model")
+    save_model(random_t5(SHAPES[SHAPE]), tmp_path / "model", [])
     return tmp_path / "model"
 
 
@@ -65,7 +65,7 @@ def saved(tmp_path) -> Path:
 def test_transformers_loads_what_we_save(shape, max_shard_bytes, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "MAX_SHARD_BYTES", max_shard_bytes)
     model = random_t5(SHAPES[shape])
-    save_model(model, tmp_path)
+    save_model(model, tmp_path, [])
     n_files = len(list(tmp_path.glob("*.safetensors")))
     assert n_files == 1 if max_shard_bytes > 20_000 else n_files > 2
     for path in tmp_path.glob("*.safetensors"):
@@ -105,7 +105,7 @@ def test_tensors_on_disk_are_cast(stored, wanted, tmp_path):
 
 def test_bf16_model_is_saved_as_bf16(tmp_path):
     model = random_t5(SHAPES[SHAPE]).bfloat16()
-    save_model(model, tmp_path)
+    save_model(model, tmp_path, [])
     assert {tensor.dtype for tensor in load_file(tmp_path / WEIGHTS).values()} == {torch.bfloat16}
     twin = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path)
     assert twin.dtype == torch.bfloat16
@@ -115,7 +115,7 @@ def test_bf16_model_is_saved_as_bf16(tmp_path):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_redundant_tensors_of_old_exports_are_accepted(shape, tmp_path):
     model = random_t5(SHAPES[shape])
-    save_model(model, tmp_path)
+    save_model(model, tmp_path, [])
 
     def add(tensors):
         for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
@@ -132,15 +132,15 @@ def test_redundant_tensors_of_old_exports_are_accepted(shape, tmp_path):
         assert_same_model(loaded, model)
 
 
-def test_head_on_disk_outweighs_a_config_that_calls_it_tied(saved):
+def test_head_on_disk_outweighs_a_tied_config(saved):
     """transformers 5 writes "tied" into the config of every T5, Flan's untied head notwithstanding."""
     rewrite_json(saved / "config.json", tie_word_embeddings=True, scale_decoder_outputs=False)
     assert_same_model(load_model(saved), random_t5(SHAPES[SHAPE]))
 
 
-def test_settings_beyond_the_shape_are_kept(tmp_path):
+def test_settings_beyond_the_shape_are_saved(tmp_path):
     config = replace(SHAPES[SHAPE], dropout=0.25, norm_eps=1e-3, max_distance=77, pad_id=3, eos_id=4, start_id=5)
-    save_model(T5(config).initialise(), tmp_path)
+    save_model(T5(config).initialise(), tmp_path, [])
     assert load_model(tmp_path).config == config
     hf = transformers.AutoConfig.from_pretrained(tmp_path)
     assert (hf.dropout_rate, hf.layer_norm_epsilon, hf.relative_attention_max_distance) == (0.25, 1e-3, 77)
@@ -175,17 +175,17 @@ def test_tokenizer_files_are_copied_along(saved, tmp_path):
     (saved / "spiece.model").write_bytes(b"pieces")
     (saved / "tokenizer_config.json").write_bytes(b"{}")
     (saved / "optimizer.pt").write_bytes(b"no part of it")
-    save_model(load_model(saved), tmp_path / "copy")
+    save_model(load_model(saved), tmp_path / "copy", tokenizer_files(saved))
     found = {path.name for path in (tmp_path / "copy").iterdir()}
     assert found == {"config.json", WEIGHTS, "spiece.model", "tokenizer_config.json"}
     assert (tmp_path / "copy/spiece.model").read_bytes() == b"pieces"
 
 
-def test_a_tokenizer_that_stood_where_a_model_is_saved_gives_way(saved, tmp_path):
+def test_saving_replaces_another_tokenizer(saved, tmp_path):
     (saved / "spiece.model").write_bytes(b"pieces")
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy/spiece.model").write_bytes(b"another model's")
-    save_model(load_model(saved), tmp_path / "copy")
+    save_model(load_model(saved), tmp_path / "copy", tokenizer_files(saved))
     assert (tmp_path / "copy/spiece.model").read_bytes() == b"pieces"
 
 
@@ -197,7 +197,7 @@ def test_saving_into_the_directory_loaded_from(saved):
         model.embedding.weight.add_(1.0)
     expected = {name: weight.clone() for name, weight in model.state_dict().items()}
     for _ in range(2):
-        save_model(model, saved)
+        save_model(model, saved, tokenizer_files(saved))
         again = load_model(saved).state_dict()
         for name, weight in expected.items():
             assert torch.equal(model.state_dict()[name], weight) and torch.equal(again[name], weight), name
@@ -222,7 +222,7 @@ def test_new_shards_hide_no_older_whole_file(saved):
     assert_same_model(load_model(saved), model)
 
 
-def test_shards_hold_every_tensor_once_and_keep_to_their_size(saved):
+def test_shards_hold_every_tensor_once_within_their_size(saved):
     write_tensors(load_file(saved / WEIGHTS), saved, max_shard_bytes=20_000)
     index = json.loads((saved / INDEX).read_text())
     shards = {path.name: load_file(path) for path in saved.glob("*.safetensors")}
@@ -257,14 +257,14 @@ def test_loading_never_holds_two_copies(saved, tmp_path):
     config = T5Config(100, 512, 64, 2048, 8, n_encoder_layers=5, n_decoder_layers=4)
     with torch.device("meta"):
         model = T5(config)
-    save_model(model.to_empty(device="cpu"), tmp_path / "big")
+    save_model(model.to_empty(device="cpu"), tmp_path / "big", [])
     assert (tmp_path / "big" / WEIGHTS).stat().st_size > 150e6
     command = [sys.executable, "-c", MEASURE, str(saved), str(tmp_path / "big")]
     growth = float(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
     assert 0.9 < growth < 1.4
 
 
-def test_stored_tensors_are_let_go_one_by_one(saved, monkeypatch):
+def test_stored_tensors_are_freed_one_by_one(saved, monkeypatch):
     """Where they must be cast: when the next is read, at most the last one is still there."""
     rewrite(saved, lambda tensors: tensors.update({name: x.half() for name, x in tensors.items()}))
     read, alive_at_most, refs = weights.read_tensor, [], []

@@ -31,8 +31,8 @@ def rewrite_json(path: Path, **changes) -> None:
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    """A whole and valid directory to be spoilt."""
-    save_model(random_t5(SHAPES[SHAPE]), tmp_path / "model")
+    """A whole and valid directory to be corrupted."""
+    save_model(random_t5(SHAPES[SHAPE]), tmp_path / "model", [])
     return tmp_path / "model"
 
 
@@ -97,7 +97,7 @@ SIZES += ["relative_attention_num_buckets", "relative_attention_max_distance"]
     "value", [10**12, 10**30, -1, 0, 2.5, "512", True, [8], {}, float("nan"), float("inf")], ids=str
 )
 @pytest.mark.parametrize("key", SIZES)
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_absurd_sizes(saved, key, value):
     rewrite_json(saved / "config.json", **{key: value})
     assert_refused(saved, str(saved / "config.json"), key)
@@ -120,7 +120,7 @@ def test_absurd_sizes(saved, key, value):
         ("relative_attention_max_distance", 16),
     ],
 )
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_impossible_settings(saved, key, value):
     rewrite_json(saved / "config.json", **{key: value})
     assert_refused(saved, str(saved / "config.json"), key, repr(value))
@@ -151,7 +151,7 @@ def test_unexpected_tensor(saved, name):
 
 
 def test_untied_config_needs_a_head(tmp_path):
-    save_model(random_t5(SHAPES["relu-tied-scaled"]), tmp_path)
+    save_model(random_t5(SHAPES["relu-tied-scaled"]), tmp_path, [])
     rewrite_json(tmp_path / "config.json", tie_word_embeddings=False)
     assert_refused(tmp_path, "missing tensor lm_head.weight")
 
@@ -237,7 +237,7 @@ def test_index_that_leaves_out_a_tensor(sharded):
 
 
 def hostile_file(path: Path, header: dict | bytes, n_bytes: int = 8) -> None:
-    """A file with this header and as many bytes of data, in the format's mapping."""
+    """A file with this header and as many bytes of data, as safetensors lays it out."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(n_bytes))
 
@@ -268,7 +268,7 @@ def entry(shape: list, begin: int, end: int, dtype: str = "F32") -> dict:
     ],
     ids=lambda header: str(header)[:60],
 )
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_headers_that_lie(saved, header):
     """Refused before anything of the size they claim is allocated."""
     hostile_file(saved / WEIGHTS, header)
@@ -292,7 +292,7 @@ def test_a_header_longer_than_the_file(saved, length):
         *("a\0.safetensors", "a\n.safetensors", "..safetensors/../x.safetensors", ".", "x.bin", "x.safetensors.bin"),
     ],
 )
-def test_shard_names_of_any_system_stay_in_the_directory(sharded, shard):
+def test_shard_names_stay_in_the_directory_on_any_system(sharded, shard):
     index = json.loads((sharded / INDEX).read_text())
     index["weight_map"]["shared.weight"] = shard
     (sharded / INDEX).write_text(json.dumps(index))
@@ -315,15 +315,15 @@ def test_a_finite_model_is_loaded_without_a_warning(saved):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_that_are_no_numbers_are_named_and_loaded(saved, value, dtype):
+def test_weights_that_are_nan_are_named_and_loaded(saved, value, dtype):
     names = ["encoder.block.1.layer.0.SelfAttention.k.weight", "decoder.final_layer_norm.weight"]
 
-    def spoil(tensors):
+    def corrupt(tensors):
         for name in names:
             tensors[name] = tensors[name].to(dtype)
             tensors[name].view(-1)[-1] = value
 
-    rewrite(saved, spoil)
+    rewrite(saved, corrupt)
     with pytest.warns(UserWarning) as caught:
         load_model(saved)
     (warning,) = caught

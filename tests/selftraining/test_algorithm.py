@@ -1,4 +1,4 @@
-"""The methods stage by stage: what is sampled from, kept, trained on and repeated, with a model of one layer.
+"""The methods step by step: what is sampled from, selected, trained on and repeated, with a model of one layer.
 
 Where the data rules are at stake the samples are scripted and dev accuracies given; where files are compared everything
 is real.
@@ -17,11 +17,12 @@ from minidpost.errors import UserError
 from minidpost.models.weights import load_model
 from minidpost.sampling import sampler
 from minidpost.sampling.generate import Sample
-from minidpost.selftraining import algorithm
-from minidpost.selftraining.algorithm import Data, Run
+from minidpost.selftraining import steps
+from minidpost.selftraining.algorithm import self_train
 from minidpost.selftraining.estimates import forward_flops, model_size, training_flops
 from minidpost.selftraining.evaluation import wilson
 from minidpost.selftraining.presets import METHOD_SETTINGS, Preset
+from minidpost.selftraining.run import Data, Run, tokenize
 from minidpost.selftraining.run_directory import RunDirectory
 from minidpost.selftraining.selection import Candidates
 from minidpost.storage import read_jsonl
@@ -55,13 +56,20 @@ PRESET = Preset(
 
 
 @pytest.fixture
-def new_run(tmp_path, tiny_model_dir) -> Callable[..., Run]:
+def new_run(tmp_path, tiny_model_dir, tiny_template) -> Callable[..., Run]:
     """Begins, or continues, a run in a directory of this name."""
 
     def begin(method="dpo-st", name="run", data=DATA, seed=1, **changes) -> Run:
-        preset = replace(PRESET, **(METHOD_SETTINGS[method] | {"samples": 2, "iterations": 1} | changes))
-        directory = RunDirectory(tmp_path / name, {"method": method, "seed": seed})
-        return Run(directory, tiny_model_dir, method, preset, data, seed, True, "cpu")
+        return Run(
+            directory=RunDirectory(tmp_path / name, {"method": method, "seed": seed}),
+            base=tiny_model_dir,
+            method=method,
+            preset=replace(PRESET, **(METHOD_SETTINGS[method] | {"samples": 2, "iterations": 1} | changes)),
+            data=data,
+            template=tiny_template,
+            tokens=tokenize(data, tiny_template, tiny_model_dir),
+            seed=seed,
+        )
 
     return begin
 
@@ -76,32 +84,44 @@ def script(monkeypatch) -> Callable:
     def install(samples: dict[tuple[str, Example], list], accuracies=(0.1, 0.2, 0.3, 0.4)) -> None:
         by_question = {(stage, example.question): texts for (stage, example), texts in samples.items()}
 
-        def generate(model, template, questions, settings, *, answers, n_samples, calculator, label, first_chunk=0):
-            for sample in reversed(range(n_samples)):
-                for index, question in enumerate(questions):
+        def generate(
+            model, template, questions, settings, *, answers, n_samples=1, calculator=True, label="", first_chunk=0
+        ):
+            for sample_index in reversed(range(n_samples)):
+                for example_index, (question, answer) in enumerate(zip(questions, answers, strict=True)):
                     texts = by_question.get((label, question), ["What?"])
-                    given = texts[min(sample, len(texts) - 1)]
-                    text, reason = given if isinstance(given, tuple) else (given, "stop")
-                    ids = template.target_ids(text)
-                    ids = ids[:-1] if reason == "length" else ids
-                    answer, forced = answers[index], [False] * len(ids)
-                    yield Sample(index, sample, question, answer, text, is_correct(text, answer), ids, forced, reason)
+                    given = texts[min(sample_index, len(texts) - 1)]
+                    text, finish_reason = given if isinstance(given, tuple) else (given, "stop")
+                    token_ids = template.target_ids(text)
+                    if finish_reason == "length":
+                        token_ids = token_ids[:-1]
+                    yield Sample(
+                        example_index=example_index,
+                        sample_index=sample_index,
+                        question=question,
+                        answer=answer,
+                        completion=text,
+                        is_correct=is_correct(text, answer),
+                        token_ids=token_ids,
+                        forced=[False] * len(token_ids),
+                        finish_reason=finish_reason,
+                    )
 
-        def greedy_accuracy(model, template, examples, settings, *, calculator, label):
+        def greedy_accuracy(model, template, examples, settings, *, calculator=True, label="greedy"):
             return wilson(round(1000 * accuracies[int(label.split("/")[0])]), 1000)
 
-        def sampled_scores(model, template, examples, settings, *, pass_at, calculator, label):
+        def sampled_scores(model, template, examples, settings, *, pass_at=(), maj_at=(), calculator=True, label=""):
             return {k: wilson(k, 20) for k in pass_at}, {}
 
-        monkeypatch.setattr(algorithm, "generate", generate)
-        monkeypatch.setattr(algorithm, "greedy_accuracy", greedy_accuracy)
-        monkeypatch.setattr(algorithm, "sampled_scores", sampled_scores)
+        monkeypatch.setattr(steps, "generate", generate)
+        monkeypatch.setattr(steps, "greedy_accuracy", greedy_accuracy)
+        monkeypatch.setattr(steps, "sampled_scores", sampled_scores)
 
     return install
 
 
-def rows(run: Run, name: str) -> list[dict]:
-    return [row for _, row in read_jsonl(run.directory.path / name)]
+def records(run: Run, name: str) -> list[dict]:
+    return [record for _, record in read_jsonl(run.directory.path / name)]
 
 
 def files_of(run: Run) -> dict[str, bytes]:
@@ -135,6 +155,7 @@ DPO = {
     "dpo/log.jsonl",
     "samples-dpo.jsonl",
     "pairs.jsonl",
+    "reference.safetensors",
 }
 
 
@@ -151,7 +172,7 @@ DPO = {
 def test_the_files_of_a_method(new_run, script, method, later):
     script({("1/samples-sft", BEN): ["Ben has 12.\n#### 12"]})
     run = new_run(method, iterations=1)
-    assert list(run.iterations()) == [0, *([1] if later else [])]
+    assert list(self_train(run)) == [0, *([1] if later else [])]
     expected = {f"iteration-0/{name}" for name in SFT} | {f"iteration-1/{name}" for name in later}
     assert files_of(run).keys() == expected
 
@@ -160,49 +181,58 @@ def test_the_files_of_a_method(new_run, script, method, later):
     ("method", "loaded"),
     [
         ("st", "base 0/sft  0/sft base 1/sft  1/sft base 2/sft"),
-        ("dpo-st", "base 0/sft  0/sft 0/sft 1/dpo base 1/sft 1/dpo  1/sft 1/sft 2/dpo base 2/sft 2/dpo"),
+        ("dpo-st", "base 0/sft  0/sft 0/sft 0/sft 1/dpo base 1/sft 1/dpo  1/sft 1/sft 1/sft 2/dpo base 2/sft 2/dpo"),
     ],
 )
 def test_which_model_samples_and_which_is_trained(new_run, script, monkeypatch, tiny_model_dir, method, loaded):
     """Every fine-tuning begins at the base; the last model, or what DPO made of it, samples."""
     script({})
-    calls, original = [], algorithm.load_model
+    calls, original = [], steps.load_model
 
     def load(directory, *rest, **options):
         calls.append("base" if directory == tiny_model_dir else f"{directory.parent.name[-1]}/{directory.name}")
         return original(directory, *rest, **options)
 
-    monkeypatch.setattr(algorithm, "load_model", load)
-    list(new_run(method, iterations=2).iterations())
+    monkeypatch.setattr(steps, "load_model", load)
+    list(self_train(new_run(method, iterations=2)))
     assert calls == loaded.split()
 
 
-def test_a_row_of_samples(new_run, tiny_template):
+def test_a_record_of_samples(new_run, tiny_template):
     run = new_run("st")
-    list(run.iterations())
-    samples = rows(run, "iteration-1/samples-sft.jsonl")
-    assert [(row["index"], row["sample"]) for row in samples] == [(i, k) for i in range(3) for k in range(2)]
-    for row in samples:
-        example = DATA.pool[row["index"]]
-        assert (row["question"], row["answer"]) == (example.question, example.answer)
-        assert row["completion"] == tiny_template.decode(row["token_ids"])
-        assert len(row["forced"]) == len(row["token_ids"]) <= 12
-        assert row["finish_reason"] == ("stop" if row["token_ids"][-1] == tiny_template.eos_id else "length")
-    facts = run.directory.facts["iteration-1/samples-sft.jsonl"]
-    assert facts["n_samples"] == 6
-    assert facts["n_right"] == sum(row["correct"] for row in samples)
+    list(self_train(run))
+    samples = list(steps.read_samples(run.path(1) / "samples-sft.jsonl"))
+    assert [(done.example_index, done.sample_index) for done in samples] == [(i, k) for i in range(3) for k in range(2)]
+    for done in samples:
+        example = DATA.pool[done.example_index]
+        assert (done.question, done.answer) == (example.question, example.answer)
+        assert done.completion == tiny_template.decode(done.token_ids)
+        assert done.is_correct is is_correct(done.completion, example.answer)
+        assert len(done.forced) == len(done.token_ids) <= 12
+        assert done.finish_reason == ("stop" if done.token_ids[-1] == tiny_template.eos_id else "length")
+    names = "example_index sample_index question answer completion is_correct token_ids forced finish_reason"
+    assert [[*record] for record in records(run, "iteration-1/samples-sft.jsonl")] == [names.split()] * 6
+    metadata = run.directory.stages["iteration-1/samples-sft.jsonl"]
+    assert metadata["n_samples"] == 6
+    assert metadata["n_correct"] == sum(done.is_correct for done in samples)
 
 
 # -- preference pairs -------------------------------------------------------------------------------------------------
 
 
-def test_pairs_of_gold_and_right_samples_against_wrong_ones(new_run, script, tiny_template):
-    wrong = ["Seven pens.\n#### 1", "No idea", "Mia keeps <<9-5=4>>4 pens.\n#### 5"]
-    script({("1/samples-dpo", MIA): wrong, ("1/samples-dpo", TOM): [TOM.rationale], ("1/samples-dpo", BEN): wrong[:1]})
+def test_pairs_are_gold_or_correct_against_incorrect(new_run, script, tiny_template):
+    incorrect = ["Seven pens.\n#### 1", "No idea", "Mia keeps <<9-5=4>>4 pens.\n#### 5"]
+    script(
+        {
+            ("1/samples-dpo", MIA): incorrect,
+            ("1/samples-dpo", TOM): [TOM.rationale],
+            ("1/samples-dpo", BEN): incorrect[:1],
+        }
+    )
     run = new_run()
-    list(run.iterations())
-    pairs = rows(run, "iteration-1/pairs.jsonl")
-    # Tom's samples are all right, so there is no loser; Ben's are all wrong, and he has no gold: no winner.
+    list(self_train(run))
+    pairs = records(run, "iteration-1/pairs.jsonl")
+    # Tom's samples are all correct, so none is rejected; Ben's are all incorrect, and he has no gold: none is chosen.
     assert {row["question"] for row in pairs} == {MIA.question}
     assert {row["chosen"] for row in pairs} == {tiny_template.canonical(tiny_template.target(MIA.rationale))}
     assert [row["similarity"] for row in pairs] == sorted(row["similarity"] for row in pairs)
@@ -211,106 +241,109 @@ def test_pairs_of_gold_and_right_samples_against_wrong_ones(new_run, script, tin
         for kind in ("chosen", "rejected"):
             assert row[kind] == tiny_template.decode(row[f"{kind}_ids"])
             assert row[f"{kind}_ids"][-1] == tiny_template.eos_id
-    assert run.directory.facts["iteration-1/pairs.jsonl"]["pairs"] == len(pairs) == 3
+    assert run.directory.stages["iteration-1/pairs.jsonl"]["pairs"] == len(pairs) == 3
 
 
-def test_a_cut_completion_may_lose_but_never_win(new_run, script, tiny_template):
-    cut_right, cut_wrong = ("A cut one.\n#### 12", "length"), ("Another.\n#### 3", "length")
+def test_a_cut_completion_is_rejected_never_chosen(new_run, script, tiny_template):
+    cut_correct, cut_incorrect = ("A cut one.\n#### 12", "length"), ("Another.\n#### 3", "length")
     whole = "Ben has 2 bags, 12 eggs.\n#### 12"
-    samples = {("1/samples-dpo", BEN): [cut_right, cut_wrong, whole], ("1/samples-sft", BEN): [cut_right, whole]}
+    samples = {
+        ("1/samples-dpo", BEN): [cut_correct, cut_incorrect, whole],
+        ("1/samples-sft", BEN): [cut_correct, whole],
+    }
     script(samples)
     run = new_run()
-    list(run.iterations())
-    (known,) = run.candidates(1, "samples-dpo")[2:]
+    list(self_train(run))
+    (known,) = steps.candidates(run, 1, "samples-dpo")[2:]
     assert known == Candidates(
-        None, [tuple(tiny_template.target_ids(whole))], [tuple(tiny_template.target_ids(cut_wrong[0])[:-1])]
+        None, [tuple(tiny_template.target_ids(whole))], [tuple(tiny_template.target_ids(cut_incorrect[0])[:-1])]
     )
-    ben = [row for row in rows(run, "iteration-1/pairs.jsonl") if row["question"] == BEN.question]
-    assert [(row["chosen"], row["rejected"]) for row in ben] == [(whole, cut_wrong[0])]
+    ben = [row for row in records(run, "iteration-1/pairs.jsonl") if row["question"] == BEN.question]
+    assert [(row["chosen"], row["rejected"]) for row in ben] == [(whole, cut_incorrect[0])]
     labels = [
-        row["rationale"] for row in rows(run, "iteration-1/pseudo-labels.jsonl") if row["question"] == BEN.question
+        row["rationale"] for row in records(run, "iteration-1/pseudo-labels.jsonl") if row["question"] == BEN.question
     ]
     assert labels == [whole]
 
 
-def test_dpo_goes_through_few_pairs_a_few_times_only(new_run, script):
-    script({})  # one wrong sample a question, two gold rationales: two pairs
+def test_dpo_has_few_epochs_on_few_pairs(new_run, script):
+    script({})  # one incorrect sample a question, two gold rationales: two pairs
     run = new_run(dpo_steps=50, dpo_pairs_per_step=1, dpo_max_epochs=4)
-    list(run.iterations())
-    assert len(rows(run, "iteration-1/pairs.jsonl")) == 2
+    list(self_train(run))
+    assert len(records(run, "iteration-1/pairs.jsonl")) == 2
     assert len(list(read_log(run.path(1) / "dpo/log.jsonl"))) == 8
     short = new_run(name="short", dpo_steps=3, dpo_pairs_per_step=96)
-    list(short.iterations())
+    list(self_train(short))
     assert len(list(read_log(short.path(1) / "dpo/log.jsonl"))) == 3
 
 
-def test_without_pairs_dpo_leaves_the_model_as_it_is(new_run, script, capsys):
+def test_dpo_without_pairs_changes_nothing(new_run, script, capsys):
     script({("1/samples-dpo", e): [f"#### {e.answer}"] for e in DATA.pool})
     run = new_run()
-    list(run.iterations())
-    assert rows(run, "iteration-1/pairs.jsonl") == []
+    list(self_train(run))
+    assert records(run, "iteration-1/pairs.jsonl") == []
     assert equal(weights(run.path(1) / "dpo"), weights(run.path(0) / "sft"))
     assert "no preference pairs" in capsys.readouterr().out
-    assert run.directory.facts["iteration-1/dpo"]["flops"] == 0
+    assert run.directory.stages["iteration-1/dpo"]["flops"] == 0
 
 
 # -- pseudo-labels ----------------------------------------------------------------------------------------------------
 
 
-def test_labels_are_gold_and_the_right_samples(new_run, script, tiny_template):
-    right = "Ben: 2 bags of 6.\n#### 12"
-    script({("1/samples-sft", BEN): [right, "#### 13"], ("1/samples-sft", TOM): [TOM.rationale]})
+def test_pseudo_labels_are_gold_and_correct_samples(new_run, script, tiny_template):
+    correct = "Ben: 2 bags of 6.\n#### 12"
+    script({("1/samples-sft", BEN): [correct, "#### 13"], ("1/samples-sft", TOM): [TOM.rationale]})
     run = new_run("st")
-    list(run.iterations())
-    labels = rows(run, "iteration-1/pseudo-labels.jsonl")
+    list(self_train(run))
+    labels = records(run, "iteration-1/pseudo-labels.jsonl")
     assert [(row["question"], row["source"]) for row in labels] == [
         (TOM.question, "gold"),
         (MIA.question, "gold"),
         (BEN.question, "sample"),
     ]
-    assert labels[2]["rationale"] == tiny_template.decode(labels[2]["token_ids"]) == right
+    assert labels[2]["rationale"] == tiny_template.decode(labels[2]["token_ids"]) == correct
     assert all(row["token_ids"][-1] == tiny_template.eos_id for row in labels)
-    facts = run.directory.facts["iteration-1/pseudo-labels.jsonl"]
-    assert (facts["pseudo_labels"], facts["examples"]) == (1, 3)
+    metadata = run.directory.stages["iteration-1/pseudo-labels.jsonl"]
+    assert (metadata["pseudo_labels"], metadata["examples"]) == (1, 3)
 
 
 def test_fine_tuning_takes_the_labels_and_nothing_else(new_run, script, monkeypatch):
-    trained, original = [], algorithm.train_sft
+    trained, original = [], steps.train_sft
 
     def train(model, sequences, *rest, **more):
         trained.append([(sequence.prompt_ids, sequence.target_ids) for sequence in sequences])
         original(model, sequences, *rest, **more)
 
-    monkeypatch.setattr(algorithm, "train_sft", train)
+    monkeypatch.setattr(steps, "train_sft", train)
     script({("1/samples-sft", BEN): ["Ben: 2 bags of 6.\n#### 12"]})
     run = new_run("st")
-    list(run.iterations())
+    list(self_train(run))
     prompt, target = run.template.prompt_ids, run.template.target_ids
     assert trained[0] == [(tuple(prompt(e.question)), tuple(target(e.rationale))) for e in (TOM, MIA)]
-    labels = rows(run, "iteration-1/pseudo-labels.jsonl")
+    labels = records(run, "iteration-1/pseudo-labels.jsonl")
     assert trained[1] == [(tuple(prompt(row["question"])), tuple(row["token_ids"])) for row in labels]
 
 
-def test_samples_of_earlier_rounds_are_merged_newest_first(new_run, script, tiny_template):
+def test_earlier_samples_are_merged_newest_first(new_run, script, tiny_template):
     old, new = ["Old words here.\n#### 12", "Oh, no.\n#### 1"], ["Some other text.\n#### 12", "Unsure.\n#### 0"]
     script({("1/samples-sft", BEN): old, ("2/samples-sft", BEN): new})
     run = new_run("st", iterations=2)
-    list(run.iterations())
+    list(self_train(run))
     ids = {text: tuple(tiny_template.target_ids(text)) for text in old + new}
-    known = run.candidates(2, "samples-sft")[2]
+    known = steps.candidates(run, 2, "samples-sft")[2]
     assert known == Candidates(None, [ids[new[0]], ids[old[0]]], [ids[new[1]], ids[old[1]]])
-    assert run.candidates(1, "samples-sft")[2] == Candidates(None, [ids[old[0]]], [ids[old[1]]])
-    gold = [candidates.gold for candidates in run.candidates(2, "samples-sft")]
+    assert steps.candidates(run, 1, "samples-sft")[2] == Candidates(None, [ids[old[0]]], [ids[old[1]]])
+    gold = [candidates.gold for candidates in steps.candidates(run, 2, "samples-sft")]
     assert gold == [tuple(tiny_template.target_ids(e.rationale)) for e in (TOM, MIA)] + [None]
-    labels = [row["rationale"] for row in rows(run, "iteration-2/pseudo-labels.jsonl") if row["answer"] == "12"]
+    labels = [row["rationale"] for row in records(run, "iteration-2/pseudo-labels.jsonl") if row["answer"] == "12"]
     assert labels == [new[0]]  # capped at the 90th percentile of 1, 1 and 2
 
 
-def test_pairs_of_earlier_rounds_are_merged(new_run, script):
+def test_earlier_pairs_are_merged(new_run, script):
     script({("1/samples-dpo", MIA): ["Early.\n#### 1"], ("2/samples-dpo", MIA): ["Zzz.\n#### 2"]})
     run = new_run(iterations=2)
-    list(run.iterations())
-    rejected = [row["rejected"] for row in rows(run, "iteration-2/pairs.jsonl") if row["question"] == MIA.question]
+    list(self_train(run))
+    rejected = [row["rejected"] for row in records(run, "iteration-2/pairs.jsonl") if row["question"] == MIA.question]
     assert sorted(rejected) == ["Early.\n#### 1", "Zzz.\n#### 2"]
 
 
@@ -318,28 +351,28 @@ def test_rest_em_learns_from_samples_alone(new_run, script, tiny_template):
     """A sample that equals the human rationale counts as a sample."""
     script({("1/samples-sft", TOM): [TOM.rationale, "3 and 4.\n#### 7"], ("1/samples-sft", BEN): ["#### 13"]})
     run = new_run("rest-em")
-    list(run.iterations())
-    labels = rows(run, "iteration-1/pseudo-labels.jsonl")
+    list(self_train(run))
+    labels = records(run, "iteration-1/pseudo-labels.jsonl")
     assert [(row["question"], row["source"]) for row in labels] == [(TOM.question, "sample")] * 2
     assert labels[0]["token_ids"] == tiny_template.target_ids(TOM.rationale)
-    assert run.directory.facts["iteration-1/pseudo-labels.jsonl"]["pseudo_labels"] == 2
+    assert run.directory.stages["iteration-1/pseudo-labels.jsonl"]["pseudo_labels"] == 2
 
 
 def test_rest_em_caps_the_samples_of_a_question(new_run, script):
     script({("1/samples-sft", TOM): [f"{word}\n#### 7" for word in ("xyz", "Kuba", "Mhm", "Olé")]})
     run = new_run("rest-em", samples=4, label_cap=2)
-    list(run.iterations())
-    assert [row["rationale"] for row in rows(run, "iteration-1/pseudo-labels.jsonl")] == [
+    list(self_train(run))
+    assert [row["rationale"] for row in records(run, "iteration-1/pseudo-labels.jsonl")] == [
         "xyz.\n#### 7",
         "Kuba.\n#### 7",
     ]
 
 
-def test_rest_em_without_one_right_sample_ends_in_one_line(new_run, script):
+def test_rest_em_without_a_correct_sample_is_one_line(new_run, script):
     script({})
     run = new_run("rest-em")
-    with pytest.raises(UserError, match="iteration 1: not one sample was right"):
-        list(run.iterations())
+    with pytest.raises(UserError, match="iteration 1: not one sample was correct"):
+        list(self_train(run))
     assert not list(run.path(1).glob("*pseudo-labels*"))
 
 
@@ -355,34 +388,41 @@ def test_rest_em_without_one_right_sample_ends_in_one_line(new_run, script):
         ((0.0, 0.0, 0.5, 0.6), [0, 1]),
     ],
 )
-def test_a_run_ends_at_its_limit_or_when_dev_no_longer_rises(new_run, script, capsys, accuracies, done):
+def test_a_run_ends_at_its_limit_or_convergence(new_run, script, capsys, accuracies, done):
     script({}, accuracies)
-    assert list(new_run("st", iterations=3).iterations()) == done
+    assert list(self_train(new_run("st", iterations=3))) == done
     assert ("stopped after iteration" in capsys.readouterr().out) == (len(done) < 4)
 
 
-def test_the_same_command_again_does_nothing_anew(new_run, monkeypatch):
+def test_a_finished_run_does_nothing_again(new_run, monkeypatch):
     run = new_run()
-    done = list(run.iterations())
-    before, facts = files_of(run), run.directory.facts
+    done = list(self_train(run))
+    before, stages = files_of(run), run.directory.stages
 
     def never(*arguments, **options):
         raise AssertionError("this stage was finished")
 
-    for name in ("train_sft", "train_dpo", "generate", "greedy_accuracy", "sampled_scores", "load_model"):
-        monkeypatch.setattr(algorithm, name, never)
+    functions = "train_sft reference_log_probabilities train_dpo generate greedy_accuracy sampled_scores load_model"
+    for name in functions.split():
+        monkeypatch.setattr(steps, name, never)
     again = new_run()
-    assert list(again.iterations()) == done
+    assert list(self_train(again)) == done
     assert files_of(again) == before
-    assert again.directory.facts == facts
+    assert again.directory.stages == stages
 
 
 @pytest.mark.parametrize(
-    "lost", [["1/sft"], ["1/dpo", "1/samples-sft.jsonl"], ["1/samples-dpo.jsonl", "1/pairs.jsonl"]]
+    "lost",
+    [
+        ["1/sft"],
+        ["1/dpo", "1/samples-sft.jsonl"],
+        ["1/reference.safetensors"],
+        ["1/samples-dpo.jsonl", "1/pairs.jsonl"],
+    ],
 )
-def test_a_lost_stage_is_done_again_with_the_same_result(new_run, lost):
+def test_a_lost_stage_is_redone_identically(new_run, lost):
     run = new_run()
-    list(run.iterations())
+    list(self_train(run))
     before = files_of(run)
     for name in lost:
         path = run.directory.path / f"iteration-{name}"
@@ -391,111 +431,114 @@ def test_a_lost_stage_is_done_again_with_the_same_result(new_run, lost):
         path.rename(run.directory.path / path.name)
     unchanged = (run.path(0) / "sft/model.safetensors").stat().st_mtime_ns
     again = new_run()
-    list(again.iterations())
+    list(self_train(again))
     assert files_of(again) == before
     assert (run.path(0) / "sft/model.safetensors").stat().st_mtime_ns == unchanged
 
 
 @pytest.mark.parametrize("method", ["dpo-st", "st"])
-def test_the_same_seed_gives_the_same_files_bit_for_bit(new_run, method):
+def test_same_seed_same_files_bit_for_bit(new_run, method):
     runs = [new_run(method, name=f"run-{i}", seed=seed) for i, seed in enumerate((1, 1, 2))]
     for run in runs:
-        list(run.iterations())
+        list(self_train(run))
     first, second, other = map(files_of, runs)
     assert first == second
     differing = {name for name in first if first[name] != other[name]}
     assert {"iteration-0/sft/model.safetensors", "iteration-1/samples-sft.jsonl"} <= differing
 
 
-def test_a_run_that_was_interrupted_equals_one_that_was_not(new_run, monkeypatch):
+def test_an_interrupted_run_equals_an_uninterrupted_one(new_run, monkeypatch):
     whole = new_run(name="whole")
-    list(whole.iterations())
+    list(self_train(whole))
 
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    for name in ("train_sft", "greedy_accuracy", "train_dpo", "sampled_scores"):
+    for name in ("train_sft", "greedy_accuracy", "reference_log_probabilities", "train_dpo", "sampled_scores"):
         with monkeypatch.context() as patch:
-            patch.setattr(algorithm, name, interrupted)
+            patch.setattr(steps, name, interrupted)
             with pytest.raises(KeyboardInterrupt):
-                list(new_run(name="broken").iterations())
+                list(self_train(new_run(name="broken")))
     broken = new_run(name="broken")
-    list(broken.iterations())
+    list(self_train(broken))
     assert files_of(broken) == files_of(whole)
 
 
 @pytest.mark.parametrize("stage", ["1/samples-dpo", "1/samples-sft"])
-def test_a_sampling_that_was_killed_goes_on_with_the_first_missing_chunk(new_run, monkeypatch, stage):
+def test_killed_sampling_continues_at_the_missing_chunk(new_run, monkeypatch, stage):
     whole = new_run(name="whole")
-    list(whole.iterations())
+    list(self_train(whole))
     monkeypatch.setattr(sampler, "CHUNK", 2)
     chunked = new_run(name="chunked")
-    list(chunked.iterations())
-    original, begun = algorithm.generate, []
+    list(self_train(chunked))
+    original, begun = steps.generate, []
 
-    def killed(*arguments, label, **options):
-        for n_done, done in enumerate(original(*arguments, label=label, **options)):
-            if label == stage and n_done == 5:
+    def killed(*arguments, **options):
+        for n_done, done in enumerate(original(*arguments, **options)):
+            if options["label"] == stage and n_done == 5:
                 raise KeyboardInterrupt
             yield done
 
-    def noting(*arguments, label, first_chunk, **options):
-        begun.append((label, first_chunk))
-        return original(*arguments, label=label, first_chunk=first_chunk, **options)
+    def noting(*arguments, **options):
+        begun.append((options["label"], options["first_chunk"]))
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(algorithm, "generate", killed)
+    monkeypatch.setattr(steps, "generate", killed)
     with pytest.raises(KeyboardInterrupt):
-        list(new_run(name="broken").iterations())
-    monkeypatch.setattr(algorithm, "generate", noting)
+        list(self_train(new_run(name="broken")))
+    monkeypatch.setattr(steps, "generate", noting)
     broken = new_run(name="broken")
     assert len(list(broken.directory.progress(f"iteration-{stage}.jsonl").iterdir())) == 2
-    list(broken.iterations())
+    list(self_train(broken))
     assert begun[0] == (stage, 2)
     assert files_of(broken) == files_of(chunked)
     assert files_of(chunked).keys() == files_of(whole).keys()
 
 
-def test_a_kill_before_the_first_step_of_dpo_changes_nothing(new_run, script, monkeypatch):
+def test_the_reference_outlives_a_kill_of_dpo(new_run, script, monkeypatch):
     script({("1/samples-dpo", TOM): ["Tom has 7.\n#### 7", "Tom has 8.\n#### 8"]})
     whole = new_run(name="whole")
-    list(whole.iterations())
+    list(self_train(whole))
     with monkeypatch.context() as patch:
         patch.setattr(dpo, "dpo_loss", None)  # TypeError
         with pytest.raises(TypeError):
-            list(new_run(name="broken").iterations())
+            list(self_train(new_run(name="broken")))
+    monkeypatch.setattr(steps, "reference_log_probabilities", None)
     broken = new_run(name="broken")
-    list(broken.iterations())
+    assert (broken.path(1) / "reference.safetensors").is_file()
+    list(self_train(broken))
     assert files_of(broken) == files_of(whole)
 
 
 # -- what goes in -----------------------------------------------------------------------------------------------------
 
 
-def test_samples_of_different_stages_and_iterations_are_seeded_apart(new_run):
+def test_each_sampling_has_its_own_seed(new_run):
     run = new_run()
     purposes = ("1/samples-dpo", "1/samples-sft", "2/samples-dpo", "1/evaluation")
-    assert len({run.sampling(purpose).seed for purpose in purposes}) == 4
-    assert run.sampling("1/samples-dpo") == new_run(name="other").sampling("1/samples-dpo")
-    assert run.sampling("1/samples-dpo") != new_run(name="another", seed=2).sampling("1/samples-dpo")
-    settings = new_run("rest-em", name="third").sampling("1/samples-sft")
+    assert len({run.sampling_settings(purpose).seed for purpose in purposes}) == 4
+    assert run.sampling_settings("1/samples-dpo") == new_run(name="other").sampling_settings("1/samples-dpo")
+    assert run.sampling_settings("1/samples-dpo") != new_run(name="another", seed=2).sampling_settings("1/samples-dpo")
+    settings = new_run("rest-em", name="third").sampling_settings("1/samples-sft")
     assert (settings.temperature, settings.top_k, settings.max_new_tokens, settings.slots) == (0.7, 40, 12, 40)
 
 
-def test_examples_beyond_the_limits_are_left_out_and_counted(new_run, capsys):
+def test_too_long_examples_are_left_out_and_counted(new_run, capsys):
     long = Example("Ana waits. " * 30 + "How long?", "1", "Ana waits.\n#### 1")
     data = replace(DATA, labelled=[TOM, long])
     run = new_run("sft", data=data, max_source=100)
-    list(run.iterations())
+    list(self_train(run))
     assert "0/sft: 1 of 2 left out, being longer than 100 source or 300 target tokens" in capsys.readouterr().out
     with pytest.raises(UserError, match="all 2 examples are longer than the limits"):
-        list(new_run("sft", name="short", data=data, max_target=3).iterations())
+        list(self_train(new_run("sft", name="short", data=data, max_target=3)))
 
 
-def test_rationales_that_the_tokenizer_cannot_write_are_left_out_and_counted(new_run, monkeypatch, capsys):
+def test_unwritable_rationales_are_left_out_and_counted(new_run, monkeypatch, capsys):
     round_trips = T5Template.round_trips
     monkeypatch.setattr(T5Template, "round_trips", lambda self, text: "Mia" not in text and round_trips(self, text))
     run = new_run()
-    assert run.gold.keys() == {TOM.question}
+    assert run.tokens.gold.keys() == {TOM.question}
+    steps.fine_tune(run, 0)
     assert "1 of 2 rationales left out" in capsys.readouterr().out
     monkeypatch.setattr(T5Template, "round_trips", lambda self, text: len(text) == 1)
     with pytest.raises(UserError, match="toy: no labelled rationale can be written with the tokenizer"):
@@ -503,7 +546,7 @@ def test_rationales_that_the_tokenizer_cannot_write_are_left_out_and_counted(new
 
 
 @pytest.mark.parametrize("part", ["pool", "dev", "tests"])
-def test_a_question_beyond_the_samplers_limit_is_refused_before_anything_is_done(new_run, part):
+def test_a_too_long_question_is_refused_at_once(new_run, part):
     long = Example("How " * 2000 + "?", "1")
     changed = {"pool": [TOM, MIA, long], "dev": [long], "tests": {"toy/test": [long]}}[part]
     with pytest.raises(UserError, match="tokens; the limit is 1,024"):
@@ -513,16 +556,25 @@ def test_a_question_beyond_the_samplers_limit_is_refused_before_anything_is_done
 def test_flops_of_training(new_run, script, tiny_model_dir):
     script({})
     run = new_run(sft_epochs=3, dpo_steps=5)
-    list(run.iterations())
+    list(self_train(run))
     size = model_size(load_model(tiny_model_dir))
     n_source, n_target = (
-        sum(len(getattr(sequence, side)) for sequence in run.gold.values()) for side in ("prompt_ids", "target_ids")
+        sum(len(getattr(sequence, side)) for sequence in run.tokens.gold.values())
+        for side in ("prompt_ids", "target_ids")
     )
-    facts = run.directory.facts
-    assert facts["iteration-0/sft"]["flops"] == pytest.approx(3 * training_flops(size, n_source, n_target))
-    pairs = rows(run, "iteration-1/pairs.jsonl")
+    flops = {name: metadata.get("flops") for name, metadata in run.directory.stages.items()}
+    assert flops["iteration-0/sft"] == pytest.approx(3 * training_flops(size, n_source, n_target))
+    pairs = records(run, "iteration-1/pairs.jsonl")
     n_source = sum(2 * len(run.template.prompt_ids(row["question"])) for row in pairs)
     n_target = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in pairs)
     # Four passes over the pairs, as dpo_max_epochs allows, and one of the reference.
-    expected = 4 * training_flops(size, n_source, n_target) + forward_flops(size, n_source, n_target)
-    assert facts["iteration-1/dpo"]["flops"] == pytest.approx(expected)
+    assert flops["iteration-1/dpo"] == pytest.approx(4 * training_flops(size, n_source, n_target))
+    assert flops["iteration-1/reference.safetensors"] == pytest.approx(forward_flops(size, n_source, n_target))
+
+
+def test_a_question_is_tokenized_once(new_run, script, monkeypatch):
+    """Once for all steps but the sampler's own."""
+    script({("1/samples-dpo", TOM): ["Tom has 8.\n#### 8"]})
+    run = new_run()
+    monkeypatch.setattr(T5Template, "prompt_ids", None)
+    assert list(self_train(run)) == [0, 1]

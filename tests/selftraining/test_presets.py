@@ -51,7 +51,7 @@ def test_the_default_is_the_papers_recipe():
     assert {name: value for name, value in asdict(LLAMA).items() if name not in OURS} == PAPER_LLAMA
 
 
-def test_every_number_says_where_it_is_from():
+def test_every_number_is_tagged():
     tags = {}
     for line in Path(presets.__file__).read_text(encoding="utf-8").splitlines():
         if match := re.match(r"    (\w+): .* = .*?# \[(paper|code|ours)\]", line):
@@ -61,17 +61,17 @@ def test_every_number_says_where_it_is_from():
 
 
 @pytest.mark.parametrize("model", ["flan-t5-small", "flan-t5-base", "flan-t5-large", "t5-large", "some/directory"])
-def test_any_other_model_gets_the_papers_recipe_for_its_family(model):
+def test_other_models_get_their_familys_recipe(model):
     assert preset_for(model, "t5", "dpo-st") == preset_for(model, "t5", "st") == T5
     assert preset_for(model, "llama", "dpo-st") == LLAMA
 
 
-def test_the_embedded_models_have_presets_of_their_own():
+def test_bundled_models_have_presets_of_their_own():
     assert preset_for("tiny-t5", "t5", "dpo-st") == TINY_T5 != T5
     assert preset_for("tiny-llama", "llama", "dpo-st") == TINY_LLAMA != LLAMA
 
 
-def test_the_largest_t5_differs_from_the_recipe_in_memory_alone():
+def test_the_largest_t5_differs_in_memory_alone():
     assert preset_for("flan-t5-xl", "t5", "st") == replace(T5, activation_checkpointing=True)
 
 

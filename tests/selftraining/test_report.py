@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from minidpost.selftraining.report import collect, draw_accuracy, table, write_report
+from minidpost.selftraining.report import collect_results, plot_accuracy, results_table, write_report
 from minidpost.selftraining.run_directory import RunDirectory
 from minidpost.storage import markdown_table
 
@@ -25,28 +25,33 @@ def run(tmp_path):
     """A dpo-st run of two iterations, the second of which has its DPO, but no evaluation yet."""
     directory = RunDirectory(tmp_path / "run", SETTINGS)
 
-    def stage(name: str, value: object = None, **facts: float) -> None:
-        directory.stage(name, lambda path: path.write_text(json.dumps(value)) and facts)
-        directory.facts[name]["seconds"] = 30.0
+    def finish(name: str, value: object = None, **metadata: float) -> None:
+        with directory.stage(name) as stage:
+            stage.path.write_text(json.dumps(value))
+            stage.metadata.update(metadata)
+        directory.stages[name]["seconds"] = 30.0
 
-    stage("iteration-0/sft.json", flops=1e9)
+    finish("iteration-0/sft.json", flops=1e9)
     greedy = {"toy/dev": score(0.3), "toy/test": score(0.25)}
-    stage("iteration-0/evaluation.json", {"greedy": greedy, "sampled": {"sft": sampled(0.2, 0.5)}})
-    stage("iteration-1/samples-dpo.jsonl", flops=2e9, n_samples=5000)
-    stage("iteration-1/pairs.jsonl", pairs=1234)
-    stage("iteration-1/dpo.json", flops=3e9)
-    stage("iteration-1/pseudo-labels.jsonl", pseudo_labels=0, examples=400)
+    finish("iteration-0/evaluation.json", {"greedy": greedy, "sampled": {"sft": sampled(0.2, 0.5)}})
+    finish("iteration-1/samples-dpo.jsonl", flops=2e9, n_samples=5000)
+    finish("iteration-1/pairs.jsonl", pairs=1234)
+    finish("iteration-1/dpo.json", flops=3e9)
+    finish("iteration-1/pseudo-labels.jsonl", pseudo_labels=0, examples=400)
     greedy = {"toy/dev": score(0.4), "toy/test": score(0.35)}
     both = {"sft": sampled(0.3, 0.6), "dpo": sampled(0.25, 0.55)}
-    stage("iteration-1/evaluation.json", {"greedy": greedy, "sampled": both})
-    stage("iteration-2/samples-dpo.jsonl", flops=5e9)
+    finish("iteration-1/evaluation.json", {"greedy": greedy, "sampled": both})
+    finish("iteration-2/samples-dpo.jsonl", flops=5e9)
     return SimpleNamespace(
-        directory=directory, method="dpo-st", seed=3, path=lambda number: directory.path / f"iteration-{number}"
+        directory=directory,
+        method="dpo-st",
+        seed=3,
+        path=lambda iteration: directory.path / f"iteration-{iteration}",
     )
 
 
 def test_results_of_every_finished_iteration(run):
-    results = collect(run, "tiny-t5")
+    results = collect_results(run, "tiny-t5")
     assert {name: results[name] for name in ("model", "method", "seed", "settings")} == {
         "model": "tiny-t5",
         "method": "dpo-st",
@@ -71,13 +76,13 @@ def test_results_of_every_finished_iteration(run):
     assert second["dpo"] == {"pass_at_1": 0.25, "pass_at_10": 0.55}
 
 
-def test_iterations_whose_numbers_begin_alike_are_kept_apart(run):
-    run.directory.facts["iteration-10/sft.json"] = {"seconds": 1e6, "flops": 1e20}
-    assert collect(run, "tiny-t5")["iterations"][1]["flops"] == 5e9
+def test_iterations_1_and_10_are_told_apart(run):
+    run.directory.stages["iteration-10/sft.json"] = {"seconds": 1e6, "flops": 1e20}
+    assert collect_results(run, "tiny-t5")["iterations"][1]["flops"] == 5e9
 
 
-def test_the_table_has_a_row_an_iteration(run):
-    lines = table(collect(run, "tiny-t5")).splitlines()
+def test_the_table_has_a_row_for_each_iteration(run):
+    lines = results_table(collect_results(run, "tiny-t5")).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == [
         "method",
@@ -104,12 +109,12 @@ def test_markdown_lines_up():
     ]
 
 
-def test_the_report_is_written_and_replaces_the_last(run):
+def test_a_report_replaces_the_last_one(run):
     path = run.directory.path
     (path / "report.md").write_text("of iteration 0")
     text = write_report(run, "tiny-t5")
-    assert text == table(collect(run, "tiny-t5"))
-    assert json.loads((path / "results.json").read_text()) == collect(run, "tiny-t5")
+    assert text == results_table(collect_results(run, "tiny-t5"))
+    assert json.loads((path / "results.json").read_text()) == collect_results(run, "tiny-t5")
     report = (path / "report.md").read_text()
     assert report.startswith("# dpo-st · tiny-t5 · seed 3\n")
     assert text in report
@@ -117,21 +122,21 @@ def test_the_report_is_written_and_replaces_the_last(run):
     assert not list(path.rglob("*.unfinished"))
 
 
-def test_the_figure_is_a_picture_of_every_set(run, tmp_path, monkeypatch):
+def test_the_figure_shows_every_set(run, tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
-    drawn = {}
+    plotted = {}
     original = Axes.errorbar
 
     def errorbar(self, x, y, yerr, label, **rest):
-        drawn[label] = (x, y, yerr)
+        plotted[label] = (x, y, yerr)
         return original(self, x, y, yerr=yerr, label=label, **rest)
 
     monkeypatch.setattr(Axes, "errorbar", errorbar)
-    draw_accuracy(collect(run, "tiny-t5"), tmp_path / "figures" / "a.png")
+    plot_accuracy(collect_results(run, "tiny-t5"), tmp_path / "figures" / "a.png")
     assert (tmp_path / "figures" / "a.png").read_bytes().startswith(b"\x89PNG\r\n")
-    assert drawn.keys() == {"toy/dev", "toy/test"}
-    numbers, values, around = drawn["toy/test"]
-    assert numbers == [0, 1]
+    assert plotted.keys() == {"toy/dev", "toy/test"}
+    iterations, values, around = plotted["toy/test"]
+    assert iterations == [0, 1]
     assert values == pytest.approx([25, 35])
     assert around == [pytest.approx([5, 5]), pytest.approx([5, 5])]

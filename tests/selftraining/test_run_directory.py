@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,15 @@ def write_number(path: Path) -> dict:
     return {"n": 7}
 
 
-def test_a_new_run_notes_settings_and_versions(tmp_path):
+def do_stage(directory: RunDirectory, name: str, work: Callable[[Path], dict]) -> Path:
+    """Finish a stage as the steps of self-training do: `work` writes its path and returns metadata."""
+    if not directory.is_finished(name):
+        with directory.stage(name) as stage:
+            stage.metadata.update(work(stage.path))
+    return directory.path / name
+
+
+def test_config_has_settings_and_versions(tmp_path):
     RunDirectory(tmp_path / "run", SETTINGS | {"data": Path("my.jsonl")})
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["settings"] == SETTINGS | {"data": "my.jsonl"}
@@ -34,12 +43,12 @@ def test_a_new_run_notes_settings_and_versions(tmp_path):
     assert config["versions"].keys() == {"minidpost", "python", "torch"}
 
 
-def test_an_empty_directory_may_become_a_run(tmp_path):
+def test_an_empty_directory_becomes_a_run(tmp_path):
     RunDirectory(tmp_path, SETTINGS)
     assert (tmp_path / "config.json").is_file()
 
 
-def test_the_same_settings_continue_a_run_and_change_nothing(tmp_path):
+def test_same_settings_continue_a_run(tmp_path):
     RunDirectory(tmp_path / "run", SETTINGS)
     before = files_of(tmp_path)
     RunDirectory(tmp_path / "run", SETTINGS)
@@ -67,7 +76,7 @@ def test_other_settings_are_refused_by_name(tmp_path, change, complaint):
     assert files_of(tmp_path) == before
 
 
-def test_what_is_no_run_directory_is_left_alone(tmp_path):
+def test_other_directories_are_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for path in (tmp_path, tmp_path / "notes.txt"):
         with pytest.raises(UserError, match="is no run directory; choose another --run-dir"):
@@ -84,7 +93,7 @@ def test_an_unreadable_config_is_one_line(tmp_path, content):
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_a_models_directory_is_no_run_though_it_has_a_config(tmp_path, tiny_model_dir, fresh):
+def test_a_model_directory_is_no_run(tmp_path, tiny_model_dir, fresh):
     before = files_of(tiny_model_dir)
     with pytest.raises(UserError, match="is no run directory"):
         RunDirectory(tiny_model_dir, SETTINGS, fresh)
@@ -98,50 +107,50 @@ def test_a_stage_is_done_once(tmp_path, name):
         return write_number(path if name.endswith(".jsonl") else path / "weights")
 
     calls, directory = [], RunDirectory(tmp_path, SETTINGS)
-    final = directory.stage(name, work)
+    final = do_stage(directory, name, work)
     assert final == tmp_path / name
     assert (final if final.is_file() else final / "weights").read_text() == "7"
-    assert directory.facts[name]["n"] == 7
-    assert directory.facts[name]["seconds"] >= 0
+    assert directory.stages[name]["n"] == 7
+    assert directory.stages[name]["seconds"] >= 0
     assert calls[0] != final
     assert not calls[0].exists()
 
     continued = RunDirectory(tmp_path, SETTINGS)
-    assert continued.stage(name, work) == final
+    assert do_stage(continued, name, work) == final
     assert len(calls) == 1
-    assert continued.facts == directory.facts
+    assert continued.stages == directory.stages
 
 
-def test_a_stage_that_was_removed_is_done_again_and_its_last_facts_count(tmp_path):
-    RunDirectory(tmp_path, SETTINGS).stage("a.json", write_number)
+def test_a_removed_stage_is_done_again(tmp_path):
+    do_stage(RunDirectory(tmp_path, SETTINGS), "a.json", write_number)
     (tmp_path / "a.json").unlink()
-    RunDirectory(tmp_path, SETTINGS).stage("a.json", lambda path: write_number(path) | {"n": 8})
-    assert RunDirectory(tmp_path, SETTINGS).facts["a.json"]["n"] == 8
+    do_stage(RunDirectory(tmp_path, SETTINGS), "a.json", lambda path: write_number(path) | {"n": 8})
+    assert RunDirectory(tmp_path, SETTINGS).stages["a.json"]["n"] == 8
 
 
 @pytest.mark.parametrize("name", ["a.json", "a"])
 @pytest.mark.parametrize("end", [UserError, KeyboardInterrupt])
-def test_a_stage_that_fails_has_neither_name_nor_facts(tmp_path, name, end):
+def test_a_failed_stage_has_neither_name_nor_metadata(tmp_path, name, end):
     def work(path: Path) -> dict:
         write_number(path if name == "a.json" else path / "weights")
         raise end("half-way")
 
     directory = RunDirectory(tmp_path, SETTINGS)
     with pytest.raises(end):
-        directory.stage(name, work)
+        do_stage(directory, name, work)
     assert not (tmp_path / name).exists()
-    assert RunDirectory(tmp_path, SETTINGS).facts == directory.facts == {}
+    assert RunDirectory(tmp_path, SETTINGS).stages == directory.stages == {}
     if name == "a":  # the next attempt begins with an empty directory
         (tmp_path / "a.unfinished").mkdir()
         (tmp_path / "a.unfinished" / "older").write_text("")
-        directory.stage("a", lambda path: write_number(path / "weights"))
+        do_stage(directory, "a", lambda path: write_number(path / "weights"))
         assert [path.name for path in (tmp_path / "a").iterdir()] == ["weights"]
 
 
-def test_what_is_said_is_logged(tmp_path, capsys):
+def test_log_writes_to_terminal_and_file(tmp_path, capsys):
     directory = RunDirectory(tmp_path, SETTINGS)
-    directory.say("first")
-    directory.say("second")
+    directory.log("first")
+    directory.log("second")
     assert capsys.readouterr().out == (tmp_path / "log.txt").read_text()
     assert [line.split(" ", 1)[1] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["first", "second"]
 
@@ -169,7 +178,7 @@ def other_process():
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_a_run_has_one_process_until_that_is_killed(tmp_path, other_process, fresh):
+def test_a_run_has_one_process(tmp_path, other_process, fresh):
     process = other_process(tmp_path / "run")
     before = files_of(tmp_path)
     for _ in range(2):
@@ -181,8 +190,8 @@ def test_a_run_has_one_process_until_that_is_killed(tmp_path, other_process, fre
     RunDirectory(tmp_path / "run", SETTINGS, fresh)
 
 
-@pytest.mark.parametrize("found", [1, 3, "2"])
-def test_another_format_is_refused_by_name(tmp_path, found):
+@pytest.mark.parametrize("found", [1, 2, 4, "3"])
+def test_another_format_is_refused(tmp_path, found):
     RunDirectory(tmp_path, SETTINGS)
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"format": found} if found != 1 else {}
@@ -193,7 +202,7 @@ def test_another_format_is_refused_by_name(tmp_path, found):
         RunDirectory(tmp_path, SETTINGS)
 
 
-def test_another_torch_is_told(tmp_path, monkeypatch, capsys):
+def test_another_torch_is_logged(tmp_path, monkeypatch, capsys):
     RunDirectory(tmp_path, SETTINGS)
     RunDirectory(tmp_path, SETTINGS)
     assert capsys.readouterr().out == ""
@@ -204,13 +213,15 @@ def test_another_torch_is_told(tmp_path, monkeypatch, capsys):
 
 def finished_run(path: Path) -> RunDirectory:
     directory = RunDirectory(path, SETTINGS)
-    directory.stage("iteration-1/pairs.jsonl", write_number)
-    directory.stage("iteration-1/dpo", lambda stage: write_number(stage / "weights") | write_number(stage / "config"))
+    do_stage(directory, "iteration-1/pairs.jsonl", write_number)
+    do_stage(
+        directory, "iteration-1/dpo", lambda stage: write_number(stage / "weights") | write_number(stage / "config")
+    )
     return directory
 
 
 @pytest.mark.parametrize("name", ["iteration-1/pairs.jsonl", "iteration-1/dpo/weights", "iteration-1/dpo/config"])
-def test_a_file_that_was_edited_or_removed_is_named(tmp_path, name):
+def test_changed_and_missing_files_are_named(tmp_path, name):
     finished_run(tmp_path)
     (tmp_path / name).write_text("8")
     with pytest.raises(UserError, match=f"{name} was changed since its stage was finished"):
@@ -220,20 +231,20 @@ def test_a_file_that_was_edited_or_removed_is_named(tmp_path, name):
         with pytest.raises(UserError, match=f"{name} is missing"):
             RunDirectory(tmp_path, SETTINGS)
     (tmp_path / name).write_text("7")
-    assert len(RunDirectory(tmp_path, SETTINGS).facts) == 2
+    assert len(RunDirectory(tmp_path, SETTINGS).stages) == 2
 
 
-def test_a_file_with_a_stages_name_that_no_stage_made(tmp_path):
+def test_a_file_that_no_stage_wrote_is_refused(tmp_path):
     directory = finished_run(tmp_path)
     (tmp_path / "iteration-1/labels.jsonl").write_text("mine")
     with pytest.raises(UserError, match=r"labels\.jsonl is there, but stages\.jsonl does not know of it"):
-        directory.stage("iteration-1/labels.jsonl", write_number)
+        do_stage(directory, "iteration-1/labels.jsonl", write_number)
     assert (tmp_path / "iteration-1/labels.jsonl").read_text() == "mine"
 
 
 @pytest.mark.parametrize("row", [{}, {"stage": "config.json"}, {"stage": 1}, {"stage": "x" * 9999}])
 @pytest.mark.parametrize("sha256", [{}, {"sha256": 1}, {"sha256": ["."]}])
-def test_stages_that_were_edited_are_refused(tmp_path, row, sha256):
+def test_an_edited_stages_file_is_refused(tmp_path, row, sha256):
     finished_run(tmp_path)
     with open(tmp_path / "stages.jsonl", "a") as stream:
         stream.write(json.dumps(row | sha256) + "\n")
@@ -242,8 +253,8 @@ def test_stages_that_were_edited_are_refused(tmp_path, row, sha256):
 
 
 @pytest.mark.parametrize("name", ["iteration-1/labels.jsonl", "iteration-1/sft"])
-def test_a_kill_between_the_facts_of_a_stage_and_its_name(tmp_path, monkeypatch, name):
-    """… leaves facts without a stage; the same command does the stage again."""
+def test_a_kill_between_metadata_and_renaming(tmp_path, monkeypatch, name):
+    """… leaves metadata without a stage; the same command does the stage again."""
 
     class Killed(BaseException):
         pass
@@ -262,29 +273,29 @@ def test_a_kill_between_the_facts_of_a_stage_and_its_name(tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
         with pytest.raises(Killed):
-            directory.stage(name, work)
+            do_stage(directory, name, work)
     assert name in (tmp_path / "stages.jsonl").read_text()
     assert not (tmp_path / name).exists()
     again = RunDirectory(tmp_path, SETTINGS)
-    assert name not in again.facts
-    again.stage(name, work)
-    assert [*RunDirectory(tmp_path, SETTINGS).facts] == ["iteration-1/pairs.jsonl", "iteration-1/dpo", name]
+    assert name not in again.stages
+    do_stage(again, name, work)
+    assert [*RunDirectory(tmp_path, SETTINGS).stages] == ["iteration-1/pairs.jsonl", "iteration-1/dpo", name]
 
 
-def test_what_killed_processes_left_is_removed(tmp_path):
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
     directory = finished_run(tmp_path)
     before = files_of(tmp_path)
     (tmp_path / "iteration-1/sft.unfinished").mkdir()
     for name in (".config.json.7.unfinished", "iteration-1/.a.jsonl.99.unfinished", "iteration-1/sft.unfinished/x"):
         (tmp_path / name).write_text("half")
     directory.progress("iteration-1/dpo").mkdir()
-    (directory.progress("iteration-1/dpo") / "checkpoint.safetensors").write_text("of a finished stage")
+    (directory.progress("iteration-1/dpo") / "state.safetensors").write_text("of a finished stage")
     RunDirectory(tmp_path, SETTINGS)
     assert files_of(tmp_path) == before
     directory.progress("iteration-1/sft").mkdir()
     RunDirectory(tmp_path, SETTINGS)
     assert directory.progress("iteration-1/sft").is_dir()  # a stage in progress goes on from this
-    directory.stage("iteration-1/sft", lambda path: {})
+    do_stage(directory, "iteration-1/sft", lambda path: {})
     assert not directory.progress("iteration-1/sft").exists()
 
 
@@ -295,14 +306,14 @@ def test_a_kill_before_there_is_a_config(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "config.json"}
 
 
-def test_fresh_sets_a_run_aside_and_deletes_nothing(tmp_path):
+def test_fresh_renames_a_run_and_deletes_nothing(tmp_path):
     RunDirectory(tmp_path / "run", SETTINGS, fresh=True)
-    for number, seed in ((1, 7), (2, 8)):
+    for index, seed in ((1, 7), (2, 8)):
         finished_run_files = files_of(tmp_path / "run")
         directory = RunDirectory(tmp_path / "run", SETTINGS | {"seed": seed}, fresh=True)
-        assert files_of(tmp_path / f"run.{number}") == finished_run_files
-        assert directory.facts == {}
-        directory.stage("a.json", write_number)
+        assert files_of(tmp_path / f"run.{index}") == finished_run_files
+        assert directory.stages == {}
+        do_stage(directory, "a.json", write_number)
     assert {path.name for path in tmp_path.iterdir()} == {"run", "run.1", "run.2"}
     assert "is now" in (tmp_path / "run/log.txt").read_text()
     with pytest.raises(UserError, match="is no run directory"):

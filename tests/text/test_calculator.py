@@ -105,25 +105,25 @@ OPERATIONS = {
 }
 
 
-def chain(terms, signs):
+def chain(terms, operators):
     """`a + b - c` of (text, value) terms, from left to right; the value is None where any step has none."""
 
     def join(first, rest):
         text, value = first
-        for sign, (term, operand) in rest:
-            text += sign + term
+        for operator_text, (term, operand) in rest:
+            text += operator_text + term
             no_value = value is None or operand is None
-            value = None if no_value else OPERATIONS[sign.strip()](value, operand)
+            value = None if no_value else OPERATIONS[operator_text.strip()](value, operand)
             if value is not None and max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
                 value = None
         return text, value
 
-    spaced = st.builds("{}{}{}".format, st.sampled_from(["", " ", "\u00a0"]), signs, st.sampled_from(["", " "]))
+    spaced = st.builds("{}{}{}".format, st.sampled_from(["", " ", "\u00a0"]), operators, st.sampled_from(["", " "]))
     return st.builds(join, terms, st.lists(st.tuples(spaced, terms), max_size=3))
 
 
 def compounds(terms):
-    """Terms with signs before them, products of those, and sums of products in parentheses."""
+    """Terms with minus signs before them, products of those, and sums of products in parentheses."""
     signed = terms | terms.map(lambda term: (f"-{term[0]}", None if term[1] is None else -term[1]))
     sums = chain(chain(signed, st.sampled_from("*×xX/÷")), st.sampled_from("+-−"))
     return sums.map(lambda term: (f"({term[0]})", term[1]))
@@ -222,7 +222,7 @@ def drive(tokens, open_mark="[", close_mark="]"):
 
 @DETERMINISTIC
 @given(st.lists(st.integers(-2, len(VOCABULARY) + 2), max_size=60), st.sampled_from([("[", "]"), ("<<", ">>")]))
-def test_no_tokens_make_the_automaton_raise_or_remember_more_than_an_annotation(tokens, marks):
+def test_the_automaton_never_raises_and_remembers_one_annotation(tokens, marks):
     automaton = Automaton(VOCABULARY, bracket_result, *marks)
     for token_id in tokens:
         automaton.push(token_id)
@@ -243,7 +243,7 @@ def test_any_token_that_ends_in_the_equals_sign_triggers(last):
     assert drive([" [", " 3", "*", " 4", last]) == [(last, [10_001, 10_002, CLOSE])]
 
 
-def test_an_equals_sign_behind_a_parenthesis_triggers():
+def test_an_equals_sign_after_a_parenthesis_triggers():
     assert drive([" [", "(3+4", ")="]) == [(")=", [10_007, CLOSE])]
 
 
@@ -253,7 +253,7 @@ def test_an_equals_sign_inside_a_token_does_not_trigger():
 
 
 @pytest.mark.parametrize("text", [" a", "", " 3 *", " 3\ufffd", " 3 /<", " 3 4", " 3 =6"])
-def test_without_a_value_nothing_is_forced_and_the_row_goes_on(text):
+def test_without_a_value_nothing_is_forced(text):
     texts = [*VOCABULARY, text]
     automaton = Automaton(texts, bracket_result, "[", "]")
     ids = [IDS[" ["], len(VOCABULARY), IDS[" ="], IDS[" 4"], CLOSE]
@@ -314,32 +314,32 @@ def t5_template(shared):
 
 
 @pytest.fixture(scope="module", params=gsm8k.TOKENIZERS)
-def each_format(shared, request):
+def each_template(shared, request):
     return template_for(gsm8k.TOKENIZERS[request.param], load_tokenizer(shared / "tokenizers" / request.param))
 
 
-def test_every_annotation_of_gsm8k_train(shared, each_format):
+def test_every_annotation_of_gsm8k_train(shared, each_template):
     rationales = gsm8k.read_rationales(shared / "data", "train")
-    verdicts, walked, disagreements = gsm8k.measure(rationales, each_format)
+    verdicts, walked, disagreements = gsm8k.measure(rationales, each_template)
     assert verdicts == Counter({gsm8k.SAME: 23_046, gsm8k.SPELT: 662, gsm8k.DECIMALS: 6, gsm8k.NO_VALUE: 2})
     differing = gsm8k.FORCED_OTHER + gsm8k.DECIMALS
     assert walked == Counter({gsm8k.FORCED_EQUAL: 23_046 + 662, differing: 6, gsm8k.NOT_FORCED: 2})
     assert len(disagreements) == 8
 
 
-def test_every_annotation_of_gsm8k_test(shared, each_format):
-    verdicts, walked, disagreements = gsm8k.measure(gsm8k.read_rationales(shared / "data", "test"), each_format)
+def test_every_annotation_of_gsm8k_test(shared, each_template):
+    verdicts, walked, disagreements = gsm8k.measure(gsm8k.read_rationales(shared / "data", "test"), each_template)
     assert verdicts == Counter({gsm8k.SAME: 4_126, gsm8k.SPELT: 155, gsm8k.NO_NUMBER: 1})
     assert walked == Counter({gsm8k.FORCED_EQUAL: 4_126 + 155, gsm8k.FORCED_OTHER + gsm8k.NO_NUMBER: 1})
     assert len(disagreements) == 1
 
 
-def test_where_the_human_agrees_the_forced_ids_stand_in_the_target(shared, each_format):
+def test_forced_ids_stand_in_the_target_where_the_human_agrees(shared, each_template):
     """The same walk, rationale by rationale and without the benchmark's own bookkeeping."""
     for line in (shared / "data" / "gsm8k" / "test.jsonl").open():
         rationale = json.loads(line)["answer"]
         agreeing = [gsm8k.verdict(*pair) in gsm8k.AGREE for pair in gsm8k.annotations(rationale)]
-        walked = [forced == standing for forced, standing in gsm8k.walk(each_format, rationale)]
+        walked = [forced == standing for forced, standing in gsm8k.walk(each_template, rationale)]
         assert walked == agreeing
 
 

@@ -1,4 +1,4 @@
-"""The cases that other scorers got wrong (DESIGN, lesson 11) and the edges of what is a number."""
+"""The cases that other scorers got wrong, and the edges of what is a number."""
 
 import json
 from decimal import Decimal
@@ -158,7 +158,7 @@ def test_a_number_written_is_read_back_however_it_is_spelt(number, before, after
         "é",
     ],
 )
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_long_texts_are_read_in_linear_time(piece):
     """A search that is quadratic in any of these would take hours, not the second that all of them take."""
     for text in (piece * (10**6 // len(piece)), "#### 1" + piece * (10**6 // len(piece)) + "x"):

@@ -1,4 +1,4 @@
-"""T5's way of writing: spacing, folding, the way back; Llama's: prompt, seams; and all of GSM8K through all of them."""
+"""T5's template: spacing, replaced characters, the way back; Llama's: prompt, segments; both on all of GSM8K."""
 
 import json
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from minidpost.text.grading import extract_answer
 from minidpost.text.templates import LlamaTemplate, T5Template, template_for
 from minidpost.text.tokenizer import load_tokenizer
 
-CHARACTERS = SimpleNamespace(  # a vocabulary of all Unicode characters: nothing has to be folded
+CHARACTERS = SimpleNamespace(  # a vocabulary of all Unicode characters: nothing has to be replaced
     eos_id=0,
     token_texts=["", " [", " ="],
     encode=lambda text: [ord(c) for c in text],
@@ -75,7 +75,7 @@ def test_targets(anything, rationale, target):
         ("1/0=0", "1 / 0 = 0"),
     ],
 )
-def test_a_result_is_written_as_the_calculator_writes_it(anything, annotation, written):
+def test_results_are_written_as_the_calculator_writes_them(anything, annotation, written):
     assert anything.target(f"<<{annotation}>>2,000.00 left") == f"[ {written}] 2,000.00 left."
 
 
@@ -92,7 +92,7 @@ def test_brackets_in_prose_become_parentheses(anything):
 
 
 @pytest.mark.parametrize(
-    ("sign", "folded"),
+    ("text", "replaced"),
     [
         ("3 × $4", "3 * $4."),
         ("W × W", "W x W."),
@@ -110,19 +110,19 @@ def test_brackets_in_prose_become_parentheses(anything):
         ("Janice’s “–”—", "Janice’s “–”—."),  # all in T5's vocabulary
     ],
 )
-def test_signs_outside_the_vocabulary_are_folded(t5, anything, sign, folded):
-    assert t5.target(sign) == folded
-    assert t5.round_trips(folded)
-    assert t5.target(t5.canonical(folded)) == folded
+def test_characters_outside_the_vocabulary_are_replaced(t5, text, replaced):
+    assert t5.target(text) == replaced
+    assert t5.round_trips(replaced)
+    assert t5.target(t5.canonical(replaced)) == replaced
 
 
-def test_nothing_is_folded_that_the_vocabulary_has(anything):
+def test_characters_of_the_vocabulary_stay(anything):
     text = "3 × 4 ÷ 2 − ½ ¢ ² ^ √ ≤ ñ { ` ’ …"
     assert anything.prompt(text) == text
     assert anything.target(text) == text + "."
 
 
-def test_what_has_no_likeness_stays_and_is_detected(t5):
+def test_what_cannot_be_replaced_stays_and_is_detected(t5):
     assert t5.prompt("three  猫\ncats") == "three 猫 cats"
     assert not t5.round_trips("three 猫 cats")
     assert t5.round_trips("three cats")
@@ -185,7 +185,7 @@ def test_formatting_twice_changes_nothing(t5, rationale):
 
 @pytest.fixture(scope="module", params=["llama2", "llama3"])
 def llama(request, shared):
-    """A Llama's tokenizer and its format."""
+    """A Llama's tokenizer and its template."""
     tokenizer = load_tokenizer(shared / "tokenizers" / request.param)
     return tokenizer, template_for("llama", tokenizer)
 
@@ -233,8 +233,8 @@ def test_ids_are_cut_where_forcing_begins_and_ends(llama):
     five = ["<<", "3", "-", "8", "="], ["-", "5", ">>"]
     assert pieces(tokenizer, llama_template.target_ids("<<3-8=-5>>"))[:-1] == five[0] + five[1]
     assert "=-" in pieces(tokenizer, tokenizer.encode("<<3-8=-5>>", continued=True))  # without the cut
-    for behind in (".", ").", "\n", "\n\n", "%", ">", " ", "24", "<<3+4=7>>"):
-        text = "a (<<(2+10)*2=24>>" + behind + "b"
+    for following in (".", ").", "\n", "\n\n", "%", ">", " ", "24", "<<3+4=7>>"):
+        text = "a (<<(2+10)*2=24>>" + following + "b"
         ids = llama_template.target_ids(text)
         forced = tokenizer.encode("24>>", continued=True)
         standing = next(i for i, piece in enumerate(pieces(tokenizer, ids)) if piece.endswith("=")) + 1
@@ -242,7 +242,7 @@ def test_ids_are_cut_where_forcing_begins_and_ends(llama):
         assert llama_template.decode(ids) == llama_template.target(text)
 
 
-def test_a_row_that_the_calculator_writes_in_has_the_training_ids(llama):
+def test_forced_ids_are_the_training_ids(llama):
     _, llama_template = llama
     ids = llama_template.target_ids("It is $<<(2+10)*1.5=18>>18-30=<<18-30=-12>>.\n#### <<100*200=20000>>20000")
     calculator, row, n_results = llama_template.new_calculator(), [], 0
@@ -292,7 +292,7 @@ def test_every_rationale_of_gsm8k_through_a_llama(llama, gsm8k):
 
 @settings(derandomize=True, max_examples=300, deadline=None, database=None)
 @given(rationale=st.lists(fragments, max_size=14).map("".join))
-def test_a_llamas_target_is_a_fixed_point_and_survives(llama, rationale):
+def test_llama_targets_are_fixed_points_and_survive(llama, rationale):
     tokenizer, llama_template = llama
     target, ids = llama_template.target(rationale), llama_template.target_ids(rationale)
     assert llama_template.target(llama_template.canonical(target)) == target
@@ -300,7 +300,7 @@ def test_a_llamas_target_is_a_fixed_point_and_survives(llama, rationale):
 
 
 def test_t5s_vocabulary_is_none_of_a_llamas(shared):
-    with pytest.raises(UserError, match=r"spiece\.model: Llama's format needs begin and end ids"):
+    with pytest.raises(UserError, match=r"spiece\.model: Llama's template needs begin and end ids"):
         LlamaTemplate(load_tokenizer(shared / "tokenizers" / "t5"))
 
 
@@ -342,7 +342,7 @@ def test_any_text_can_be_a_question_or_a_rationale(tiny_template, text):
 @pytest.mark.parametrize(
     "piece", [" ", "\n", "#", "[", "]", "<<", "<<1=", "¢[", "¢,", "1+", "( ", "½", "####", "= ", "a\u0301\u0323"]
 )
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_a_text_of_the_greatest_length_is_written_at_once(tiny_template, piece):
     text = piece * (MAX_TEXT // len(piece))
     tiny_template.prompt(text)

@@ -77,16 +77,16 @@ def different(tokenizer, texts, expected):
     return [text for text, ids in zip(texts, expected, strict=True) if tokenizer.encode(text) != ids]
 
 
-def test_t5_ids_equal_those_of_transformers_on_all_of_gsm8k(t5, shared, gsm8k):
+def test_t5_ids_equal_transformers_on_all_of_gsm8k(t5, shared, gsm8k):
     oracle = transformers_tokenizer(shared / "tokenizers" / "t5" / "spiece.model", t5)
     texts = [T5Template(t5).target(text) if "####" in text else text for text in gsm8k]
     assert different(t5, texts, oracle(texts, add_special_tokens=False)["input_ids"]) == []
 
 
-def test_llama2_ids_equal_those_of_transformers_on_all_of_gsm8k(llama2, gsm8k):
+def test_llama2_ids_equal_transformers_on_all_of_gsm8k(llama2, gsm8k):
     """transformers 5 no longer reads tokenizer.model without protobuf, so its tokenizer is given the pieces.
 
-    Its `legacy` behaviour differs only behind special tokens that stand in a text, and there are none.
+    Its `legacy` behaviour differs only after special tokens that stand in a text, and there are none.
     """
     from transformers import LlamaTokenizer
     from transformers.convert_slow_tokenizer import generate_merges
@@ -100,13 +100,13 @@ def test_llama2_ids_equal_those_of_transformers_on_all_of_gsm8k(llama2, gsm8k):
     assert [text for text, ids in zip(gsm8k, expected, strict=True) if llama2.decode([*ids, 2]) != text] == []
 
 
-def test_llama3_ids_equal_those_of_transformers_on_all_of_gsm8k(llama3, transformers_llama3, gsm8k):
+def test_llama3_ids_equal_transformers_on_all_of_gsm8k(llama3, transformers_llama3, gsm8k):
     assert transformers_llama3.bos_token_id == llama3.bos_id and transformers_llama3.eos_token_id == llama3.eos_id
     assert len(transformers_llama3) == llama3.vocab_size
     assert different(llama3, gsm8k, transformers_llama3(gsm8k)["input_ids"]) == []
 
 
-def test_llama3_ids_equal_those_of_tiktoken_on_all_of_gsm8k(llama3, shared, gsm8k, monkeypatch):
+def test_llama3_ids_equal_tiktoken_on_all_of_gsm8k(llama3, shared, gsm8k, monkeypatch):
     import tiktoken
     from tiktoken.load import load_tiktoken_bpe
 
@@ -143,7 +143,7 @@ SPECIALS = ["<s>", "</s>", "<unk>", "<0x0A>", "<|begin_of_text|>", "<|end_of_tex
 
 
 @pytest.mark.parametrize("name", SPECIALS)
-def test_the_name_of_a_special_token_is_ordinary_text(llama, name):
+def test_names_of_special_tokens_are_ordinary_text(llama, name):
     ids = llama.encode(f"a {name}\n{name}")
     assert not {llama.bos_id, llama.eos_id, llama.unk_id} & {*ids} and max(ids) < 128_000
     assert llama.decode(ids) == f"a {name}\n{name}"
@@ -161,7 +161,7 @@ def test_llamas_write_every_text_and_continue_every_text(llama, text):
         assert "".join(llama.token_texts[i] for i in llama.encode(text, continued=True)) == text
 
 
-def test_a_continuation_has_the_ids_that_stand_behind_a_line_break(llama, gsm8k):
+def test_continued_ids_are_those_after_a_line_break(llama, gsm8k):
     for text in gsm8k[:1000]:
         first_line, *_ = text.split("\n")
         whole = llama.encode(f"Janet’s\n{first_line}")
@@ -198,18 +198,18 @@ def test_decode_never_raises(each):
     assert len(each.token_texts) == each.vocab_size
 
 
-def test_byte_pieces_are_their_ascii_character_or_the_replacement_character(llama2):
-    newline, *sign = llama2.encode("\n")[-1:] + llama2.encode("⁁")[-3:]
+def test_byte_pieces_are_ascii_or_the_replacement_character(llama2):
+    newline, *character = llama2.encode("\n")[-1:] + llama2.encode("⁁")[-3:]
     assert llama2.token_texts[newline] == "\n"
-    assert [llama2.token_texts[i] for i in sign] == ["\ufffd"] * 3
-    assert llama2.decode(sign) == "⁁"
-    assert llama2.decode(sign[:1]) == "\ufffd"
+    assert [llama2.token_texts[i] for i in character] == ["\ufffd"] * 3
+    assert llama2.decode(character) == "⁁"
+    assert llama2.decode(character[:1]) == "\ufffd"
 
 
 def test_parts_of_characters_are_the_replacement_character(llama3):
     ids = llama3.encode("🦜")
     assert len(ids) > 1
-    assert {sign for i in ids for sign in llama3.token_texts[i]} == {"\ufffd"}
+    assert {character for i in ids for character in llama3.token_texts[i]} == {"\ufffd"}
     assert llama3.decode(ids) == "🦜"
     assert llama3.decode(ids[:1]) == "\ufffd"
     assert llama3.token_texts[128_000:] == [""] * 256
@@ -227,9 +227,9 @@ def test_a_broken_file_is_named(tmp_path, name, content):
 @pytest.mark.parametrize(
     ("name", "ends"),
     [
-        ("t5", [300_000, 554_093]),  # the latter behind a whole part: only the rules for spaces are missing
+        ("t5", [300_000, 554_093]),  # the latter after a whole part: only the rules for spaces are missing
         ("llama2", [300_000, 499_703]),
-        ("llama3", [300_000, -5, -14]),  # the last behind a whole line
+        ("llama3", [300_000, -5, -14]),  # the last after a whole line
     ],
 )
 def test_a_truncated_file_is_named(tmp_path, shared, name, ends):
@@ -302,7 +302,7 @@ def transformers_tokenizer(path: Path, tokenizer):
     return T5Tokenizer(vocab=pieces, _spm_precompiled_charsmap=charsmap)
 
 
-def protobuf_field(message: bytes, number: int) -> bytes:
+def protobuf_field(message: bytes, field_number: int) -> bytes:
     """The first length-delimited field of this number in a protobuf message."""
     position = 0
 
@@ -321,11 +321,11 @@ def protobuf_field(message: bytes, number: int) -> bytes:
         key = varint()
         if key & 7 == 2:
             length = varint()
-            if key >> 3 == number:
+            if key >> 3 == field_number:
                 return message[position : position + length]
             position += length
         elif key & 7 == 0:
             varint()
         else:
             position += 4 if key & 7 == 5 else 8
-    raise AssertionError(f"no field {number}")
+    raise AssertionError(f"no field {field_number}")

@@ -229,5 +229,5 @@ def test_chunks_count_from_the_first_without_a_gap(tmp_path):
         chunks.commit(chunk_index, [{"n": chunk_index}, {"text": "½"}])
     again = Chunks(tmp_path / "a", "stage", 1)
     assert again.n_finished() == 2
-    assert list(again.rows()) == [{"n": 0}, {"text": "½"}, {"n": 1}, {"text": "½"}]
+    assert list(again.records()) == [{"n": 0}, {"text": "½"}, {"n": 1}, {"text": "½"}]
     assert Chunks(tmp_path / "a", "stage", 2).n_finished() == 0

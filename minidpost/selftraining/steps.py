@@ -1,0 +1,344 @@
+"""What each step of self-training reads, does and writes; the order of the steps is algorithm.py's.
+
+Every step takes the run and the number of an iteration, reads files of the run's directory and writes one stage of it:
+
+    step                      reads                              writes, under iteration-N/
+    fine_tune                 base, pseudo-labels.jsonl          sft/
+    sample_rationales         a model                            samples-dpo.jsonl or samples-sft.jsonl
+    build_preference_pairs    samples-dpo.jsonl of 1 … N         pairs.jsonl
+    compute_reference         a model, pairs.jsonl               reference.safetensors
+    train_preferences         the same model, both of these      dpo/
+    build_pseudo_labels       samples-sft.jsonl of 1 … N         pseudo-labels.jsonl
+    evaluate                  sft/, dpo/                         evaluation.json
+
+A step whose stage is finished does nothing. One that was stopped continues from its last saved training state or chunk
+of samples; the others begin again. Pairs and pseudo-labels are stored as the very token ids that were sampled, which
+are trained on as they are.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+
+from minidpost.data.example import Example
+from minidpost.errors import UserError
+from minidpost.models.weights import load_model, open_tensors, save_model, tokenizer_files
+from minidpost.precision import sampling_dtype
+from minidpost.sampling import sampler
+from minidpost.sampling.generate import Sample, generate
+from minidpost.sampling.sampler import SamplingSettings
+from minidpost.selftraining.estimates import forward_flops, model_size, sampling_flops, training_flops
+from minidpost.selftraining.evaluation import greedy_accuracy, sampled_scores
+from minidpost.selftraining.run import Run
+from minidpost.selftraining.run_directory import Chunks
+from minidpost.selftraining.selection import Candidates, candidates_by_question, preference_pairs, pseudo_labels
+from minidpost.storage import read_json, read_jsonl, write_json, write_jsonl
+from minidpost.training.batching import TokenizedExample, drop_too_long, token_counts
+from minidpost.training.dpo import PreferencePair, reference_log_probabilities, train_dpo
+from minidpost.training.losses import TrainableModel
+from minidpost.training.sft import train_sft
+
+PASS_AT = 10  # samples for a dev question, before and after each DPO
+PASS_QUESTIONS = 100  # dev questions that are sampled for it
+
+TrainingItem = TypeVar("TrainingItem", TokenizedExample, PreferencePair)
+
+
+# -- fine-tuning ------------------------------------------------------------------------------------------------------
+
+
+def fine_tune(run: Run, iteration: int, labels: Path | None = None) -> None:
+    """SFT of the base model (equation 2), on a file of pseudo-labels or else on the labelled set."""
+    name = f"iteration-{iteration}/sft"
+    if run.directory.is_finished(name):
+        return
+    with run.directory.stage(name) as stage:
+        examples = labelled_examples(run) if labels is None else read_pseudo_labels(run, labels)
+        examples = within_limits(run, examples, f"{iteration}/sft")
+        model = load_model(run.base, device=run.device)
+        settings = run.preset.sft(run.seed)
+        train_sft(
+            model,
+            examples,
+            settings,
+            log_path=stage.path / "log.jsonl",
+            stage=f"{iteration}/sft",
+            state=run.training_state(name),
+        )
+        save_model(model, stage.path, tokenizer_files(run.base))
+
+        n_source, n_target = token_counts(examples)
+        stage.metadata["flops"] = settings.epochs * training_flops(model_size(model), n_source, n_target)
+
+
+def labelled_examples(run: Run) -> list[TokenizedExample]:
+    """The labelled set L; how many of its rationales cannot be written is logged."""
+    if run.tokens.n_unwritable:
+        fraction = f"{run.tokens.n_unwritable} of {len(run.data.labelled)}"
+        run.directory.log(f"{fraction} rationales left out: the tokenizer cannot write them")
+    return list(run.tokens.gold.values())
+
+
+def read_pseudo_labels(run: Run, path: Path) -> list[TokenizedExample]:
+    """The examples of a file of pseudo-labels, gold ones among them."""
+    return [run.tokens.example(record["question"], record["token_ids"]) for _, record in read_jsonl(path)]
+
+
+def within_limits(run: Run, items: list[TrainingItem], stage: str) -> list[TrainingItem]:
+    """The examples or pairs within the preset's lengths; how many are longer is logged. UserError where all are."""
+    max_source = run.preset.max_source
+    max_target = run.preset.max_target
+    remaining = drop_too_long(items, max_source, max_target)
+    n_dropped = len(items) - len(remaining)
+    if n_dropped:
+        run.directory.log(
+            f"{stage}: {n_dropped} of {len(items)} left out, being longer than {max_source} source or {max_target} "
+            "target tokens"
+        )
+    if items and not remaining:
+        raise UserError(f"{stage}: all {len(items)} examples are longer than the limits of the model's preset")
+    return remaining
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_samples: int) -> None:
+    """Sample `n_samples` rationales from a model for every question of the pool, and grade them."""
+    stage_name = f"iteration-{iteration}/{name}.jsonl"
+    if run.directory.is_finished(stage_name):
+        return
+    with run.directory.stage(stage_name) as stage:
+        loaded = load_for_sampling(run, model)
+        settings = run.sampling_settings(f"{iteration}/{name}")
+
+        # A chunk of samples depends on the chunk alone, so those that an interrupted run left need no sampling again.
+        progress = run.directory.progress(stage_name)
+        chunks = Chunks(progress, stage_name, settings, n_samples, run.calculator, sampler.CHUNK)
+        first_chunk = chunks.n_finished()
+        generated = generate(
+            loaded,
+            run.template,
+            [example.question for example in run.data.pool],
+            settings,
+            answers=[example.answer for example in run.data.pool],
+            n_samples=n_samples,
+            calculator=run.calculator,
+            label=f"{iteration}/{name}",
+            first_chunk=first_chunk,
+        )
+        for chunk_index in count(first_chunk):
+            chunk = list(islice(generated, sampler.CHUNK))
+            if not chunk:
+                break
+            chunks.commit(chunk_index, [asdict(sample) for sample in chunk])
+
+        # Rows finish in any order; the file is sorted by question.
+        samples = [Sample(**record) for record in chunks.records()]
+        samples.sort(key=lambda sample: (sample.example_index, sample.sample_index))
+        write_jsonl(stage.path, (asdict(sample) for sample in samples))
+
+        prompt_lengths = [len(run.tokens.prompt_ids[example.question]) for example in run.data.pool]
+        completion_lengths = [len(sample.token_ids) for sample in samples]
+        stage.metadata["n_samples"] = len(samples)
+        stage.metadata["n_correct"] = sum(sample.is_correct is True for sample in samples)
+        stage.metadata["flops"] = sampling_flops(model_size(loaded), prompt_lengths, completion_lengths)
+
+
+def read_samples(path: Path) -> Iterator[Sample]:
+    """The samples of a file that `sample_rationales` wrote."""
+    for _, record in read_jsonl(path):
+        yield Sample(**record)
+
+
+def candidates(run: Run, iteration: int, name: str) -> list[Candidates]:
+    """Gold, correct and incorrect rationales of every question of the pool, from this and all earlier iterations.
+
+    The newest samples come first, so that of near-duplicates the newest remains.
+    """
+    gold = [run.tokens.gold.get(example.question) for example in run.data.pool]
+    paths = [run.path(earlier) / f"{name}.jsonl" for earlier in range(iteration, 0, -1)]
+    return candidates_by_question(gold, chain.from_iterable(map(read_samples, paths)))
+
+
+def load_for_sampling(run: Run, directory: Path) -> TrainableModel:
+    """A model in the precision that sampling uses on this device."""
+    return load_model(directory, sampling_dtype(run.device), run.device)
+
+
+# -- preferences ------------------------------------------------------------------------------------------------------
+
+
+def build_preference_pairs(run: Run, iteration: int) -> None:
+    """Preference pairs (equation 4) from the samples-dpo of this and all earlier iterations."""
+    name = f"iteration-{iteration}/pairs.jsonl"
+    if run.directory.is_finished(name):
+        return
+    with run.directory.stage(name) as stage:
+        records = []
+        for example, of_question in zip(run.data.pool, candidates(run, iteration, "samples-dpo"), strict=True):
+            for pair in preference_pairs(of_question):
+                record = question_and_answer(example)
+                record["chosen"] = run.template.decode(pair.chosen)
+                record["rejected"] = run.template.decode(pair.rejected)
+                record["chosen_ids"] = pair.chosen
+                record["rejected_ids"] = pair.rejected
+                record["similarity"] = round(pair.similarity, 4)
+                records.append(record)
+        write_jsonl(stage.path, records)
+        stage.metadata["pairs"] = len(records)
+
+
+def read_pairs(run: Run, iteration: int) -> list[PreferencePair]:
+    """The preference pairs of an iteration as they are trained on."""
+    pairs = []
+    for _, record in read_jsonl(run.path(iteration) / "pairs.jsonl"):
+        chosen = run.tokens.example(record["question"], record["chosen_ids"])
+        rejected = run.tokens.example(record["question"], record["rejected_ids"])
+        pairs.append(PreferencePair(chosen, rejected))
+    return pairs
+
+
+def compute_reference(run: Run, iteration: int, *, model: Path) -> None:
+    """log π_ref of every pair (equation 5), once for all steps of DPO: a (P, 2) tensor, columns chosen and rejected.
+
+    P counts the pairs within the preset's lengths, in their order.
+    """
+    name = f"iteration-{iteration}/reference.safetensors"
+    if run.directory.is_finished(name):
+        return
+    with run.directory.stage(name) as stage:
+        pairs = within_limits(run, read_pairs(run, iteration), f"{iteration}/reference")
+        reference_P2 = torch.empty(0, 2)
+        flops = 0.0
+        if pairs:
+            policy = load_model(model, device=run.device)
+            reference_P2 = reference_log_probabilities(
+                policy, pairs, micro_batch_tokens=run.preset.micro_batch_tokens, stage=f"{iteration}/dpo"
+            )
+            n_source, n_target = token_counts(pairs)
+            flops = forward_flops(model_size(policy), n_source, n_target)
+        save_file({"reference_P2": reference_P2}, stage.path)
+        stage.metadata["flops"] = flops
+
+
+def train_preferences(run: Run, iteration: int, *, model: Path) -> None:
+    """DPO of a model, against the reference that it gave itself. Without pairs the model stays as it is."""
+    name = f"iteration-{iteration}/dpo"
+    if run.directory.is_finished(name):
+        return
+    with run.directory.stage(name) as stage:
+        pairs = within_limits(run, read_pairs(run, iteration), f"{iteration}/dpo")
+        policy = load_model(model, device=run.device)
+        flops = 0.0
+        if pairs:
+            with open_tensors(run.path(iteration) / "reference.safetensors") as file:
+                reference_P2 = file.get_tensor("reference_P2")
+            settings = run.preset.dpo(len(pairs), run.seed)
+            train_dpo(
+                policy,
+                pairs,
+                reference_P2,
+                settings,
+                log_path=stage.path / "log.jsonl",
+                stage=f"{iteration}/dpo",
+                state=run.training_state(name),
+            )
+            n_source, n_target = token_counts(pairs)
+            steps_per_epoch = -(-len(pairs) // settings.pairs_per_step)  # rounded up
+            n_epochs = settings.steps / steps_per_epoch
+            flops = n_epochs * training_flops(model_size(policy), n_source, n_target)
+        else:
+            run.directory.log(f"iteration {iteration}: no preference pairs, so DPO leaves the model as it is")
+        save_model(policy, stage.path, tokenizer_files(model))
+        stage.metadata["flops"] = flops
+
+
+# -- pseudo-labels ----------------------------------------------------------------------------------------------------
+
+
+def build_pseudo_labels(run: Run, iteration: int) -> Path:
+    """S_α ∪ L, from the samples-sft of this and all earlier iterations; ReST-EM leaves L out. The file's path.
+
+    UserError where there is nothing to fine-tune on.
+    """
+    name = f"iteration-{iteration}/pseudo-labels.jsonl"
+    path = run.directory.path / name
+    if run.directory.is_finished(name):
+        return path
+    with run.directory.stage(name) as stage:
+        with_gold = run.method != "rest-em"
+        questions = candidates(run, iteration, "samples-sft")
+        labels = pseudo_labels(questions, run.preset.label_cap, with_gold)
+        records = []
+        for example, of_question, rationales in zip(run.data.pool, questions, labels, strict=True):
+            for token_ids in rationales:
+                record = question_and_answer(example)
+                record["rationale"] = run.template.decode(token_ids)
+                record["source"] = "gold" if with_gold and token_ids == of_question.gold else "sample"
+                record["token_ids"] = token_ids
+                records.append(record)
+        if not records:
+            raise UserError(f"iteration {iteration}: not one sample was correct, so there is nothing to fine-tune on")
+        write_jsonl(stage.path, records)
+        stage.metadata["pseudo_labels"] = sum(record["source"] == "sample" for record in records)
+        stage.metadata["examples"] = len(records)
+    return path
+
+
+def question_and_answer(example: Example) -> dict[str, Any]:
+    """The two fields that every record of pairs.jsonl and pseudo-labels.jsonl begins with."""
+    return {"question": example.question, "answer": example.answer}
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def evaluate(run: Run, iteration: int) -> float:
+    """Greedy accuracy on dev and all test sets, pass@1 and pass@10 on dev. Returns the accuracy on dev, in [0, 1]."""
+    name = f"iteration-{iteration}/evaluation.json"
+    path = run.directory.path / name
+    if not run.directory.is_finished(name):
+        with run.directory.stage(name) as stage:
+            settings = run.sampling_settings(f"{iteration}/evaluation")
+            model = load_for_sampling(run, run.path(iteration) / "sft")
+            greedy = {}
+            for set_name, examples in run.data.evaluation_sets().items():
+                score = greedy_accuracy(
+                    model,
+                    run.template,
+                    examples,
+                    settings,
+                    calculator=run.calculator,
+                    label=f"{iteration}/{set_name}",
+                )
+                greedy[set_name] = asdict(score)
+
+            sampled = {"sft": pass_at_k(run, iteration, model, settings)}
+            if (run.path(iteration) / "dpo").is_dir():
+                model = load_for_sampling(run, run.path(iteration) / "dpo")
+                sampled["dpo"] = pass_at_k(run, iteration, model, settings)
+            write_json(stage.path, {"greedy": greedy, "sampled": sampled})
+
+    evaluation: Any = read_json(path)
+    accuracy: float = evaluation["greedy"][run.data.dev_name]["value"]
+    return accuracy
+
+
+def pass_at_k(run: Run, iteration: int, model: TrainableModel, settings: SamplingSettings) -> dict[str, Any]:
+    """pass@1 and pass@10 on (the first of) dev, from ten samples for each question."""
+    passed, _ = sampled_scores(
+        model,
+        run.template,
+        run.data.dev[:PASS_QUESTIONS],
+        settings,
+        pass_at=(1, PASS_AT),
+        calculator=run.calculator,
+        label=f"{iteration}/pass@{PASS_AT}",
+    )
+    return {f"pass_at_{k}": asdict(score) for k, score in passed.items()}
