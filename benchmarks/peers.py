@@ -76,10 +76,11 @@ class Calculator(transformers.LogitsProcessor):
 
 
 class Script(transformers.LogitsProcessor):
-    """Makes each row say its script, by one scatter a step as in ScriptedModel."""
+    """Makes each row write its script, by one scatter a step as in ScriptedModel."""
 
     def __init__(self, scripts: Sequence[Sequence[int]], eos_id: int, n_prompt: int, device: torch.device):
-        self.script_BT, self.n_prompt = pad([[*script, eos_id] for script in scripts], eos_id).to(device), n_prompt
+        self.script_BT = pad([[*script, eos_id] for script in scripts], eos_id).to(device)
+        self.n_prompt = n_prompt
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         position = input_ids.shape[1] - self.n_prompt
@@ -87,10 +88,11 @@ class Script(transformers.LogitsProcessor):
 
 
 class ToolStop(transformers.StoppingCriteria):
-    """Stops where an annotation's `=` has been written, and knows what comes behind it."""
+    """Stops where an annotation's `=` has been written, and knows what comes after it."""
 
     def __init__(self, automaton: Automaton):
-        self.automaton, self.forced = automaton, []
+        self.automaton = automaton
+        self.forced: list[int] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_) -> Tensor:
         self.forced = self.automaton.push(input_ids[0, -1].item())
@@ -102,15 +104,17 @@ def generate(peer: transformers.PreTrainedModel, work: Work, n_rows: int, is_sor
 
     The samples of a question are made of one prompt where a batch has room for all of them.
     """
-    order = sorted(range(len(work.prompts)), key=lambda number: len(work.prompts[number]) if is_sorted else number)
+    order = list(range(len(work.prompts)))
+    if is_sorted:
+        order.sort(key=lambda index: len(work.prompts[index]))
     completions: list[list[int]] = [[] for _ in order]
     n_each = work.n_samples if n_rows % work.n_samples == 0 else 1
     for start in range(0, len(order), n_rows):
-        numbers = order[start : start + n_rows]
-        inputs = padded(peer, [work.prompts[number] for number in numbers[::n_each]])
+        indices = order[start : start + n_rows]
+        inputs = padded(peer, [work.prompts[index] for index in indices[::n_each]])
         n_prompt = 1 if peer.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-        processors = scripts_of(work, numbers, n_prompt, peer.device)
-        processors.append(Calculator(work.template, len(numbers)))
+        processors = scripts_of(work, indices, n_prompt, peer.device)
+        processors.append(Calculator(work.template, len(indices)))
         with torch.inference_mode():
             output_BT = peer.generate(
                 **inputs,
@@ -119,35 +123,36 @@ def generate(peer: transformers.PreTrainedModel, work: Work, n_rows: int, is_sor
                 max_new_tokens=work.max_new_tokens,
                 logits_processor=processors,
             )
-        for number, row in zip(numbers, output_BT[:, n_prompt:].tolist(), strict=True):
-            completions[number] = ended(row, work.template.eos_id)
+        for index, row in zip(indices, output_BT[:, n_prompt:].tolist(), strict=True):
+            completions[index] = ended(row, work.template.eos_id)
     return completions
 
 
 def padded(peer: transformers.PreTrainedModel, prompts: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
     """Ids and mask of a batch; a decoder-only model wants its padding in front."""
-    longest, is_behind = max(map(len, prompts)), peer.config.is_encoder_decoder
+    longest = max(map(len, prompts))
+    is_padded_right = peer.config.is_encoder_decoder
     ids_BS, mask_BS = [], []
     for prompt in prompts:
         gap, ones = [0] * (longest - len(prompt)), [1] * len(prompt)
-        ids_BS.append([*prompt, *gap] if is_behind else [*gap, *prompt])
-        mask_BS.append([*ones, *gap] if is_behind else [*gap, *ones])
+        ids_BS.append([*prompt, *gap] if is_padded_right else [*gap, *prompt])
+        mask_BS.append([*ones, *gap] if is_padded_right else [*gap, *ones])
     tensors = {"input_ids": torch.tensor(ids_BS), "attention_mask": torch.tensor(mask_BS)}
     return {name: tensor.to(peer.device) for name, tensor in tensors.items()}
 
 
 def scripts_of(
-    work: Work, numbers: Sequence[int], n_prompt: int, device: torch.device
+    work: Work, indices: Sequence[int], n_prompt: int, device: torch.device
 ) -> transformers.LogitsProcessorList:
     """The processor of some questions' scripts, if they have any."""
     if work.scripts is None:
         return transformers.LogitsProcessorList()
-    scripts = [work.scripts[number] for number in numbers]
+    scripts = [work.scripts[index] for index in indices]
     return transformers.LogitsProcessorList([Script(scripts, work.template.eos_id, n_prompt, device)])
 
 
 def chosen_by(work: Work) -> dict:
-    """`generate`'s settings: greedy, or random over the whole vocabulary."""
+    """`generate`'s settings: greedy, or random tokens of the whole vocabulary."""
     settings = {"num_beams": 1, "eos_token_id": work.template.eos_id, "pad_token_id": 0}
     if not work.temperature:
         return settings | {"do_sample": False}
@@ -160,12 +165,12 @@ def ended(row: list[int], eos_id: int) -> list[int]:
 
 
 def one_at_a_time(peer: transformers.PreTrainedModel, work: Work) -> list[list[int]]:
-    """Completions, each by itself: `generate` runs to a tool call, the result is put behind it, and so on.
+    """Completions, each by itself: `generate` runs to a tool call, the result is put after it, and so on.
 
     Keys and values (and the encoder's output) live on from one run to the next.
     """
     completions = []
-    for number, prompt in enumerate(work.prompts):
+    for index, prompt in enumerate(work.prompts):
         inputs, stop = padded(peer, [prompt]), ToolStop(work.template.new_calculator())
         if peer.config.is_encoder_decoder:
             start_id = peer.config.decoder_start_token_id
@@ -176,7 +181,7 @@ def one_at_a_time(peer: transformers.PreTrainedModel, work: Work) -> list[list[i
         else:
             prefix, ids_1T = "", inputs.pop("input_ids")
         n_prompt, keys_values = ids_1T.shape[1], None
-        processors = scripts_of(work, [number], n_prompt, peer.device)
+        processors = scripts_of(work, [index], n_prompt, peer.device)
         while (n_left := work.max_new_tokens + n_prompt - ids_1T.shape[1]) > 0:
             # With a mask for all ids, `generate` feeds those alone that the cache does not have yet.
             inputs |= {f"{prefix}input_ids": ids_1T, f"{prefix}attention_mask": torch.ones_like(ids_1T)}
@@ -255,14 +260,17 @@ class CTranslate2:
         answer = json.loads(self.worker.stdout.readline())
         return answer["seconds"], answer["completions"]
 
-    def callback_share(self, work: Work, threads: tuple[int, int], batch_size: int, n_rounds: int = 3) -> float:
-        """The share of the time that the Python callback takes, at one length for all rows."""
-        n_tokens, shares = 32, []
+    def callback_fraction(self, work: Work, threads: tuple[int, int], batch_size: int, n_rounds: int = 3) -> float:
+        """The fraction of the time that the Python callback takes, at one length for all rows."""
+        n_tokens = 32
+        fractions = []
         work = replace(work, scripts=None, max_new_tokens=n_tokens)
-        way = partial(self.translate, work, threads, batch_size=batch_size, **never_ending(work))
+        translate = partial(self.translate, work, threads, batch_size=batch_size, **never_ending(work))
         for _ in range(n_rounds):
-            shares.append(1 - way()[0] / way(lengths=[n_tokens] * len(work.prompts))[0])
-        return median(shares)
+            seconds_without, _ = translate()
+            seconds_with, _ = translate(lengths=[n_tokens] * len(work.prompts))
+            fractions.append(1 - seconds_without / seconds_with)
+        return median(fractions)
 
 
 def never_ending(work: Work) -> dict:

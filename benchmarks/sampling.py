@@ -1,7 +1,7 @@
 """Sampling with the calculator: ours against transformers, against a question at a time, and against CTranslate2.
 
-The same weights, the same questions: one greedy completion of each, as in an evaluation, or eight samples drawn at
-temperature 0.7 from the whole vocabulary, as the method makes its labels. Every row says the gold rationale of its
+The same weights, the same questions: one greedy completion of each, as in an evaluation, or eight samples at
+temperature 0.7 from the whole vocabulary, as the method makes its labels. Every row writes the gold rationale of its
 GSM8K question (the shapes have random weights, so a script decides what is said: one scatter a step for us and for
 transformers alike), so that lengths and annotations are real and the calculator forces what it would force; further
 samples of a question say other rationales, whose lengths scatter around the gold one's (log-normal, 0.25). Every
@@ -13,14 +13,14 @@ will, to toy questions.
 `generate` with a logits processor that keeps an automaton a row (ours), reads the last tokens in one transfer and
 touches only rows that are being forced, in batches of the questions as they come and of questions sorted by length;
 samples are `num_return_sequences` of one prompt. *One at a time* is what a library with a tool stop does: `generate`
-for one question, a stopping criterion at an annotation's `=`, the result put behind it, and on, keys and values kept;
-it is slow, so that a few questions stand for all.
-*CTranslate2* has no calculator; a callback stops each row where its script ends, whatever it has said. It runs as one
-worker of all threads and as workers of one thread each, in batches of `rows` completions and of as many tokens as their
-questions have on average, and as it was fastest in a trial it is measured. int8 changes what a model says.
+for one question, a stopping criterion at an annotation's `=`, the result put after it, and on, with the same keys and
+values; it is slow, so that a few questions stand for all.
+*CTranslate2* has no calculator; a callback stops each row where its script ends, whatever it has written. It runs as
+one worker of all threads and as workers of one thread each, in batches of `rows` completions and of as many tokens as
+their questions have on average, and as it was fastest in a trial it is measured. int8 changes what a model writes.
 
 Numbers are tokens a second, medians of interleaved rounds; in parentheses ours divided by theirs, the median over the
-rounds. Contenders that no bar speaks of (batches as they come, one at a time, int8) take part in fewer of them.
+rounds. Systems that no target is set for (batches as they come, one at a time, int8) take part in fewer of them.
 """
 
 import argparse
@@ -60,23 +60,23 @@ from minidpost.text.templates import Template  # noqa: E402
 
 OURS, OFF, PLAIN, PEER, PEER_SORTED = "ours", "off", "plain", "transformers", "transformers, sorted"
 ONE, CT2, CT2_INT8 = "one at a time", "CTranslate2", "CTranslate2, int8"
-CONTENDERS = {  # as --contenders names them
+SYSTEMS = {  # names for --contenders
     **{"ours": (OURS,), "off": (OFF,), "plain": (PLAIN,), "transformers": (PEER, PEER_SORTED)},
     **{"one": (ONE,), "ctranslate2": (CT2, CT2_INT8)},
 }
 EVERYWHERE = (OURS, PEER_SORTED, CT2)  # measured at every number of rows
-NO_BARS = (PLAIN, PEER, ONE, CT2_INT8)  # measured in fewer rounds
+NO_TARGETS = (PLAIN, PEER, ONE, CT2_INT8)  # measured in fewer rounds
 ROWS = {"cpu": (1, 8, 16, 32, 64, 128), "cuda": (1, 8, 16, 32, 64, 128, 256)}
-BARS = {  # times transformers at its best
+TARGETS = {  # times transformers at its best
     "cpu": {("tiny-t5", 64): 5.0, ("flan-t5-small", 32): 3.0, ("flan-t5-base", 32): 2.5},
     "cuda": {("flan-t5-large", 32): 10.0, ("llama-3.2-1b", 32): 10.0, ("llama-3-8b", 32): 10.0},
 }
-CT2_BAR, CALCULATOR_BAR = 1.5, 0.01  # times CTranslate2 at its best; share of a token's time
+CT2_TARGET, CALCULATOR_TARGET = 1.5, 0.01  # times CTranslate2 at its best; fraction of a token's time
 N_ONE_AT_A_TIME = 4  # questions
 SLOW, SLOW_ROWS = ("flan-t5-base",), (8, 32, 128)  # models that take long on a CPU, and rows for them
 COMPLETIONS_A_ROW = {"tiny-t5": 6, "flan-t5-base": 2}  # more where they take little time, fewer where long
 PROBE_TOKENS, MAX_PROBE_ROWS = 8, 16  # where precisions are compared
-WAY_TOKENS = 24  # of each row, where CTranslate2's ways are compared
+VARIANT_TOKENS = 24  # of each row, where CTranslate2's variants are compared
 N_THREADS = torch.get_num_threads()
 
 Completions = list[list[int]]
@@ -85,7 +85,7 @@ Run = Callable[[Work], tuple[float, Completions]]  # the seconds that the work t
 
 @dataclass(frozen=True)
 class Part:
-    """A section of the report: a model, whether it says what it will, and numbers of rows, that of its bar first."""
+    """A section of the report: a model, whether it writes what it will, and numbers of rows, its target's first."""
 
     model: str
     is_natural: bool
@@ -99,8 +99,8 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Sides:
-    """One model as each side has it: ours and transformers' in the precision that is faster there."""
+class Implementations:
+    """One model in each system: ours and transformers' in the precision that is faster there."""
 
     template: Template
     model: nn.Module
@@ -110,12 +110,12 @@ class Sides:
 
 @dataclass
 class Measured:
-    """What was found at one number of rows: tokens a second of each round, and what is to be said beside it."""
+    """What was found at one number of rows: tokens a second of each round, and what is remarked."""
 
     rows: int
     work: Work
     n_tokens: int = 0
-    ways: dict[str, str] = field(default_factory=dict)  # the fastest of each contender
+    variants: dict[str, str] = field(default_factory=dict)  # the fastest of each system
     rates: dict[str, list[float]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
@@ -124,7 +124,7 @@ class Measured:
         return median(ours / theirs for ours, theirs in zip(self.rates[OURS], self.rates[name], strict=False))
 
     def calculator_costs(self) -> list[float]:
-        """By what share the calculator makes a token slower, in each round."""
+        """By what fraction the calculator makes a token slower, in each round."""
         return [off / on - 1 for on, off in zip(self.rates[OURS], self.rates[OFF], strict=True)]
 
 
@@ -145,8 +145,8 @@ def report(options: argparse.Namespace, found: dict[Part, tuple[list[Measured], 
         text.append("GPU rows (flan-t5-large, Llama-3.2-1B, Llama-3-8B): not measured; no GPU was at hand.")
         if peers.ctranslate2 is None:
             text.append("CTranslate2: not measured; it is not installed here (`pip install ctranslate2`).")
-    if bars := [*bar_rows(found, BARS[torch.device(options.device).type])]:
-        text += ["## The bars", markdown_table(["", "bar", "measured", ""], bars)]
+    if targets := [*target_rows(found, TARGETS[torch.device(options.device).type])]:
+        text += ["## Targets", markdown_table(["", "target", "measured", ""], targets)]
     for part, (measured, remarks) in found.items():
         text += [f"## {part.title}", table(measured), "\n".join(f"- {remark}" for remark in remarks)]
     write_result(options.output, "Sampling: ours, transformers, CTranslate2", text, is_whole=not rest)
@@ -157,35 +157,37 @@ def parse() -> argparse.Namespace:
     parser = Parser(
         description=f"{__doc__.splitlines()[0]} CTranslate2 takes part where it is installed: pip install ctranslate2."
     )
-    models = f"of {', '.join(MODELS)}, or directories; default: those of the bars"
+    models = f"of {', '.join(MODELS)}, or directories; default: those of the targets"
     parser.add_argument("--model", type=model_names, metavar="NAMES", help=models)
     parser.add_argument("--natural", action="store_true", help="their own completions to toy questions, no scripts")
     parser.add_argument(
         "--rows", type=row_counts, metavar="NUMBERS", help="rows at once; default: from 1 to 128, or 256"
     )
-    samples = "of a question: one is greedy, several are drawn as the method does; default: 1,8"
+    samples = "of a question: one is greedy, several are random as in the method; default: 1,8"
     parser.add_argument("--samples", type=row_counts, default=[1, 8], metavar="NUMBERS", help=samples)
     parser.add_argument("--questions", type=POSITIVE, metavar="N", help="default: some a row, 8 without scripts")
-    parser.add_argument("--rounds", type=POSITIVE, default=5, metavar="N", help="at the rows of the bars; default: 5")
-    others = "at other rows, and of contenders that no bar speaks of; default: 1"
+    parser.add_argument(
+        "--rounds", type=POSITIVE, default=5, metavar="N", help="at the rows that have a target; default: 5"
+    )
+    others = "at other rows, and of systems that no target is set for; default: 1"
     parser.add_argument("--other-rounds", type=POSITIVE, default=1, metavar="N", help=others)
-    parser.add_argument("--contenders", type=names, metavar="NAMES", help=f"of {', '.join(CONTENDERS)}; default: all")
-    precisions = "fp32, bf16 or both: each side in its faster one; default: both, bf16 on CUDA"
+    parser.add_argument("--contenders", type=names, metavar="NAMES", help=f"of {', '.join(SYSTEMS)}; default: all")
+    precisions = "fp32, bf16 or both: each system in its faster one; default: both, bf16 on CUDA"
     parser.add_argument("--dtype", type=names, metavar="NAMES", help=precisions)
     parser.add_argument("--device", type=device, default=default_device())
     parser.add_argument("--output", type=Path, help="default: sampling.md, or sampling-cuda.md, in benchmarks/results")
     options = parser.parse_args()
     kind = torch.device(options.device).type
-    if kind not in BARS:
+    if kind not in TARGETS:
         parser.error(f"--device {options.device}: cpu or cuda is expected")
     options.dtype = options.dtype or (["bf16"] if kind == "cuda" else ["fp32", "bf16"])
-    chosen = options.contenders or [*CONTENDERS]
-    for flag, values, known in (("dtype", options.dtype, DTYPES), ("contenders", chosen, CONTENDERS)):
+    chosen = options.contenders or [*SYSTEMS]
+    for flag, values, known in (("dtype", options.dtype, DTYPES), ("contenders", chosen, SYSTEMS)):
         if unknown := [value for value in values if value not in known]:
             parser.error(f"--{flag} {unknown[0]}: one of {', '.join(known)} is expected")
     if options.contenders and "ctranslate2" in chosen and (peers.ctranslate2 is None or kind != "cpu"):
         parser.error("--contenders ctranslate2: it is measured on CPU, and where it is installed (pip)")
-    options.contenders = [name for key, group in CONTENDERS.items() if key in ("ours", *chosen) for name in group]
+    options.systems = [name for key, group in SYSTEMS.items() if key in ("ours", *chosen) for name in group]
     options.output = options.output or RESULTS / ("sampling.md" if kind == "cpu" else "sampling-cuda.md")
     if not options.output.absolute().parent.is_dir():
         parser.error(f"--output {options.output}: its directory does not exist")
@@ -204,24 +206,24 @@ def machine(options: argparse.Namespace) -> str:
 
 
 def parts(options: argparse.Namespace) -> list[Part]:
-    """What is to be measured. By default tiny-t5 also says what it will, at the rows of its bar.
+    """What is to be measured. By default tiny-t5 also writes what it will, at the rows of its target.
 
     At those alone, too, all have more samples a question than in the first of their parts.
     """
     kind = torch.device(options.device).type
-    bars = BARS[kind]
+    targets = TARGETS[kind]
 
     def counts(name: str) -> tuple[int, ...]:
         known = SLOW_ROWS if name in SLOW else ROWS[kind]
-        return tuple(sorted(options.rows or known, key=lambda rows: ((name, rows) not in bars, rows)))
+        return tuple(sorted(options.rows or known, key=lambda rows: ((name, rows) not in targets, rows)))
 
     if options.model is not None or options.natural:
-        models, several = options.model or [name for name, _ in bars], () if options.natural else options.samples
+        models, several = options.model or [name for name, _ in targets], () if options.natural else options.samples
         return [Part(name, options.natural, counts(name), n) for n in several or (1,) for name in models]
-    own = [Part(name, True, (rows,)) for name, rows in bars if name == "tiny-t5"]
+    own = [Part(name, True, (rows,)) for name, rows in targets if name == "tiny-t5"]
     one, *more = options.samples
     scripted = [
-        Part(name, False, (rows,) if n in more else counts(name), n) for name, rows in bars for n in (one, *more)
+        Part(name, False, (rows,) if n in more else counts(name), n) for name, rows in targets for n in (one, *more)
     ]
     return own + scripted
 
@@ -230,23 +232,24 @@ def measure_part(part: Part, options: argparse.Namespace) -> tuple[list[Measured
     """Every number of rows of one part, and what else is to be said of it."""
     found: list[Measured] = []
     with TemporaryDirectory() as directory:
-        sides, remarks = open_sides(part, options, Path(directory))
+        opened, remarks = open_implementations(part, options, Path(directory))
         for rows in part.counts:
-            work = work_for(part, sides.template, rows, options)
+            work = work_for(part, opened.template, rows, options)
             print(f"{part.title}: {rows} rows, {len(work.prompts)} completions", file=sys.stderr, flush=True)
-            runs = {name: ways for name, ways in runs_of(sides, rows) if name in options.contenders}
+            runs = {name: variants for name, variants in runs_of(opened, rows) if name in options.systems}
             if found:  # the rest has been said at the first number of rows
-                known = {name: found[0].ways[name] for name in runs if name in EVERYWHERE}
-                runs = {name: {way: runs[name][way]} for name, way in known.items()}
-            is_bar = (part.model, rows) in BARS[torch.device(options.device).type]
-            n_rounds = options.rounds if is_bar else options.other_rounds
+                known = {name: found[0].variants[name] for name in runs if name in EVERYWHERE}
+                runs = {name: {variant: runs[name][variant]} for name, variant in known.items()}
+            is_target = (part.model, rows) in TARGETS[torch.device(options.device).type]
+            n_rounds = options.rounds if is_target else options.other_rounds
             found.append(measure(rows, work, runs, n_rounds, options.other_rounds))
         first = found[0]
-        if sides.converted is not None:
+        if opened.converted is not None:
             if not part.is_natural:
-                share = sides.converted.callback_share(first.work.part(2 * first.rows), (N_THREADS, 1), first.rows)
-                remarks.append(f"CTranslate2's callback takes {share:.1%} of its time (all rows cut at 32 tokens).")
-            sides.converted.close()
+                part_of_work = first.work.part(2 * first.rows)
+                fraction = opened.converted.callback_fraction(part_of_work, (N_THREADS, 1), first.rows)
+                remarks.append(f"CTranslate2's callback takes {fraction:.1%} of its time (all rows cut at 32 tokens).")
+            opened.converted.close()
     prompts, completions = mean(map(len, first.work.prompts)), first.n_tokens / len(first.work.prompts)
     remarks.append(
         f"{first.rows} rows: on average prompts of {prompts:.0f} and completions of {completions:.0f} tokens."
@@ -264,19 +267,19 @@ def work_for(part: Part, template: Template, rows: int, options: argparse.Namesp
     return scripted_work(template, n_questions, n_samples=part.n_samples)
 
 
-def open_sides(part: Part, options: argparse.Namespace, directory: Path) -> tuple[Sides, list[str]]:
-    """The model on all sides, and what was found of precisions where there are two to choose from."""
+def open_implementations(part: Part, options: argparse.Namespace, directory: Path) -> tuple[Implementations, list[str]]:
+    """The model in all systems, and what was found of precisions where there are two to choose from."""
     models = {}
     for dtype in options.dtype:
         models[dtype], template = open_shape(part.model, DTYPES[dtype], options.device)
     twins = {dtype: peers.twin(model) for dtype, model in models.items()}
     converted, remarks = None, []
-    if CT2 in options.contenders and peers.ctranslate2 and "fp32" in models and options.device == "cpu":
+    if CT2 in options.systems and peers.ctranslate2 and "fp32" in models and options.device == "cpu":
         converted = peers.CTranslate2(twins["fp32"], directory) if isinstance(models["fp32"], T5) else None
     rows = part.counts[0]
     probe = scripted_work(template, min(rows, MAX_PROBE_ROWS)).part(rows, PROBE_TOKENS)
     chosen = []
-    for side, runs in (
+    for system, runs in (
         ("ours", {dtype: clocked(sampled, model, rows) for dtype, model in models.items()}),
         ("transformers", {dtype: clocked(peers.generate, twin, rows) for dtype, twin in twins.items()}),
     ):
@@ -286,9 +289,10 @@ def open_sides(part: Part, options: argparse.Namespace, directory: Path) -> tupl
         if len(seconds) > 1:
             found = ", ".join(f"{dtype} {second:.2f} s" for dtype, second in seconds.items())
             remarks.append(
-                f"Precision, {side}: {chosen[-1]} ({found}; {len(probe.prompts)} prompts, {PROBE_TOKENS} tokens each)."
+                f"Precision, {system}: {chosen[-1]} "
+                f"({found}; {len(probe.prompts)} prompts, {PROBE_TOKENS} tokens each)."
             )
-    return Sides(template, models[chosen[0]], twins[chosen[1]], converted), remarks
+    return Implementations(template, models[chosen[0]], twins[chosen[1]], converted), remarks
 
 
 def clocked(function: Callable[..., Completions], model: nn.Module, *arguments, **settings) -> Run:
@@ -303,18 +307,18 @@ def clocked(function: Callable[..., Completions], model: nn.Module, *arguments, 
     return run
 
 
-def runs_of(sides: Sides, rows: int) -> Iterator[tuple[str, dict[str, Run]]]:
-    """Each contender's ways to complete all questions, of which the fastest is to be found where there are several."""
-    yield OURS, {"": clocked(sampled, sides.model, rows)}
-    yield OFF, {"": clocked(sampled, sides.model, rows, has_calculator=False)}
-    if next(sides.model.parameters()).is_cuda:
-        yield PLAIN, {"": clocked(sampled, sides.model, rows, use_cuda_graphs=False)}
-    yield PEER, {"": clocked(peers.generate, sides.peer, rows, is_sorted=False)}
-    yield PEER_SORTED, {"": clocked(peers.generate, sides.peer, rows)}
-    yield ONE, {"": clocked(one_at_a_time, sides.peer)}
-    if sides.converted is not None:
-        yield CT2, translations(sides.converted, rows, {"float32", "bfloat16"})
-        yield CT2_INT8, translations(sides.converted, rows, {"int8"})
+def runs_of(opened: Implementations, rows: int) -> Iterator[tuple[str, dict[str, Run]]]:
+    """Each system's variants to complete all questions, of which the fastest is to be found where there are several."""
+    yield OURS, {"": clocked(sampled, opened.model, rows)}
+    yield OFF, {"": clocked(sampled, opened.model, rows, has_calculator=False)}
+    if next(opened.model.parameters()).is_cuda:
+        yield PLAIN, {"": clocked(sampled, opened.model, rows, use_cuda_graphs=False)}
+    yield PEER, {"": clocked(peers.generate, opened.peer, rows, is_sorted=False)}
+    yield PEER_SORTED, {"": clocked(peers.generate, opened.peer, rows)}
+    yield ONE, {"": clocked(one_at_a_time, opened.peer)}
+    if opened.converted is not None:
+        yield CT2, translations(opened.converted, rows, {"float32", "bfloat16"})
+        yield CT2_INT8, translations(opened.converted, rows, {"int8"})
 
 
 def one_at_a_time(peer: transformers.PreTrainedModel, work: Work) -> Completions:
@@ -323,37 +327,42 @@ def one_at_a_time(peer: transformers.PreTrainedModel, work: Work) -> Completions
 
 
 def translations(converted: peers.CTranslate2, rows: int, compute_types: set[str]) -> dict[str, Run]:
-    """CTranslate2's ways: precision, workers times threads, what a batch is."""
-    ways = {}
+    """CTranslate2's variants: precision, workers times threads, what a batch is."""
+    variants = {}
     for compute_type in sorted(compute_types & converted.compute_types):
         for threads in dict.fromkeys([(1, N_THREADS), (N_THREADS, 1)]):
             for batch_type, unit in (("examples", "questions"), ("tokens", "tokens")):
                 name = f"{compute_type}, {threads[0]} × {threads[1]} workers and threads, batches by {unit}"
-                way = {"threads": threads, "compute_type": compute_type, "batch_size": rows, "batch_type": batch_type}
-                ways[name] = partial(converted.translate, **way)
-    return ways
+                variant = {
+                    "threads": threads,
+                    "compute_type": compute_type,
+                    "batch_size": rows,
+                    "batch_type": batch_type,
+                }
+                variants[name] = partial(converted.translate, **variant)
+    return variants
 
 
 def measure(rows: int, work: Work, runs: dict[str, dict[str, Run]], n_rounds: int, n_other: int) -> Measured:
-    """Choose each contender's way, then time all in turn, back and forth; what they wrote is compared every time.
+    """Choose each system's variant, then time all in turn, back and forth; what they wrote is compared every time.
 
-    Those of whom no bar speaks take part in the first `n_other` rounds.
+    Those that no target is set for take part in the first `n_other` rounds.
     """
     measured = Measured(rows, work)
-    for name, ways in runs.items():
-        n_tokens = WAY_TOKENS if len(ways) > 1 else PROBE_TOKENS  # to choose by, or to warm up
-        seconds = {way: run(work.part(2 * rows, n_tokens))[0] for way, run in ways.items()}
-        measured.ways[name] = min(seconds, key=seconds.get)
-        if len(ways) > 1:
-            measured.remarks.append(f"{name}: {measured.ways[name]}.")
+    for name, variants in runs.items():
+        n_tokens = VARIANT_TOKENS if len(variants) > 1 else PROBE_TOKENS  # to choose by, or to warm up
+        seconds = {variant: run(work.part(2 * rows, n_tokens))[0] for variant, run in variants.items()}
+        measured.variants[name] = min(seconds, key=seconds.get)
+        if len(variants) > 1:
+            measured.remarks.append(f"{name}: {measured.variants[name]}.")
     written: dict[str, Completions] = {}
-    for number in range(n_rounds):
-        order = [name for name in runs if number < n_other or name not in NO_BARS]
-        order = order if number % 2 == 0 else order[::-1]
+    for round_index in range(n_rounds):
+        order = [name for name in runs if round_index < n_other or name not in NO_TARGETS]
+        order = order if round_index % 2 == 0 else order[::-1]
         for name in order:
-            seconds, written[name] = runs[name][measured.ways[name]](work)
+            seconds, written[name] = runs[name][measured.variants[name]](work)
             measured.rates.setdefault(name, []).append(sum(map(len, written[name])) / seconds)
-            print(f"  round {number + 1}, {name}: {seconds:.1f} s", file=sys.stderr, flush=True)
+            print(f"  round {round_index + 1}, {name}: {seconds:.1f} s", file=sys.stderr, flush=True)
         measured.n_tokens = sum(map(len, written[OURS]))
         remarks = compare(work, written)
     measured.remarks += [f"{rows} rows: {remark}" for remark in remarks]
@@ -378,7 +387,7 @@ def compare(work: Work, written: dict[str, Completions]) -> list[str]:
 
 
 def table(found: list[Measured]) -> str:
-    """A line for each number of rows, a column for each contender."""
+    """A line for each number of rows, a column for each system."""
     columns = [*dict.fromkeys(name for measured in found for name in measured.rates)]
     heads = ["rows", "completions", "tokens", "rounds", *columns]
     if OFF in columns:
@@ -386,7 +395,7 @@ def table(found: list[Measured]) -> str:
     lines = []
     for measured in sorted(found, key=lambda measured: measured.rows):
         counts = [measured.rows, len(measured.work.prompts), measured.n_tokens, len(measured.rates[OURS])]
-        line = [f"{number:,}" for number in counts]
+        line = [f"{count:,}" for count in counts]
         for name in columns:
             is_there = name in measured.rates
             rate = f"{median(measured.rates[name]):,.0f}" if is_there else "–"
@@ -399,22 +408,22 @@ def table(found: list[Measured]) -> str:
     return markdown_table(heads, lines)
 
 
-def bar_rows(found: dict[Part, tuple[list[Measured], list[str]]], bars: dict) -> Iterator[list[str]]:
-    """Every bar that was measured: what it is of, how high it is, what was found, and whether that is enough."""
+def target_rows(found: dict[Part, tuple[list[Measured], list[str]]], targets: dict) -> Iterator[list[str]]:
+    """Every target that was measured: what it is of, what it is, what was found, and whether that is enough."""
     for part, (all_measured, _) in found.items():
         for measured in all_measured:
-            height = bars.get((part.model, measured.rows))
-            if height is None:
+            target = targets.get((part.model, measured.rows))
+            if target is None:
                 continue
-            for group, least in (((PEER, PEER_SORTED), height), ((CT2,), CT2_BAR)):
+            for group, least in (((PEER, PEER_SORTED), target), ((CT2,), CT2_TARGET)):
                 if times := [measured.times_slower(name) for name in group if name in measured.rates]:
                     title = f"{part.title}, {measured.rows} rows, times {group[0]} at its best"
                     yield [title, f"≥ {least:g}×", f"{min(times):.2f}×", "reached" if min(times) >= least else "missed"]
             if OFF in measured.rates:
                 cost = median(measured.calculator_costs())
-                reached = "reached" if cost <= CALCULATOR_BAR else "missed"
+                reached = "reached" if cost <= CALCULATOR_TARGET else "missed"
                 title = f"{part.title}, {measured.rows} rows, what the calculator costs"
-                yield [title, f"≤ {CALCULATOR_BAR:.0%}", f"{cost:+.1%}", reached]
+                yield [title, f"≤ {CALCULATOR_TARGET:.0%}", f"{cost:+.1%}", reached]
 
 
 if __name__ == "__main__":

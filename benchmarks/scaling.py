@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -46,7 +46,7 @@ from minidpost.cli import NOT_NEGATIVE, POSITIVE, Parser, device, run_command  #
 from minidpost.models.t5 import T5  # noqa: E402
 from minidpost.precision import DTYPES, default_device  # noqa: E402
 from minidpost.sampling.sampler import Request, SamplingSettings, sample  # noqa: E402
-from minidpost.selftraining.estimates import (  # noqa: E402  # noqa: E402
+from minidpost.selftraining.estimates import (  # noqa: E402
     available_bytes,
     model_size,
     n_parameters,
@@ -87,17 +87,20 @@ class Clocked(ScriptedModel):
         self.n_rows_C = torch.zeros(MAX_CACHES, dtype=torch.long).share_memory_().numpy()
         self.n_caches = multiprocessing.Value("i", 0)
 
-    def new_cache(self, rows: int, max_prompt: int, max_new: int) -> ScriptedCache:
-        cache = super().new_cache(rows, max_prompt, max_new)
+    def new_cache(self, n_rows: int, max_prompt: int, max_new: int) -> ScriptedCache:
+        """The scripted model's, counted."""
+        cache = super().new_cache(n_rows, max_prompt, max_new)
         with self.n_caches.get_lock():
-            cache.number, cache.n_steps = self.n_caches.value, 0
+            self.cache_index = self.n_caches.value  # of this process, which has one cache
             self.n_caches.value += 1
+        self.n_steps = 0
         return cache
 
     def decode(self, cache: ScriptedCache, ids_B: Tensor) -> Tensor:
-        self.began_CT[cache.number, cache.n_steps] = time.perf_counter()
-        self.n_rows_C[cache.number] = len(ids_B)
-        cache.n_steps += 1
+        """The scripted model's, its beginning noted."""
+        self.began_CT[self.cache_index, self.n_steps] = time.perf_counter()
+        self.n_rows_C[self.cache_index] = len(ids_B)
+        self.n_steps += 1
         return super().decode(cache, ids_B)
 
     def step_seconds(self, first: int, n_steps: int) -> float:
@@ -258,18 +261,18 @@ def measure_decoding(scaling: Scaling, limits: Limits, options: argparse.Namespa
     points(at_rows, AT_PROMPT, [0])  # to warm up
     usual = min(WINDOW, options.length)
     scaling.by_rows = [point for rows in options.rows for point in points(rows, AT_PROMPT, [usual])]
-    firsts = dict.fromkeys((options.length - usual) * number // 6 for number in range(7))
+    firsts = dict.fromkeys((options.length - usual) * sixth // 6 for sixth in range(7))
     scaling.by_position = points(at_rows, AT_PROMPT, [*firsts])
     scaling.by_prompt = [point for n_prompt in options.prompts for point in points(at_rows, n_prompt, [usual])]
 
 
 def clocked_sampling(model: nn.Module, eos_id: int, rows: int, n_prompt: int, n_new: int) -> Clocked:
-    """A clocked model behind the decoding of so many rows, all of one length."""
+    """A clocked model after the decoding of so many rows, all of one length."""
     random, n_ids = Random(0), model.config.vocab_size
     ids = [token_id for token_id in range(n_ids) if token_id != eos_id]
     prompts = [tuple(random.choices(ids, k=n_prompt)) for _ in range(rows)]
     clocked = Clocked(model, prompts, [random.choices(ids, k=n_new) for _ in range(rows)])
-    requests = [Request(prompt, str(number)) for number, prompt in enumerate(prompts)]
+    requests = [Request(prompt, str(index)) for index, prompt in enumerate(prompts)]
     settings = SamplingSettings(max_new_tokens=n_new, slots=rows)
     for _ in sample(clocked, requests, settings, eos_id, use_cuda_graphs=False):  # the scripted model's own are used
         pass
@@ -293,8 +296,8 @@ def measure_training(scaling: Scaling, limits: Limits, options: argparse.Namespa
         TokenizedExample(prompt, tuple(script)) for prompt, script in zip(work.prompts, work.scripts, strict=True)
     ]
     pairs = [
-        PreferencePair(s, TokenizedExample(s.prompt_ids, sequences[number - 1].target_ids))
-        for number, s in enumerate(sequences)
+        PreferencePair(s, TokenizedExample(s.prompt_ids, sequences[index - 1].target_ids))
+        for index, s in enumerate(sequences)
     ]
     sft = replace(preset.sft(0), epochs=n_steps, examples_per_step=len(sequences))
     dpo = replace(preset.dpo(len(pairs), 0), steps=n_steps, pairs_per_step=len(pairs))
@@ -315,8 +318,8 @@ def measure_training(scaling: Scaling, limits: Limits, options: argparse.Namespa
         flops = training_flops(model_size(model), n_source, n_target)
         rates.append(steps[0]["n_tokens"] / seconds)
         step = f"{name}, {len(items)} {'examples' if name == 'SFT' else 'pairs'}"
-        share = flops / seconds / limits.peak
-        scaling.training.append([scaling.name, step, *cells(seconds, rates[-1], flops / 1e12), f"{share:.0%}"])
+        fraction = flops / seconds / limits.peak
+        scaling.training.append([scaling.name, step, *cells(seconds, rates[-1], flops / 1e12), f"{fraction:.0%}"])
     return rates[0], rates[1]
 
 
@@ -326,13 +329,14 @@ def measure_training(scaling: Scaling, limits: Limits, options: argparse.Namespa
 def sampling_rate(options: argparse.Namespace, n_questions: int = 256) -> float:
     """Tokens a second when sampling as the recipe does: several a question, at its temperature, with calculator."""
     model, template = open_shape(RECIPE_MODEL, DTYPES[options.dtype], options.device)
-    work, n_tokens = scripted_work(template, n_questions), 0
+    work = scripted_work(template, n_questions)
     scripted = ScriptedModel(model, work.prompts, work.scripts)
     requests = [Request(p, str(i), k) for i, p in enumerate(work.prompts) for k in range(T5_PRESET.dpo_samples)]
     started = time.perf_counter()
-    settings, new_override = T5_PRESET.sampling(0), template.new_calculator
-    for _, completion in sample(scripted, requests, settings, template.eos_id, new_override, use_cuda_graphs=False):
-        n_tokens += len(completion.token_ids)
+    settings = T5_PRESET.sampling(0)
+    new_override = template.new_calculator
+    rows = sample(scripted, requests, settings, template.eos_id, new_override=new_override, use_cuda_graphs=False)
+    n_tokens = sum(len(row.token_ids) for row in rows)
     return n_tokens / (time.perf_counter() - started)
 
 
@@ -359,24 +363,26 @@ def recipe_seconds(rates: Rates, preset: Preset) -> dict[str, float]:
 
 
 def cells(*values: float) -> list[str]:
-    """Numbers with three significant digits, or none behind the point where they are large."""
+    """Numbers with three significant digits, or none after the point where they are large."""
     return [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values]
 
 
 def report(
     found: list[Scaling], limits: Limits, recipe: dict[str, float] | None, options: argparse.Namespace
 ) -> list[str]:
-    """The paragraphs behind the title."""
+    """The paragraphs after the title."""
     gpu = "" if options.device == "cpu" else f", {torch.cuda.get_device_name(options.device)}"
     measured = f"Measured here, {options.dtype}: {limits.bandwidth / 1e9:.1f} GB/s, {limits.peak / 1e12:.3g} TFLOP/s."
     text = [f"`{command_line()}` · {machine_line()}{gpu}", *__doc__.strip().split("\n\n")[1:], measured]
     text.append(f"![time by rows, position and prompt]({options.output.with_suffix('.png').name})")
-    text += ["## Rows", table(found, "by_rows", "rows")]
+    text += ["## Rows", table([(s.name, s.by_rows) for s in found], "rows", lambda point: point.rows)]
     at_rows = f"{min(AT_ROWS, options.rows[-1])} rows"
-    text += [f"## Position, {at_rows}, prompts of {AT_PROMPT} tokens", table(found, "by_position", "position")]
-    text += [f"## Prompt, {at_rows}", table(found, "by_prompt", "n_prompt")]
+    text.append(f"## Position, {at_rows}, prompts of {AT_PROMPT} tokens")
+    text.append(table([(s.name, s.by_position) for s in found], "position", lambda point: point.position))
+    text.append(f"## Prompt, {at_rows}")
+    text.append(table([(s.name, s.by_prompt) for s in found], "prompt", lambda point: point.n_prompt))
     if training := [line for scaling in found for line in scaling.training]:
-        heads = ["", "step", "seconds", "tokens/s", "TFLOP", "share of peak"]
+        heads = ["", "step", "seconds", "tokens/s", "TFLOP", "fraction of peak"]
         text += ["## Training", markdown_table(heads, training)]
     text.append(f"## The paper's recipe, {RECIPE_MODEL}, one GPU")
     if recipe is None:
@@ -391,15 +397,15 @@ def report(
     return text
 
 
-def table(found: list[Scaling], what: str, column: str) -> str:
-    """Points as a Markdown table, the models below each other."""
-    heads = ["", column.replace("n_", ""), "ms a step", "tokens/s", "of the bandwidth", "of the peak", "of the limit"]
+def table(points_of_models: list[tuple[str, list[Point]]], head: str, varied: Callable[[Point], int]) -> str:
+    """Points as a Markdown table, the models below each other; `varied` gives what differs between points."""
+    heads = ["", head, "ms a step", "tokens/s", "of the bandwidth", "of the peak", "of the limit"]
     lines = []
-    for scaling in found:
-        for point in vars(scaling)[what]:
-            shares = [point.memory_seconds, point.peak_seconds, point.limit]
-            line = [scaling.name, str(vars(point)[column]), *cells(1000 * point.seconds, point.rows / point.seconds)]
-            lines.append(line + [f"{share / point.seconds:.0%}" for share in shares])
+    for name, points in points_of_models:
+        for point in points:
+            least = [point.memory_seconds, point.peak_seconds, point.limit]
+            line = [name, str(varied(point)), *cells(1000 * point.seconds, point.rows / point.seconds)]
+            lines.append(line + [f"{seconds / point.seconds:.0%}" for seconds in least])
     return markdown_table(heads, lines)
 
 
@@ -413,15 +419,16 @@ def draw(found: list[Scaling], path: Path, options: argparse.Namespace) -> None:
 
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
     at_rows = min(AT_ROWS, options.rows[-1])
-    for number, scaling in enumerate(found):
-        style = {"color": f"C{number}", "marker": "o", "markersize": 4, "label": scaling.name}
+    for index, scaling in enumerate(found):
+        style = {"color": f"C{index}", "marker": "o", "markersize": 4, "label": scaling.name}
         rows = [point.rows for point in scaling.by_rows]
         left.plot(rows, [point.rows / point.seconds for point in scaling.by_rows], **style)
-        left.plot(rows, [point.rows / point.limit for point in scaling.by_rows], "--", color=f"C{number}", alpha=0.6)
-        for axes, points, name in ((middle, scaling.by_position, "position"), (right, scaling.by_prompt, "n_prompt")):
-            values = [vars(point)[name] for point in points]
+        left.plot(rows, [point.rows / point.limit for point in scaling.by_rows], "--", color=f"C{index}", alpha=0.6)
+        positions = [point.position for point in scaling.by_position]
+        prompts = [point.n_prompt for point in scaling.by_prompt]
+        for axes, points, values in ((middle, scaling.by_position, positions), (right, scaling.by_prompt, prompts)):
             axes.plot(values, [1000 * point.seconds for point in points], **style)
-            axes.plot(values, [1000 * point.limit for point in points], "--", color=f"C{number}", alpha=0.6)
+            axes.plot(values, [1000 * point.limit for point in points], "--", color=f"C{index}", alpha=0.6)
     left.set(xscale="log", yscale="log", xlabel="rows decoded at once", ylabel="tokens a second", title="more rows")
     left.set_xticks(options.rows, [str(rows) for rows in options.rows])
     left.minorticks_off()

@@ -1,4 +1,4 @@
-"""Models of true shape whose rows say what a script has: sampling's work at real lengths, without trained weights.
+"""Models of true shape whose rows write what a script has: sampling's work at real lengths, without trained weights.
 
 `ScriptedModel` puts a great number on one logit a row and step, where the row's script stands, and leaves everything
 else to the model: it computes as much as ever. Scripts are the gold rationales of GSM8K's test questions as the model
@@ -45,7 +45,8 @@ SHAPES = {  # name: config, tokenizer, both in ../shared
 }
 MODELS = (*BUNDLED, *SHAPES)
 TEMPERATURE = T5.temperature  # of samples
-SPREAD, LIBRARY = 0.25, 1000  # how the lengths of a question's samples scatter, and rationales they are taken from
+SPREAD = 0.25  # how the lengths of a question's samples scatter
+LIBRARY = 1000  # rationales they are taken from
 CERTAIN = 1e4  # a logit beside which all others are nothing, and whose softmax is still a number
 
 Cache = KVCache | T5Cache
@@ -67,11 +68,11 @@ class ScriptedCache:
         self.starts.clear()
 
     @torch.inference_mode()
-    def copy_rows(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+    def copy_rows(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> None:
         """Make each target row a copy of its source row, or the next sample of its prompt."""
-        self.cache.copy_rows(sources, targets)
-        self.pointer_B[list(targets)] = self.pointer_B[list(sources)]
-        for source, target in zip(sources, targets, strict=True):
+        self.cache.copy_rows(source_ids, target_ids)
+        self.pointer_B[list(target_ids)] = self.pointer_B[list(source_ids)]
+        for source, target in zip(source_ids, target_ids, strict=True):
             if source in self.starts:
                 self.pointer_B[target] = next(self.starts[source])
 
@@ -89,32 +90,33 @@ class ScriptedModel:
         scripts: Sequence[Sequence[int]],
         use_cuda_graphs: bool = True,
     ):
-        """Scripts are ids, the end id among them; those of one prompt are said by its samples in turn."""
-        self.model, self.device = model, next(model.parameters()).device
+        """Scripts are ids, the end id among them; those of one prompt are for its samples in turn."""
+        self.model = model
+        self.device = next(model.parameters()).device
         self.use_cuda_graphs = use_cuda_graphs and self.device.type == "cuda"
         self.starts: dict[tuple[int, ...], list[int]] = {}
         ids = []
         for prompt, script in zip(prompts, scripts, strict=True):
             self.starts.setdefault(prompt, []).append(len(ids))
             ids += script
-        self.script_N = torch.tensor([*ids, 0], device=self.device)  # a row may be decoded once more behind its end
+        self.script_N = torch.tensor([*ids, 0], device=self.device)  # a row may be decoded once more after its end
 
-    def parameters(self):
+    def parameters(self) -> Iterator[Tensor]:
         """Those of the model."""
         return self.model.parameters()
 
-    def new_cache(self, rows: int, max_prompt: int, max_new: int) -> ScriptedCache:
+    def new_cache(self, n_rows: int, max_prompt: int, max_new: int) -> ScriptedCache:
         """The model's, and a pointer a row."""
-        cache = self.model.new_cache(rows, max_prompt, max_new)
+        cache = self.model.new_cache(n_rows, max_prompt, max_new)
         step = CUDAGraphs(self.model, cache) if self.use_cuda_graphs else partial(self.model.decode, cache)
-        return ScriptedCache(cache, step, rows, self.device)
+        return ScriptedCache(cache, step, n_rows, self.device)
 
     @torch.inference_mode()
-    def prefill(self, cache: ScriptedCache, rows: Sequence[int], prompts: Sequence[tuple[int, ...]]) -> list[int]:
-        """The model's; whoever is copied from these rows begins at the first id of a script."""
-        for row, prompt in zip(rows, prompts, strict=True):
+    def prefill(self, cache: ScriptedCache, row_ids: Sequence[int], prompts: Sequence[tuple[int, ...]]) -> list[int]:
+        """The model's; a row that is copied from one of these begins at the first id of a script."""
+        for row, prompt in zip(row_ids, prompts, strict=True):
             cache.starts[row] = cycle(self.starts[tuple(prompt)])
-        return self.model.prefill(cache.cache, rows, prompts)
+        return self.model.prefill(cache.cache, row_ids, prompts)
 
     @torch.inference_mode()
     def decode(self, cache: ScriptedCache, ids_B: Tensor) -> Tensor:
@@ -128,9 +130,9 @@ class ScriptedModel:
 
 @dataclass(frozen=True)
 class Work:
-    """Completions to be made: prompts, what is to be said to each (None: what the model will), and the model's format.
+    """Completions to be made: prompts, the script of each (None: what the model will), and the model's template.
 
-    With several samples a question, its prompt stands there as often; they are drawn, single ones are greedy.
+    With several samples a question, its prompt stands there as often; they are random, single ones are greedy.
     """
 
     template: Template
@@ -157,10 +159,12 @@ def scripted_work(template: Template, n_questions: int, shared: Path = SHARED, n
 
     A question's further samples say rationales of others, of the gold one's length times a random factor (log-normal).
     """
-    path, prompts, scripts = shared / "data" / "gsm8k" / "test.jsonl", [], []
+    path = shared / "data" / "gsm8k" / "test.jsonl"
+    prompts: list[tuple[int, ...]] = []
+    scripts: list[list[int]] = []
     if path.is_file():
-        rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        examples = [Example(row["question"], "", row["answer"]) for row in rows]
+        records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        examples = [Example(record["question"], "", record["answer"]) for record in records]
     else:
         examples = datasets.load("toy", "test")
     for example in examples:
@@ -188,27 +192,29 @@ def stand_ins(gold: list[int], length_buckets: list[list[int]], n_samples: int) 
 
 
 def natural_work(template: Template, n_questions: int, max_new_tokens: int) -> Work:
-    """Toy questions, to which the model says what it will."""
+    """Toy questions, to which the model writes what it will."""
     examples = [*datasets.load("toy", "test"), *datasets.load("toy", "longer")][:n_questions]
     prompts = [tuple(template.prompt_ids(example.question)) for example in examples]
     return Work(template, prompts, None, max_new_tokens)
 
 
 def sampled(
-    model: nn.Module, work: Work, rows: int, has_calculator: bool = True, use_cuda_graphs: bool = True
+    model: nn.Module, work: Work, n_slots: int, has_calculator: bool = True, use_cuda_graphs: bool = True
 ) -> list[list[int]]:
     """All of our completions, ids in the order of the work."""
     is_scripted = work.scripts is not None
     scripted = ScriptedModel(model, work.prompts, work.scripts, use_cuda_graphs) if is_scripted else model
-    numbered = ((prompt, *divmod(number, work.n_samples)) for number, prompt in enumerate(work.prompts))
-    requests = [Request(prompt, str(question), sample) for prompt, question, sample in numbered]
-    settings = SamplingSettings(work.temperature, max_new_tokens=work.max_new_tokens, slots=rows)
+    requests = []
+    for index, prompt in enumerate(work.prompts):
+        question, sample_index = divmod(index, work.n_samples)
+        requests.append(Request(prompt, str(question), sample_index))
+    settings = SamplingSettings(work.temperature, max_new_tokens=work.max_new_tokens, slots=n_slots)
     new_override = work.template.new_calculator if has_calculator else None
     use_cuda_graphs = use_cuda_graphs and not is_scripted  # a scripted model sees to it itself
-    done = dict(
-        sample(scripted, requests, settings, work.template.eos_id, new_override, use_cuda_graphs=use_cuda_graphs)
-    )
-    return [done[number].token_ids for number in range(len(requests))]
+    eos_id = work.template.eos_id
+    rows = sample(scripted, requests, settings, eos_id, new_override=new_override, use_cuda_graphs=use_cuda_graphs)
+    in_order = sorted(rows, key=lambda row: row.request_index)
+    return [row.token_ids for row in in_order]
 
 
 def model_names(text: str) -> list[str]:
@@ -228,7 +234,7 @@ def row_counts(text: str) -> list[int]:
 def open_shape(
     name: str, dtype: torch.dtype, device: str, shared: Path = SHARED, seed: int = 0
 ) -> tuple[nn.Module, Template]:
-    """A model in eval mode and how it writes: a directory's or an embedded one's weights, else a shape's random ones.
+    """A model in eval mode and how it writes: a directory's or a bundled one's weights, else a shape's random ones.
 
     UserError: a broken directory, `shared` without the shape's config or tokenizer.
     """

@@ -256,7 +256,7 @@ def test_clocks_leave_out_what_is_clocked_inside(monkeypatch):
     assert clock.seconds == {profiling.PREFILL: 13, "inner": 10, "outer": 2}
 
 
-def test_bars_are_held_against_the_best_of_the_peers(tiny_template):
+def test_targets_are_held_against_the_best_of_the_peers(tiny_template):
     measured = sampling.Measured(64, Work(tiny_template, [(1,)], [[1]], 1))
     measured.rates = {"ours": [90.0, 100.0, 110.0], "off": [90.0, 100.5, 120.0]}
     measured.rates |= {
@@ -265,7 +265,7 @@ def test_bars_are_held_against_the_best_of_the_peers(tiny_template):
         "CTranslate2": [45.0, 50.0, 55.0],
     }
     part = sampling.Part("tiny-t5", False, (64,))
-    rows = list(sampling.bar_rows({part: ([measured], [])}, sampling.BARS["cpu"]))
+    rows = list(sampling.target_rows({part: ([measured], [])}, sampling.TARGETS["cpu"]))
     assert [row[1:] for row in rows] == [
         ["≥ 5×", "5.00×", "reached"],
         ["≥ 1.5×", "2.00×", "reached"],

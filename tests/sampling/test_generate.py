@@ -99,11 +99,11 @@ def test_progress_shows_speed_and_accuracy(requested, tiny_template, capsys):
 
 def test_a_sample_is_graded_where_answers_are_given(requested, tiny_template):
     requested["template"] = tiny_template
-    right, wrong = sorted(
+    correct, wrong = sorted(
         generate(None, tiny_template, QUESTIONS[:2], SAMPLED, answers=["0", "7"]), key=lambda s: s.example_index
     )
     ids = tiny_template.target_ids("#### 0")
-    assert right == Sample(0, 0, QUESTIONS[0], "0", "#### 0", True, ids, [False] * len(ids), "stop")
+    assert correct == Sample(0, 0, QUESTIONS[0], "0", "#### 0", True, ids, [False] * len(ids), "stop")
     assert (wrong.answer, wrong.completion, wrong.is_correct) == ("7", "#### 1", False)
     ungraded = next(generate(None, tiny_template, QUESTIONS[:1], SAMPLED))
     assert (ungraded.answer, ungraded.is_correct) == (None, None)
