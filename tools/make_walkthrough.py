@@ -1,7 +1,7 @@
 """Write docs/walkthrough.md: one question of a run followed through an iteration, every number computed from its files.
 
     python train.py --seed 1 --iterations 1 --run-dir runs/walkthrough
-    python tools/make_walkthrough.py runs/walkthrough --example 1096   # from the run, writes docs/walkthrough.json too
+    python tools/make_walkthrough.py runs/walkthrough --example 1010   # from the run, writes docs/walkthrough.json too
     python tools/make_walkthrough.py                                   # the page again, from docs/walkthrough.json
 
 docs/walkthrough.json holds the run's own rows of that question; docs/walkthrough.in.md the words, with {{names}} where
@@ -44,7 +44,7 @@ TEACHER = "tiny-t5-sft"  # the run's iteration-0/sft
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, help="a finished run of tiny-t5 with an iteration of DPO-ST")
-    parser.add_argument("--example", type=int, default=1096, help="the question's place in the pool (default: 1096)")
+    parser.add_argument("--example", type=int, default=1010, help="the question's place in the pool (default: 1010)")
     options = parser.parse_args()
     if options.run:
         write_json(RECORD, read_run(options.run, options.example))
@@ -133,12 +133,6 @@ def values(record: dict) -> dict[str, str]:
     (pair,) = record["pairs"]
     chosen, rejected = frozenset(pair["chosen_ids"]), frozenset(pair["rejected_ids"])
     rejected_sample = next(sample for sample in samples if sample["token_ids"] == pair["rejected_ids"])
-    miscopied_sample, miscopied = next(
-        (sample["sample_index"], match[0])
-        for sample in samples
-        for match in re.finditer(r"<<[^=<>]*=([^<>]*)>>(\w+)", sample["completion"])
-        if match[1] != match[2]
-    )
     expression, result = re.search(r"<<([^=<>]*)=([^<>]*)>>", correct["completion"]).groups()
     assert evaluate_expression(expression) == result
     forced_ids = [i for i, is_forced in zip(correct["token_ids"], correct["forced"], strict=True) if is_forced]
@@ -162,8 +156,6 @@ def values(record: dict) -> dict[str, str]:
         "expression": expression,
         "result": result,
         "result_ids": " and ".join(str(token_id) for token_id in forced_ids[:2]),
-        "miscopied_sample": str(miscopied_sample),
-        "miscopied": miscopied,
         "grades": grades(record["samples_dpo"], record["answer"]),
         "samples_line": json.dumps(correct, ensure_ascii=False),
         "rejected_sample": str(rejected_sample["sample_index"]),
@@ -175,15 +167,16 @@ def values(record: dict) -> dict[str, str]:
         "rejected": pair["rejected"].replace("\n", " ⏎ "),
         "dpo_steps": str(record["dpo_steps"]),
         "n_pairs": f"{record['n_pairs']:,}",
-        "reference_chosen": f"{reference['chosen']:.2f}",
-        "reference_rejected": f"{reference['rejected']:.2f}",
-        "policy_chosen": f"{policy['chosen']:.2f}",
-        "policy_rejected": f"{policy['rejected']:.2f}",
-        "difference_chosen": f"{difference['chosen']:+.2f}",
-        "difference_rejected": f"{difference['rejected']:+.2f}",
+        "reference_chosen": signed(reference["chosen"]),
+        "reference_rejected": signed(reference["rejected"]),
+        "policy_chosen": signed(policy["chosen"]),
+        "policy_rejected": signed(policy["rejected"]),
+        "difference_chosen": signed(difference["chosen"], plus="+"),
+        "difference_rejected": signed(difference["rejected"], plus="+"),
         "beta": f"{record['beta']:g}",
         "ln2": f"{math.log(2):.4f}",
-        "margin": f"{margin.item():.2f}",
+        "margin": signed(margin.item()),
+        "negative_margin": signed(-margin.item()),
         "loss": f"{loss.item():.4f}",
         "new_grades": grades(record["samples_sft"], record["answer"]),
         "label": label["rationale"].replace("\n", " ⏎ "),
@@ -196,6 +189,11 @@ def values(record: dict) -> dict[str, str]:
         "greedy_after": f"`{record['greedy_after']}`".replace("\n", " ⏎ "),
         "reference_sampler": function_source(REFERENCE_SAMPLER),
     }
+
+
+def signed(number: float, plus: str = "") -> str:
+    """A number with two digits after the point and a real minus."""
+    return f"{number:{plus}.2f}".replace("-", "−")
 
 
 def pieces_over_ids(tokenizer, token_ids: list[int]) -> str:
@@ -214,7 +212,8 @@ def marked(tokenizer, sample: dict) -> str:
     """A completion token by token, forced ones in bold."""
     shown = []
     for token_id, forced in zip(sample["token_ids"], sample["forced"], strict=True):
-        piece = f"`{tokenizer.token_texts[token_id].strip() or '(end)'}`"
+        text = tokenizer.token_texts[token_id]
+        piece = f"`{text.strip() or ('▁' if text else '(end)')}`"
         shown.append(f"**{piece}**" if forced else piece)
     return " ".join(shown)
 
