@@ -230,7 +230,8 @@ def test_directories_and_names(tmp_path):
     [
         (
             "flan-t5-larg",
-            r"'flan-t5-larg' \(did you mean flan-t5-large\?\); known models: tiny-t5, tiny-t5-sft, tiny-t5-dpo-st, tiny-llama, ",
+            r"'flan-t5-larg' \(did you mean flan-t5-large\?\); known models: tiny-t5, tiny-t5-sft, tiny-t5-dpo-st, "
+            "tiny-llama, ",
         ),
         ("google/flan-t5-base", r"'google/flan-t5-base' \(did you mean flan-t5-base\?\)"),
         ("zzz", r"'zzz'; known models: "),
