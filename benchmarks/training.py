@@ -242,19 +242,16 @@ def sampled_pairs(
     policy: Path, pool: list[Example], gold: dict, template: Template, preset: Preset
 ) -> list[PreferencePair]:
     """Pairs as the method makes them: samples of the policy, graded, chosen by our rules."""
-    known = [Candidates(gold[e.question].target_ids if e.question in gold else None) for e in pool]
     questions = [example.question for example in pool]
+    known = [Candidates(tuple(template.prompt_ids(question)), gold.get(question)) for question in questions]
     answers = [example.answer for example in pool]
     settings = preset.sampling(SEED)
     samples = generate(
         load_model(policy), template, questions, settings, answers=answers, n_samples=SAMPLES_PER_QUESTION
     )
     for sample in samples:
-        candidates = known[sample.example_index]
-        same_grade = candidates.correct if sample.is_correct else candidates.incorrect
-        same_grade.append(tuple(sample.token_ids))
-    prompts = [tuple(template.prompt_ids(question)) for question in questions]
-    return [pair for prompt, candidates in zip(prompts, known, strict=True) for pair in pairs_of(prompt, candidates)]
+        known[sample.example_index].add(sample)
+    return [pair for candidates in known for pair in preference_pairs(candidates)]
 
 
 def stand_in_pairs(gold: list[TokenizedExample]) -> list[PreferencePair]:
@@ -262,22 +259,14 @@ def stand_in_pairs(gold: list[TokenizedExample]) -> list[PreferencePair]:
     random = Random(SEED)
     pairs = []
     for sequence in gold:
-        candidates = Candidates(gold=sequence.target_ids)
+        candidates = Candidates(sequence.prompt_ids, sequence)
         for _ in range(SAMPLES_PER_QUESTION):
             others = [other.target_ids for other in random.sample(gold, N_STAND_IN_CANDIDATES) if other is not sequence]
             nearest = min(others, key=lambda ids, gold=sequence.target_ids: abs(len(ids) - len(gold)))
             same_grade = candidates.correct if random.random() < FRACTION_CORRECT else candidates.incorrect
-            same_grade.append(nearest)
-        pairs += pairs_of(sequence.prompt_ids, candidates)
+            same_grade.append(TokenizedExample(sequence.prompt_ids, nearest))
+        pairs += preference_pairs(candidates)
     return pairs
-
-
-def pairs_of(prompt: tuple[int, ...], candidates: Candidates) -> list[PreferencePair]:
-    """The pairs of one question."""
-    return [
-        PreferencePair(TokenizedExample(prompt, chosen), TokenizedExample(prompt, rejected))
-        for chosen, rejected, _ in preference_pairs(candidates)
-    ]
 
 
 # -- the peers --------------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from minidpost.data import toy
 from minidpost.data.datasets import load
 from minidpost.models.hub import find_model
 from minidpost.models.weights import load_model, load_template
-from minidpost.sampling.generate import generate
+from minidpost.sampling.generate import Sample, generate
 from minidpost.sampling.sampler import SamplingSettings
-from minidpost.selftraining.selection import Candidates, preference_pairs, pseudo_labels
+from minidpost.selftraining.selection import Candidates, jaccard, preference_pairs, pseudo_labels
 from minidpost.storage import read_json
 from tools import make_walkthrough, update_links
 
@@ -61,15 +61,17 @@ def test_the_walkthroughs_question_is_the_pools(record):
 
 
 def test_the_walkthroughs_selection_is_the_methods(record):
-    correct = [tuple(s["token_ids"]) for s in record["samples_dpo"] if s["is_correct"]]
-    incorrect = [tuple(s["token_ids"]) for s in record["samples_dpo"] if not s["is_correct"]]
-    ((chosen, rejected, similarity),) = preference_pairs(Candidates(None, correct, incorrect))
-    (pair,) = record["pairs"]
-    assert (list(chosen), list(rejected)) == (pair["chosen_ids"], pair["rejected_ids"])
-    assert pair["similarity"] == round(similarity, 4)
-    new = [tuple(s["token_ids"]) for s in record["samples_sft"] if s["is_correct"]]
-    ((label,),) = pseudo_labels([Candidates(None, new, [])])
-    assert [list(label)] == [row["token_ids"] for row in record["pseudo_labels"]]
+    before, after = Candidates(()), Candidates(())
+    for sample in record["samples_dpo"]:
+        before.add(Sample(**sample))
+    for sample in record["samples_sft"]:
+        after.add(Sample(**sample))
+    (pair,) = preference_pairs(before)
+    (line,) = record["pairs"]
+    assert (list(pair.chosen.target_ids), list(pair.rejected.target_ids)) == (line["chosen_ids"], line["rejected_ids"])
+    assert line["similarity"] == round(jaccard(pair.chosen, pair.rejected), 4)
+    ((label,),) = pseudo_labels([after])
+    assert [list(label.target_ids)] == [row["token_ids"] for row in record["pseudo_labels"]]
 
 
 def test_the_walkthroughs_log_probabilities_are_the_models(record):
@@ -89,10 +91,11 @@ def test_the_walkthroughs_greedy_answer_is_the_models(record):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_example_runs_and_self_training_helps():
     done = subprocess.run(
-        [sys.executable, "examples/dpo_st.py"], cwd=ROOT, capture_output=True, text=True, timeout=1200, check=True
+        [sys.executable, "examples/dpo_st.py"], cwd=ROOT, capture_output=True, text=True, timeout=1500, check=True
     )
-    accuracies = [float(share) for share in re.findall(r"([\d.]+)% of dev", done.stdout)]
-    assert len(accuracies) == 3
+    accuracies = [float(percent) for percent in re.findall(r"([\d.]+)% of dev", done.stdout)]
+    assert len(accuracies) == 2
     assert accuracies[-1] > accuracies[0]

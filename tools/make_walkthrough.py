@@ -131,7 +131,8 @@ def values(record: dict) -> dict[str, str]:
     samples = record["samples_dpo"]
     correct = next(sample for sample in samples if sample["is_correct"])
     (pair,) = record["pairs"]
-    chosen, rejected = frozenset(pair["chosen_ids"]), frozenset(pair["rejected_ids"])
+    chosen = TokenizedExample((), tuple(pair["chosen_ids"]))
+    rejected = TokenizedExample((), tuple(pair["rejected_ids"]))
     rejected_sample = next(sample for sample in samples if sample["token_ids"] == pair["rejected_ids"])
     expression, result = re.search(r"<<([^=<>]*)=([^<>]*)>>", correct["completion"]).groups()
     assert evaluate_expression(expression) == result
@@ -160,8 +161,8 @@ def values(record: dict) -> dict[str, str]:
         "samples_line": json.dumps(correct, ensure_ascii=False),
         "rejected_sample": str(rejected_sample["sample_index"]),
         "duplicates": duplicates(samples, rejected_sample),
-        "intersection": str(len(chosen & rejected)),
-        "union": str(len(chosen | rejected)),
+        "intersection": str(len(chosen.distinct_target_ids & rejected.distinct_target_ids)),
+        "union": str(len(chosen.distinct_target_ids | rejected.distinct_target_ids)),
         "jaccard": f"{jaccard(chosen, rejected):.3f}",
         "chosen": pair["chosen"].replace("\n", " ⏎ "),
         "rejected": pair["rejected"].replace("\n", " ⏎ "),
@@ -234,7 +235,7 @@ def duplicates(samples: list[dict], first: dict) -> str:
     lines = ["| sample | Jaccard | |", "|---|---|---|"]
     for sample in samples:
         if not sample["is_correct"] and sample is not first:
-            similarity = jaccard(frozenset(sample["token_ids"]), frozenset(first["token_ids"]))
+            similarity = jaccard(*(TokenizedExample((), tuple(s["token_ids"])) for s in (sample, first)))
             verdict = "near-duplicate, left out" if similarity > MAX_SIMILARITY else "stays"
             lines.append(f"| {sample['sample_index']} | {similarity:.3f} | {verdict} |")
     return "\n".join(lines)

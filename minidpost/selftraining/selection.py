@@ -9,98 +9,74 @@ shuffled before it chose, the order here is that of the samples, so a choice can
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
 from minidpost.sampling.generate import Sample
 from minidpost.training.batching import TokenizedExample
+from minidpost.training.dpo import PreferencePair
 
 MAX_SIMILARITY = 0.7
 PAIRS_PER_QUESTION = 3
 PERCENTILE = 90
 
-TokenIds = tuple[int, ...]
-
 
 @dataclass
 class Candidates:
-    """All rationales of one question, as token ids: the human one and the samples, by whether their answer is correct.
+    """All rationales of one question: the human one and the samples, by whether their answer is correct.
 
     A sample that was cut by the length limit has no EOS to learn from, so it can be rejected but never chosen.
     """
 
-    gold: TokenIds | None = None
-    correct: list[TokenIds] = field(default_factory=list)
-    incorrect: list[TokenIds] = field(default_factory=list)
+    prompt_ids: tuple[int, ...]
+    gold: TokenizedExample | None = None
+    correct: list[TokenizedExample] = field(default_factory=list)
+    incorrect: list[TokenizedExample] = field(default_factory=list)
 
     def add(self, sample: Sample) -> None:
         """Sort a graded sample in; a correct one that was cut is neither correct nor incorrect."""
-        token_ids = tuple(sample.token_ids)
+        example = TokenizedExample(self.prompt_ids, tuple(sample.token_ids))
         if not sample.is_correct:
-            self.incorrect.append(token_ids)
+            self.incorrect.append(example)
         elif sample.finish_reason == "stop":
-            self.correct.append(token_ids)
+            self.correct.append(example)
 
-    def chosen(self) -> list[TokenIds]:
+    def chosen(self) -> list[TokenizedExample]:
         """What may be preferred: the gold rationale and the correct samples, without near-duplicates."""
         gold = [self.gold] if self.gold is not None else []
         return without_near_duplicates([*gold, *self.correct])
 
-    def rejected(self) -> list[TokenIds]:
+    def rejected(self) -> list[TokenizedExample]:
         """What may be dispreferred: the incorrect samples, without near-duplicates."""
         return without_near_duplicates(self.incorrect)
 
 
-class ScoredPair(NamedTuple):
-    """y_w and y_l of one question as token ids, and their Jaccard similarity."""
-
-    chosen: TokenIds
-    rejected: TokenIds
-    similarity: float
-
-
-def candidates_by_question(gold: Sequence[TokenizedExample | None], samples: Iterable[Sample]) -> list[Candidates]:
-    """The candidates of every question, in the order of `gold`, which has None where there is no human rationale.
-
-    A sample's `example_index` is its question's index; samples keep the order in which they come.
-    """
-    questions = [Candidates(gold=None if example is None else example.target_ids) for example in gold]
-    for sample in samples:
-        questions[sample.example_index].add(sample)
-    return questions
+def jaccard(a: TokenizedExample, b: TokenizedExample) -> float:
+    """The similarity of two rationales as sets of token ids: size of the intersection over size of the union."""
+    a_ids = a.distinct_target_ids
+    b_ids = b.distinct_target_ids
+    return len(a_ids & b_ids) / len(a_ids | b_ids) if a_ids or b_ids else 1.0
 
 
-def jaccard(a: frozenset[int], b: frozenset[int]) -> float:
-    """Size of the intersection over size of the union."""
-    return len(a & b) / len(a | b) if a or b else 1.0
+def without_near_duplicates(rationales: Iterable[TokenizedExample]) -> list[TokenizedExample]:
+    """Each rationale that is not too similar to one that remained before it."""
+    remaining: list[TokenizedExample] = []
+    for rationale in dict.fromkeys(rationales):
+        if all(jaccard(rationale, earlier) <= MAX_SIMILARITY for earlier in remaining):
+            remaining.append(rationale)
+    return remaining
 
 
-def without_near_duplicates(completions: Iterable[TokenIds]) -> list[TokenIds]:
-    """Each completion that is not too similar to one that remained before it."""
-    remaining: dict[TokenIds, frozenset[int]] = {}
-    for token_ids in dict.fromkeys(completions):
-        distinct_ids = frozenset(token_ids)
-        if all(jaccard(distinct_ids, earlier) <= MAX_SIMILARITY for earlier in remaining.values()):
-            remaining[token_ids] = distinct_ids
-    return list(remaining)
-
-
-def preference_pairs(candidates: Candidates) -> list[ScoredPair]:
-    """The least similar pairs of one question, at most PAIRS_PER_QUESTION; none without a rejected completion."""
-    all_rejected = [(rejected, frozenset(rejected)) for rejected in candidates.rejected()]
-    pairs = []
-    for chosen in candidates.chosen():
-        chosen_ids = frozenset(chosen)
-        for rejected, rejected_ids in all_rejected:
-            pairs.append(ScoredPair(chosen, rejected, jaccard(chosen_ids, rejected_ids)))
-    pairs.sort(key=lambda pair: pair.similarity)  # stable: of equally similar pairs the earlier samples' come first
+def preference_pairs(candidates: Candidates) -> list[PreferencePair]:
+    """The least similar pairs of one question (equation 4), at most PAIRS_PER_QUESTION; none without a rejected one."""
+    pairs = [PreferencePair(chosen, rejected) for chosen in candidates.chosen() for rejected in candidates.rejected()]
+    pairs.sort(key=lambda pair: jaccard(pair.chosen, pair.rejected))  # stable: of equal ones the earlier samples' first
     return pairs[:PAIRS_PER_QUESTION]
 
 
 def pseudo_labels(
     questions: Sequence[Candidates], cap: int | None = None, with_gold: bool = True
-) -> list[list[TokenIds]]:
+) -> list[list[TokenizedExample]]:
     """The rationales to fine-tune on, a list for each question: gold first, then correct samples unlike those before.
 
     `cap` is the most a question can have; None takes the 90th percentile of the counts. Without gold (ReST-EM), human

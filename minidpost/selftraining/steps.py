@@ -18,7 +18,7 @@ are trained on as they are.
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import chain, count, islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ from minidpost.selftraining.estimates import forward_flops, model_size, sampling
 from minidpost.selftraining.evaluation import greedy_accuracy, sampled_scores
 from minidpost.selftraining.run import Run
 from minidpost.selftraining.run_directory import Chunks
-from minidpost.selftraining.selection import Candidates, candidates_by_question, preference_pairs, pseudo_labels
+from minidpost.selftraining.selection import Candidates, jaccard, preference_pairs, pseudo_labels
 from minidpost.storage import read_json, read_jsonl, write_json, write_jsonl
 from minidpost.training.batching import TokenizedExample, drop_too_long, token_counts
 from minidpost.training.dpo import PreferencePair, reference_log_probabilities, train_dpo
@@ -161,9 +161,12 @@ def candidates(run: Run, iteration: int, name: str) -> list[Candidates]:
 
     The newest samples come first, so that of near-duplicates the newest remains.
     """
-    gold = [run.tokens.gold.get(example.question) for example in run.data.pool]
-    paths = [run.path(earlier) / f"{name}.jsonl" for earlier in range(iteration, 0, -1)]
-    return candidates_by_question(gold, chain.from_iterable(map(read_samples, paths)))
+    questions = [example.question for example in run.data.pool]
+    known = [Candidates(run.tokens.prompt_ids[question], run.tokens.gold.get(question)) for question in questions]
+    for earlier in range(iteration, 0, -1):
+        for sample in read_samples(run.path(earlier) / f"{name}.jsonl"):
+            known[sample.example_index].add(sample)
+    return known
 
 
 def load_for_sampling(run: Run, directory: Path) -> TrainableModel:
@@ -184,11 +187,11 @@ def build_preference_pairs(run: Run, iteration: int) -> None:
         for example, of_question in zip(run.data.pool, candidates(run, iteration, "samples-dpo"), strict=True):
             for pair in preference_pairs(of_question):
                 record = question_and_answer(example)
-                record["chosen"] = run.template.decode(pair.chosen)
-                record["rejected"] = run.template.decode(pair.rejected)
-                record["chosen_ids"] = pair.chosen
-                record["rejected_ids"] = pair.rejected
-                record["similarity"] = round(pair.similarity, 4)
+                record["chosen"] = run.template.decode(pair.chosen.target_ids)
+                record["rejected"] = run.template.decode(pair.rejected.target_ids)
+                record["chosen_ids"] = pair.chosen.target_ids
+                record["rejected_ids"] = pair.rejected.target_ids
+                record["similarity"] = round(jaccard(pair.chosen, pair.rejected), 4)
                 records.append(record)
         write_jsonl(stage.path, records)
         stage.metadata["pairs"] = len(records)
@@ -277,11 +280,11 @@ def build_pseudo_labels(run: Run, iteration: int) -> Path:
         labels = pseudo_labels(questions, run.preset.label_cap, with_gold)
         records = []
         for example, of_question, rationales in zip(run.data.pool, questions, labels, strict=True):
-            for token_ids in rationales:
+            for rationale in rationales:
                 record = question_and_answer(example)
-                record["rationale"] = run.template.decode(token_ids)
-                record["source"] = "gold" if with_gold and token_ids == of_question.gold else "sample"
-                record["token_ids"] = token_ids
+                record["rationale"] = run.template.decode(rationale.target_ids)
+                record["source"] = "gold" if with_gold and rationale == of_question.gold else "sample"
+                record["token_ids"] = rationale.target_ids
                 records.append(record)
         if not records:
             raise UserError(f"iteration {iteration}: not one sample was correct, so there is nothing to fine-tune on")

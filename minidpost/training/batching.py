@@ -8,6 +8,7 @@ reads the prompt once for all of them.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from random import Random
 from typing import NamedTuple, Protocol, TypeVar
@@ -34,6 +35,11 @@ class TokenizedExample:
 
     prompt_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
+
+    @cached_property
+    def distinct_target_ids(self) -> frozenset[int]:
+        """The target as a set, by which rationales are compared."""
+        return frozenset(self.target_ids)
 
     @property
     def n_tokens(self) -> int:

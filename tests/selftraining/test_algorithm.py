@@ -29,6 +29,7 @@ from minidpost.storage import read_jsonl
 from minidpost.text.grading import is_correct
 from minidpost.text.templates import T5Template
 from minidpost.training import dpo
+from minidpost.training.batching import TokenizedExample
 from minidpost.training.optim import read_log
 
 torch.set_num_threads(1)
@@ -255,9 +256,10 @@ def test_a_cut_completion_is_rejected_never_chosen(new_run, script, tiny_templat
     run = new_run()
     list(self_train(run))
     (known,) = steps.candidates(run, 1, "samples-dpo")[2:]
-    assert known == Candidates(
-        None, [tuple(tiny_template.target_ids(whole))], [tuple(tiny_template.target_ids(cut_incorrect[0])[:-1])]
-    )
+    prompt_ids = tuple(tiny_template.prompt_ids(BEN.question))
+    correct = TokenizedExample(prompt_ids, tuple(tiny_template.target_ids(whole)))
+    incorrect = TokenizedExample(prompt_ids, tuple(tiny_template.target_ids(cut_incorrect[0])[:-1]))
+    assert known == Candidates(prompt_ids, None, [correct], [incorrect])
     ben = [row for row in records(run, "iteration-1/pairs.jsonl") if row["question"] == BEN.question]
     assert [(row["chosen"], row["rejected"]) for row in ben] == [(whole, cut_incorrect[0])]
     labels = [
@@ -329,12 +331,16 @@ def test_earlier_samples_are_merged_newest_first(new_run, script, tiny_template)
     script({("1/samples-sft", BEN): old, ("2/samples-sft", BEN): new})
     run = new_run("st", iterations=2)
     list(self_train(run))
-    ids = {text: tuple(tiny_template.target_ids(text)) for text in old + new}
+    prompt_ids = tuple(tiny_template.prompt_ids(BEN.question))
+    of = {text: TokenizedExample(prompt_ids, tuple(tiny_template.target_ids(text))) for text in old + new}
     known = steps.candidates(run, 2, "samples-sft")[2]
-    assert known == Candidates(None, [ids[new[0]], ids[old[0]]], [ids[new[1]], ids[old[1]]])
-    assert steps.candidates(run, 1, "samples-sft")[2] == Candidates(None, [ids[old[0]]], [ids[old[1]]])
+    assert known == Candidates(prompt_ids, None, [of[new[0]], of[old[0]]], [of[new[1]], of[old[1]]])
+    assert steps.candidates(run, 1, "samples-sft")[2] == Candidates(prompt_ids, None, [of[old[0]]], [of[old[1]]])
     gold = [candidates.gold for candidates in steps.candidates(run, 2, "samples-sft")]
-    assert gold == [tuple(tiny_template.target_ids(e.rationale)) for e in (TOM, MIA)] + [None]
+    assert [example and example.target_ids for example in gold] == [
+        *(tuple(tiny_template.target_ids(e.rationale)) for e in (TOM, MIA)),
+        None,
+    ]
     labels = [row["rationale"] for row in records(run, "iteration-2/pseudo-labels.jsonl") if row["answer"] == "12"]
     assert labels == [new[0]]  # capped at the 90th percentile of 1, 1 and 2
 
