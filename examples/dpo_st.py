@@ -2,7 +2,8 @@
 
     python examples/dpo_st.py
 
-No run directory, no resume, no hashes: what `python train.py` does, and nothing that makes it safe to stop.
+No run directory, no resume, no hashes. Simpler than `python train.py` in this too: a round uses its own samples only
+(there those of all earlier rounds too), and nothing is left out for its length.
 """
 
 import sys

@@ -30,9 +30,9 @@ class T5Config:
     n_heads: int
     n_encoder_layers: int
     n_decoder_layers: int
-    gated: bool = True
-    tied: bool = False
-    scaled: bool = False
+    gated: bool = True  # feed-forward: gated GELU, else ReLU
+    tied: bool = False  # the output matrix is the embedding's
+    scaled: bool = False  # hidden states are multiplied by d_model^-1/2 before the output matrix
     n_buckets: int = 32
     max_distance: int = 128
     norm_eps: float = 1e-6
@@ -265,9 +265,8 @@ class T5(nn.Module):
         own = FullAttention(bias_1HTT.masked_fill(distance_TT < 0, -math.inf), dropout)
 
         # It sees all tokens of its source, without position bias: cross-attention has none.
-        source_bias_B11S = mask_bias(source_mask_QS, encoded_QSD.dtype)
-        if row_B is not None:
-            source_bias_B11S = source_bias_B11S.index_select(0, row_B)
+        source_bias_Q11S = mask_bias(source_mask_QS, encoded_QSD.dtype)
+        source_bias_B11S = source_bias_Q11S if row_B is None else source_bias_Q11S.index_select(0, row_B)
         prompt = FullAttention(source_bias_B11S, dropout, row_B)
 
         x_BTD = self.dropout(self.embedding(target_BT))
@@ -277,7 +276,7 @@ class T5(nn.Module):
 
     def encode(self, source_BS: Tensor, source_mask_BS: Tensor) -> Tensor:
         """The encoder's output, (B, S, D)."""
-        # Every source token sees every other, in both directions; the first layer's table of biases serves all layers.
+        # Every source token sees every other, in both directions; the stack's one table serves all its layers.
         position_S = torch.arange(source_BS.shape[1], device=source_BS.device)
         offset_SS = position_S[None, :] - position_S[:, None]
         bucket_SS = relative_bucket(offset_SS, True, self.config.n_buckets, self.config.max_distance)
@@ -341,13 +340,13 @@ class T5(nn.Module):
         encoded_QSD = self.encode(source_QS, mask_QS)
 
         # Every step will read the keys and values of the encoder's output: they are computed once, here.
-        slots = cache.prompt.begin(row_ids, lengths)
+        prompt_slots = cache.prompt.begin(row_ids, lengths)
         store = cache.prompt.store
         for index, layer in enumerate(self.decoder.layers):
             assert isinstance(layer, DecoderLayer)
             k_QSHK, v_QSHK = layer.cross_attention.keys_values(encoded_QSD)
-            store.keys_LBGSK[index, slots, :, :longest] = k_QSHK.transpose(1, 2)
-            store.values_LBGSK[index, slots, :, :longest] = v_QSHK.transpose(1, 2)
+            store.keys_LBGSK[index, prompt_slots, :, :longest] = k_QSHK.transpose(1, 2)
+            store.values_LBGSK[index, prompt_slots, :, :longest] = v_QSHK.transpose(1, 2)
         cache.own.set_lengths(row_ids, [0] * len(row_ids))
         return [self.config.start_id] * len(row_ids)
 

@@ -14,13 +14,13 @@ that was forced, E the end of a row.
 The sampler knows nothing of text or arithmetic. An *override* watches each row and may answer a token with ids that
 must follow it (the calculator does so); what the model would have chosen at those positions is discarded. Each row has
 its own uniform numbers, one a position (see token_choice), so that a completion depends neither on its neighbours nor
-on the number of slots nor on the order of work.
+on the number of slots nor on the order of work, but for rounding.
 
-Requests are worked off in chunks that begin with empty slots, so that a chunk's completions depend on the chunk alone.
-Prompts are prefilled PREFILL_BATCH at a time, into rows of the cache after the slots, and copied into a slot for each
-of their samples: all samples of one question share one prefill. A step has one transfer from the device, its ids. With
-a small model on a CPU the work is divided among processes (see workers); on a GPU steps are CUDA graphs (see
-cuda_graphs).
+Requests are worked off in chunks that begin with empty slots, so that even by rounding a chunk's completions depend on
+the chunk alone. Prompts are prefilled PREFILL_BATCH at a time, into rows of the cache after the slots, and copied into
+a slot for each of their samples: all samples of one question in one chunk share one prefill. A step has one transfer
+from the device, its ids. With a small model on a CPU the work is divided among processes (see workers); on a GPU steps
+are CUDA graphs (see cuda_graphs).
 """
 
 from collections import deque

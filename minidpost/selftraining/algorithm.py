@@ -7,9 +7,10 @@
     rest-em  st, but fine-tuned on the correct samples alone
 
 Each step reads files and writes files (steps.py), and is passed over where its files are there, so that the same
-command continues a run after the last step that was finished. Departures from the paper's text, all as in the published
-code: U contains L's questions; the samples of all earlier iterations are merged into the preference pairs and
-pseudo-labels of later ones. Departure of ours: "convergence" is that accuracy on dev no longer rises.
+command continues a run after the last step that was finished. U contains L's questions (section 4.1), and the correct
+samples of all iterations so far are in L (line 5 or 7). Departure from the paper's text, as in the published code:
+preference pairs too are made of the samples of all iterations so far. Departure of ours: "convergence" is that accuracy
+on dev no longer rises.
 """
 
 from collections.abc import Iterator

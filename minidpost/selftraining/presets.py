@@ -40,7 +40,7 @@ class Preset:
     samples: int = 3  # [paper] K of the main results
     dpo_samples: int = 5  # [paper]
     temperature: float = 0.7  # [paper]
-    top_k: int = 0  # [paper] the published code silently used a library's default of 50
+    top_k: int = 0  # [paper] its text names none; the published code silently used a library's default of 50
     max_new_tokens: int = 300  # [paper]
     slots: int = 64  # [ours] memory and speed only
     label_cap: int | None = None  # [code] None: the 90th percentile of the per-question counts
@@ -103,7 +103,7 @@ LLAMA = replace(
     dpo_steps=100,
     dpo_pairs_per_step=128,
     dpo_learning_rate=3e-7,
-    warmup=0.03,  # [code] has 0.1
+    warmup=0.03,  # [paper] the published code has 0.1
     max_source=256,
     max_target=384,
     samples=10,

@@ -16,9 +16,9 @@ from minidpost.sampling.generate import Sample
 from minidpost.training.batching import TokenizedExample
 from minidpost.training.dpo import PreferencePair
 
-MAX_SIMILARITY = 0.7
-PAIRS_PER_QUESTION = 3
-PERCENTILE = 90
+MAX_SIMILARITY = 0.7  # [paper] section 4.2
+PAIRS_PER_QUESTION = 3  # [code]
+PERCENTILE = 90  # [code]
 
 
 @dataclass

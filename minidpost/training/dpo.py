@@ -8,8 +8,8 @@ Three choices, none of which changes the equation.
 
 - No second model is held. π_ref never changes, so its log-probabilities are computed once, before the first step, by
   the very model that is about to be trained (`reference_log_probabilities`), and handed to `train_dpo`.
-- The encoder reads the question and the decoder the rationale alone: feeding the question to the decoder too makes an
-  encoder-decoder diverge.
+- T5's decoder is given the rationale alone, as its encoder has read the question. (Code made for decoder-only models
+  gives the decoder the question too: then an encoder-decoder diverges.)
 - A step encodes each question once and scores each completion once, in however many of its pairs they are.
 
 There is no dropout, neither in the reference nor in training: it would make log π_θ − log π_ref noise at the start.
