@@ -52,7 +52,7 @@ def dev_accuracy(model):
 model = fine_tuned(list(gold.values()))  # line 1: warm-up, f_θ'
 print(f"SFT: {dev_accuracy(model):.1%} of dev")
 for iteration in range(1, 2):  # line 2: one round here, three in the paper
-    known = candidates(model, preset.dpo_samples, seed=10 * iteration)  # line 3: y_w, y_l ~ f_θ'
+    known = candidates(model, preset.dpo_samples, seed=10 * iteration)  # line 3: y_w, y_l ~ f_θ' (y_w also from L)
     pairs = [pair for of_question in known for pair in mp.preference_pairs(of_question)]  # equation 4
     dpo = preset.dpo(len(pairs), seed=1)
     reference_P2 = mp.reference_log_probabilities(model, pairs, micro_batch_tokens=dpo.micro_batch_tokens)

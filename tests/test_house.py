@@ -127,3 +127,20 @@ def test_attributes_are_not_looked_up_by_name(path):
     calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
     lookups = {ast.unparse(call) for call in calls if ast.unparse(call.func) in ("getattr", "hasattr")}
     assert {(str(path.relative_to(ROOT)), lookup) for lookup in lookups} <= LOOKUPS
+
+
+def undocumented(body: list[ast.stmt], prefix: str = "") -> list[str]:
+    """The public functions and classes that have no docstring, but for the methods of protocols."""
+    found = []
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            if not ast.get_docstring(node):
+                found.append(prefix + node.name)
+            if isinstance(node, ast.ClassDef) and not any("Protocol" in ast.unparse(base) for base in node.bases):
+                found += undocumented(node.body, f"{prefix}{node.name}.")
+    return found
+
+
+@each_file
+def test_public_names_have_docstrings(path):
+    assert undocumented(ast.parse(path.read_text(encoding="utf-8")).body) == []

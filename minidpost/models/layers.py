@@ -68,6 +68,7 @@ class Linear(nn.Linear):
     """torch's Linear, with the faster product for few rows (see `linear`)."""
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """x weightᵀ + bias, (…, D) to (…, O)."""
         y_BTO = linear(x_BTD, self.weight)
         return y_BTO if self.bias is None else y_BTO + self.bias
 
@@ -76,6 +77,7 @@ class RMSNorm(nn.RMSNorm):
     """torch's RMSNorm, x / √(mean(x²) + eps) · weight; without gradients on a CPU in three passes over x, not six."""
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """x / rms(x) · weight over the last dimension, (…, D)."""
         if x_BTD.device.type != "cpu" or x_BTD.dtype == torch.bfloat16 or torch.is_grad_enabled():
             return super().forward(x_BTD)
         # x · weight · √D / √(Σx² + D·eps) is the same number.

@@ -135,6 +135,7 @@ class Attention(nn.Module):
         self.output = Linear(config.n_heads * config.d_head, config.d_model, bias=bias)
 
     def forward(self, x_BTD: Tensor, rotation: Rotation, own: Attendable) -> Tensor:
+        """What the positions of x read of `own`, (B, T, D) to (B, T, D)."""
         q_BTHK = self.query(x_BTD).unflatten(-1, (-1, self.d_head))
         k_BTGK = self.key(x_BTD).unflatten(-1, (-1, self.d_head))
         v_BTGK = self.value(x_BTD).unflatten(-1, (-1, self.d_head))
@@ -154,6 +155,7 @@ class FeedForward(nn.Module):
         self.down = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """Each position by itself, (B, T, D) to (B, T, D)."""
         y_BTD: Tensor = self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
         return y_BTD
 

@@ -117,6 +117,7 @@ class SelfAttention(Attention):
     """Attention whose queries, keys and values are all made of x."""
 
     def forward(self, x_BTD: Tensor, own: Attendable) -> Tensor:
+        """What the positions of x read of `own`, (B, T, D) to (B, T, D)."""
         k_BTHK, v_BTHK = self.keys_values(x_BTD)
         y_BTHK = own.attend(self.queries(x_BTD), k_BTHK, v_BTHK)
         y_BTD: Tensor = self.output(y_BTHK.flatten(2))
@@ -130,6 +131,7 @@ class CrossAttention(Attention):
     """
 
     def forward(self, x_BTD: Tensor, prompt: AttendablePrompt, encoded_QSD: Tensor | None) -> Tensor:
+        """What the positions of x read of their prompt, (B, T, D) to (B, T, D)."""
         k_QSHK: Tensor | None = None
         v_QSHK: Tensor | None = None
         if encoded_QSD is not None:
@@ -150,6 +152,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """Each position by itself, (B, T, D) to (B, T, D)."""
         up_BTF = self.up(x_BTD)
         if self.gate is None:
             hidden_BTF = F.relu(up_BTF)

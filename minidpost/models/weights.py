@@ -5,6 +5,7 @@ Weights are read one tensor at a time straight into place, so a model is never h
 they can run code.
 """
 
+import os
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -208,6 +209,14 @@ def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     setattr(model.get_submodule(owner), last, parameter)
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file that whoever may read the directory's other files may read: the library makes it private."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    umask = os.umask(0)  # reading it means setting it
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 def write_tensors(tensors: dict[str, Tensor], directory: Path, max_shard_bytes: int) -> None:
     """Write model.safetensors, or numbered shards and their index where one file would exceed `max_shard_bytes`."""
     # 1) Fill shards in the order of the tensors; a tensor larger than a shard gets one of its own.
@@ -221,13 +230,13 @@ def write_tensors(tensors: dict[str, Tensor], directory: Path, max_shard_bytes: 
         room -= tensor.nbytes
     # 2) One file needs no index.
     if len(shards) == 1:
-        save_file(shards[0], directory / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(shards[0], directory / WEIGHTS)
         return
     # 3) Several are named model-00001-of-00003.safetensors and so on; the index says where each tensor lies.
     weight_map: dict[str, str] = {}
     for shard_number, shard in enumerate(shards, start=1):
         file_name = f"model-{shard_number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, directory / file_name, metadata={"format": "pt"})
+        save_tensors(shard, directory / file_name)
         weight_map.update(dict.fromkeys(shard, file_name))
     total = sum(tensor.nbytes for tensor in tensors.values())
     write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -2,15 +2,15 @@
 
     sft      only the warm-up: fine-tune the base model on the labelled set L. It is iteration 0 of every method
     st       Algorithm 1: sample K rationales a question of U, fine-tune the BASE on L and the correct ones, repeat
-    dpo-st   Algorithm 2: st, but a model that DPO made of the last one samples
+    dpo-st   Algorithm 2: st, but what samples is the last model after a DPO step
     rft      one iteration of st with K = 100
     rest-em  st, but fine-tuned on the correct samples alone
 
 Each step reads files and writes files (steps.py), and is passed over where its files are there, so that the same
 command continues a run after the last step that was finished. U contains L's questions (section 4.1), and the correct
-samples of all iterations so far are in L (line 5 or 7). Departure from the paper's text, as in the published code:
-preference pairs too are made of the samples of all iterations so far. Departure of ours: "convergence" is that accuracy
-on dev no longer rises.
+samples of all iterations so far are in L (line 5 or 7). Departures from the paper's text, as in the published code:
+preference pairs too are made of the samples of all iterations so far, and L's rationales may be chosen. Departure of
+ours: "convergence" is that accuracy on dev no longer rises.
 """
 
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def self_train(run: Run) -> Iterator[int]:
         teacher = run.path(iteration - 1) / "sft"  # f_θ'
 
         if run.method == "dpo-st":
-            # Algorithm 2, line 3: generate the DPO dataset D, y_w and y_l from f_θ' (equation 4)
+            # Algorithm 2, line 3: generate the DPO dataset D (equation 4): y_l, and y_w unless it is L's, from f_θ'
             sample_rationales(run, iteration, "samples-dpo", model=teacher, n_samples=run.preset.dpo_samples)
             build_preference_pairs(run, iteration)
             # Algorithm 2, line 4: tune f_θ' with L_DPO on D to get f_θd (equation 5); π_ref is f_θ' as it is now

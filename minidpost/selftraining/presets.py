@@ -139,7 +139,7 @@ PRESETS = {  # by the model's name; any other model has its family's
 FAMILIES = {"t5": T5, "llama": LLAMA}  # by config.json's model_type
 
 # What the methods change of a preset. RFT (Yuan et al. 2023): one round of 100 samples. ReST-EM (Singh et al. 2023): 32
-# samples at top-k 40, at most 10 of a question used. Both [paper].
+# samples at top-k 40, at most 10 of a question used. The numbers are those papers' own.
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {"iterations": 0},
     "st": {},

@@ -4,7 +4,8 @@ The rules are the paper's where its text gives them and the published code's whe
 completions whose sets of token ids overlap by more than 0.7 (Jaccard); a question's preference pairs are the 3 least
 similar (chosen, rejected); a question's pseudo-labels are capped at the 90th percentile of the counts. Departures: gold
 rationales and samples are compared and stored as token ids, so nothing is formatted twice; where the published code
-shuffled before it chose, the order here is that of the samples, so a choice can be repeated.
+shuffled before it chose, the order here is gold, then the samples as they were added (the newest iteration's first), so
+a choice can be repeated.
 """
 
 from collections.abc import Iterable, Sequence
@@ -70,7 +71,7 @@ def without_near_duplicates(rationales: Iterable[TokenizedExample]) -> list[Toke
 def preference_pairs(candidates: Candidates) -> list[PreferencePair]:
     """The least similar pairs of one question (equation 4), at most PAIRS_PER_QUESTION; none without a rejected one."""
     pairs = [PreferencePair(chosen, rejected) for chosen in candidates.chosen() for rejected in candidates.rejected()]
-    pairs.sort(key=lambda pair: jaccard(pair.chosen, pair.rejected))  # stable: of equal ones the earlier samples' first
+    pairs.sort(key=lambda pair: jaccard(pair.chosen, pair.rejected))  # stable: of equal ones those added first
     return pairs[:PAIRS_PER_QUESTION]
 
 

@@ -3,7 +3,7 @@
 Every step takes the run and the number of an iteration, reads files of the run's directory and writes one stage of it:
 
     step                      reads                              writes, under iteration-N/
-    fine_tune                 base, pseudo-labels.jsonl          sft/
+    fine_tune                 base, L or pseudo-labels.jsonl     sft/
     sample_rationales         a model                            samples-dpo.jsonl or samples-sft.jsonl
     build_preference_pairs    samples-dpo.jsonl of 1 … N         pairs.jsonl
     compute_reference         a model, pairs.jsonl               reference.safetensors
@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 
 from minidpost.data.example import Example
 from minidpost.errors import UserError
-from minidpost.models.weights import load_model, open_tensors, save_model, tokenizer_files
+from minidpost.models.weights import load_model, open_tensors, save_model, save_tensors, tokenizer_files
 from minidpost.precision import sampling_dtype
 from minidpost.sampling import sampler
 from minidpost.sampling.generate import Sample, generate
@@ -226,7 +225,7 @@ def compute_reference(run: Run, iteration: int, *, model: Path) -> None:
             )
             n_source, n_target = token_counts(pairs)
             flops = forward_flops(model_size(policy), n_source, n_target)
-        save_file({"reference_P2": reference_P2}, stage.path)
+        save_tensors({"reference_P2": reference_P2}, stage.path)
         stage.metadata["flops"] = flops
 
 
@@ -303,7 +302,7 @@ def question_and_answer(example: Example) -> dict[str, Any]:
 
 
 def evaluate(run: Run, iteration: int) -> float:
-    """Greedy accuracy on dev and all test sets, pass@1 and pass@10 on dev. Returns the accuracy on dev, in [0, 1]."""
+    """Greedy accuracy on dev and all test sets, pass@1 and pass@10 on the first of dev. Returns dev's, in [0, 1]."""
     name = f"iteration-{iteration}/evaluation.json"
     path = run.directory.path / name
     if not run.directory.is_finished(name):
@@ -334,7 +333,7 @@ def evaluate(run: Run, iteration: int) -> float:
 
 
 def pass_at_k(run: Run, iteration: int, model: TrainableModel, settings: SamplingSettings) -> dict[str, Any]:
-    """pass@1 and pass@10 on (the first of) dev, from ten samples for each question."""
+    """pass@1 and pass@10 on the first PASS_QUESTIONS of dev, from ten samples for each question."""
     passed, _ = sampled_scores(
         model,
         run.template,

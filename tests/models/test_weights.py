@@ -278,3 +278,10 @@ def test_stored_tensors_are_freed_one_by_one(saved, monkeypatch):
     monkeypatch.setattr(weights, "read_tensor", counting_read)
     model = load_model(saved)
     assert len(refs) == len(list(model.parameters())) and max(alive_at_most) == 1
+
+
+def test_weights_are_as_readable_as_other_files(tiny_model_dir, tmp_path):
+    model = load_model(tiny_model_dir)
+    save_model(model, tmp_path, [])
+    modes = {path.stat().st_mode for path in (tmp_path / "config.json", tmp_path / WEIGHTS)}
+    assert len(modes) == 1
