@@ -41,6 +41,15 @@ def test_the_readme_names_every_module():
             assert path.name in text, path
 
 
+def test_the_readmes_lines_of_python_run(capsys):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert re.findall(r"^\d (True|False) ", printed, re.MULTILINE)
+    assert len(re.findall(r"####", printed)) <= 6  # three questions, two samples each
+
+
 # -- the walkthrough ---------------------------------------------------------------------------------------------------
 
 
