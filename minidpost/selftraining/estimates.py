@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from minidpost.errors import UserError
+from minidpost.models.hf_config import Model
 from minidpost.models.kvcache import KVCache, SharedPromptCache, T5Cache
 from minidpost.models.weights import empty_model
 from minidpost.sampling.generate import MAX_PROMPT_TOKENS
 from minidpost.sampling.sampler import PREFILL_BATCH
 from minidpost.selftraining.presets import Preset
-from minidpost.training.losses import LOGITS_AT_ONCE, TrainableModel
+from minidpost.training.losses import LOGITS_AT_ONCE
 
 GB = 10**9
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -35,7 +36,7 @@ MEMORY = Path("/proc/meminfo")
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-def check_memory(model: TrainableModel, preset: Preset, *, dtype: torch.dtype, device: str) -> str:
+def check_memory(model: Model, preset: Preset, *, dtype: torch.dtype, device: str) -> str:
     """What training and sampling need and what is free, in one line; UserError where it cannot fit.
 
     `model` may be on the meta device; `dtype` is that of sampling.
@@ -53,7 +54,7 @@ def check_memory(model: TrainableModel, preset: Preset, *, dtype: torch.dtype, d
     return f"memory: {text} (estimated) of {free / GB:.1f} GB free on {device}"
 
 
-def training_bytes(model: TrainableModel, preset: Preset) -> int:
+def training_bytes(model: Model, preset: Preset) -> int:
     """The peak of an SFT or DPO step."""
     config = model.config
     n_layers = max(len(stack.layers) for stack in model.stacks)
@@ -67,7 +68,7 @@ def training_bytes(model: TrainableModel, preset: Preset) -> int:
     return 16 * n_parameters(model) + activation_bytes + logits_bytes
 
 
-def sampling_bytes(model: TrainableModel, preset: Preset, dtype: torch.dtype) -> int:
+def sampling_bytes(model: Model, preset: Preset, dtype: torch.dtype) -> int:
     """Weights, KV cache for the longest prompts that the preset trains on, and logits of all slots."""
     max_prompt = min(preset.max_source, MAX_PROMPT_TOKENS)
     n_rows = preset.slots + PREFILL_BATCH
@@ -121,7 +122,7 @@ class ModelSize:
     width: int
 
 
-def model_size(model: TrainableModel) -> ModelSize:
+def model_size(model: Model) -> ModelSize:
     """Parameters without the input embedding; the output layer counts with the target tokens, tied or not."""
     source, target = model.stacks
     head = model.head.weight if model.head is not None else model.embedding.weight

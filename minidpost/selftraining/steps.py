@@ -26,6 +26,7 @@ import torch
 
 from minidpost.data.example import Example
 from minidpost.errors import UserError
+from minidpost.models.hf_config import Model
 from minidpost.models.weights import load_model, open_tensors, save_model, save_tensors, tokenizer_files
 from minidpost.precision import sampling_dtype
 from minidpost.sampling import sampler
@@ -39,7 +40,6 @@ from minidpost.selftraining.selection import Candidates, jaccard, preference_pai
 from minidpost.storage import read_json, read_jsonl, write_json, write_jsonl
 from minidpost.training.batching import TokenizedExample, drop_too_long, token_counts
 from minidpost.training.dpo import PreferencePair, reference_log_probabilities, train_dpo
-from minidpost.training.losses import TrainableModel
 from minidpost.training.sft import train_sft
 
 PASS_AT = 10  # samples for a dev question, before and after each DPO
@@ -168,7 +168,7 @@ def candidates(run: Run, iteration: int, name: str) -> list[Candidates]:
     return known
 
 
-def load_for_sampling(run: Run, directory: Path) -> TrainableModel:
+def load_for_sampling(run: Run, directory: Path) -> Model:
     """A model in the precision that sampling uses on this device."""
     return load_model(directory, sampling_dtype(run.device), run.device)
 
@@ -332,7 +332,7 @@ def evaluate(run: Run, iteration: int) -> float:
     return accuracy
 
 
-def pass_at_k(run: Run, iteration: int, model: TrainableModel, settings: SamplingSettings) -> dict[str, Any]:
+def pass_at_k(run: Run, iteration: int, model: Model, settings: SamplingSettings) -> dict[str, Any]:
     """pass@1 and pass@10 on the first PASS_QUESTIONS of dev, from ten samples for each question."""
     passed, _ = sampled_scores(
         model,

@@ -16,10 +16,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from minidpost.models.llama import LlamaConfig
-from minidpost.models.t5 import T5Config
-
-ModelConfig = T5Config | LlamaConfig
+from minidpost.models.hf_config import Config
 
 IGNORED_LABEL = -100  # a label that carries no loss
 PADDING_ID = 0  # any id would do: padding is recognised by the rows' lengths, never by its id
@@ -97,7 +94,7 @@ class Batch:
 # -- from ids to tensors ----------------------------------------------------------------------------------------------
 
 
-def collate(config: ModelConfig, examples: Sequence[TokenizedExample], device: torch.device | str) -> Batch:
+def collate(config: Config, examples: Sequence[TokenizedExample], device: torch.device | str) -> Batch:
     """Right-pad examples to the longest of the batch, in the form that the model's family takes.
 
     Attention is masked by length, never by id, so that it does not matter which id pads.
@@ -217,7 +214,7 @@ class PaddedShape(NamedTuple):
 
 
 def micro_batches(
-    config: ModelConfig,
+    config: Config,
     items: Sequence[Sequence[TokenizedExample]],
     max_tokens: int,
     device: torch.device | str,
@@ -255,7 +252,7 @@ def length_buckets(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
     return buckets
 
 
-def padded_shape(config: ModelConfig, item: Sequence[TokenizedExample]) -> PaddedShape:
+def padded_shape(config: Config, item: Sequence[TokenizedExample]) -> PaddedShape:
     """The shape of one prompt's sequences, as `collate` would pad them."""
     if config.is_encoder_decoder:  # the prompt is encoded once
         return PaddedShape(max(len(example.target_ids) for example in item), len(item[0].prompt_ids), len(item))

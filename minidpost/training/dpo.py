@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minidpost.models.hf_config import Model
 from minidpost.precision import at_least_fp32, autocast
 from minidpost.training.batching import TokenizedExample, collate, epoch_steps, micro_batches
-from minidpost.training.losses import TrainableModel, dpo_loss, log_probabilities
+from minidpost.training.losses import dpo_loss, log_probabilities
 from minidpost.training.optim import (
     Schedule,
     StepLog,
@@ -79,7 +80,7 @@ class PreferencePair:
 
 
 def train_dpo(
-    model: TrainableModel,
+    model: Model,
     pairs: Sequence[PreferencePair],
     reference_P2: Tensor,
     settings: DPOSettings,
@@ -139,7 +140,7 @@ def train_dpo(
 
 
 def dpo_gradients(
-    model: TrainableModel,
+    model: Model,
     batch: Sequence[PreferencePair],
     reference_P2: Tensor,
     *,
@@ -171,7 +172,7 @@ def dpo_gradients(
 
 @torch.no_grad()
 def reference_log_probabilities(
-    model: TrainableModel, pairs: Sequence[PreferencePair], *, micro_batch_tokens: int, stage: str = "dpo"
+    model: Model, pairs: Sequence[PreferencePair], *, micro_batch_tokens: int, stage: str = "dpo"
 ) -> Tensor:
     """log π_ref of every pair's completions in nats, (P, 2), columns chosen and rejected, on the CPU.
 
@@ -190,7 +191,7 @@ def reference_log_probabilities(
     return reference_P2
 
 
-def pair_log_probabilities(model: TrainableModel, pairs: Sequence[PreferencePair]) -> Tensor:
+def pair_log_probabilities(model: Model, pairs: Sequence[PreferencePair]) -> Tensor:
     """log π(y|x) of the completions of each pair in nats, (B, 2), columns chosen and rejected.
 
     One forward pass scores every distinct completion once. Pairs a ≻ b and a ≻ c have three:
@@ -210,7 +211,7 @@ def pair_log_probabilities(model: TrainableModel, pairs: Sequence[PreferencePair
     return log_probability_C[index_B2.to(device, non_blocking=True)]
 
 
-def pair_micro_batches(model: TrainableModel, pairs: Sequence[PreferencePair], max_tokens: int) -> list[list[int]]:
+def pair_micro_batches(model: Model, pairs: Sequence[PreferencePair], max_tokens: int) -> list[list[int]]:
     """Split pairs 0 … n−1 into micro-batches, in each of which all pairs of a question are together.
 
     Pairs of the questions x, y, x, z may give [[0, 2], [1, 3]]: x has a micro-batch of its own, y and z share one.

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from minidpost.models.llama import Llama
-from minidpost.models.t5 import T5
+from minidpost.models.hf_config import Model
 from minidpost.precision import at_least_fp32
 from minidpost.training.batching import Batch
 
@@ -19,7 +18,6 @@ LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in fp32
 
 # What can be trained. Both have `hidden(*inputs)`, which gives the final hidden states (B, T, D), `logits(hidden)`,
 # which applies the output matrix, a `config`, and the `stacks` of layers that source and target tokens pass through.
-TrainableModel = T5 | Llama
 
 
 def token_log_probabilities(logits_NV: Tensor, label_N: Tensor) -> Tensor:
@@ -27,7 +25,7 @@ def token_log_probabilities(logits_NV: Tensor, label_N: Tensor) -> Tensor:
     return -F.cross_entropy(logits_NV.to(at_least_fp32(logits_NV.dtype)), label_N, reduction="none")
 
 
-def log_probabilities(model: TrainableModel, batch: Batch, logits_at_once: int = LOGITS_AT_ONCE) -> Tensor:
+def log_probabilities(model: Model, batch: Batch, logits_at_once: int = LOGITS_AT_ONCE) -> Tensor:
     """log f(y_t | x, y_<t) of every label of a batch in nats, (B, T), 0 where there is no label.
 
     At most `logits_at_once` logits exist at a time. But for that, the definition is
@@ -55,7 +53,7 @@ def log_probabilities(model: TrainableModel, batch: Batch, logits_at_once: int =
     return result.view(batch.label_BT.shape)
 
 
-def _of_positions(model: TrainableModel, hidden_ND: Tensor, label_N: Tensor) -> Tensor:
+def _of_positions(model: Model, hidden_ND: Tensor, label_N: Tensor) -> Tensor:
     """The log-probability of the label at each of N positions, (N,)."""
     return token_log_probabilities(model.logits(hidden_ND), label_N)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minidpost.training.losses import TrainableModel
+from minidpost.models.hf_config import Model
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def derived_seed(*names: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def enable_activation_checkpointing(model: TrainableModel) -> None:
+def enable_activation_checkpointing(model: Model) -> None:
     """From now on keep only each layer's input for the backward pass, and compute the rest again."""
     for stack in model.stacks:
         stack.checkpoint_activations = True

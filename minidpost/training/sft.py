@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minidpost.models.hf_config import Model
 from minidpost.precision import autocast
 from minidpost.training.batching import TokenizedExample, collate, epoch_steps, micro_batches
-from minidpost.training.losses import TrainableModel, log_probabilities, sft_loss
+from minidpost.training.losses import log_probabilities, sft_loss
 from minidpost.training.optim import (
     Schedule,
     StepLog,
@@ -47,7 +48,7 @@ class SFTSettings:
 
 
 def train_sft(
-    model: TrainableModel,
+    model: Model,
     examples: Sequence[TokenizedExample],
     settings: SFTSettings,
     *,
@@ -99,7 +100,7 @@ def train_sft(
     model.eval()
 
 
-def sft_gradients(model: TrainableModel, batch: Sequence[TokenizedExample], micro_batch_tokens: int) -> Tensor:
+def sft_gradients(model: Model, batch: Sequence[TokenizedExample], micro_batch_tokens: int) -> Tensor:
     """Forward and backward pass of one optimizer step, whose examples are `batch`.
 
     Adds to each parameter's `.grad` the gradient of the mean loss over all target tokens of the batch; returns that
