@@ -1,13 +1,16 @@
-"""Every number of the method, tagged with where it is from.
+"""Every number of the method, tagged with where it is from; flags.py makes a flag of train.py of each.
 
 [paper] the text or appendix of arXiv 2407.18248; [code] the published code, where the text is silent; [ours] a choice
 of ours, with its reason.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
 
+from minidpost.models.hf_config import Model, model_type, read_config
+from minidpost.models.weights import empty_model
 from minidpost.sampling.sampler import SamplingSettings
+from minidpost.selftraining.methods import METHODS
 from minidpost.training.dpo import DPOSettings
 from minidpost.training.optim import Schedule
 from minidpost.training.sft import SFTSettings
@@ -15,37 +18,52 @@ from minidpost.training.sft import SFTSettings
 
 @dataclass(frozen=True)
 class Preset:
-    """The hyperparameters of a run; lengths in tokens, steps in optimizer steps."""
+    """The hyperparameters of a run; lengths in tokens, steps in optimizer steps. None: no such limit, or as it says."""
 
+    # the loop
+    iterations: int = 3  # [paper]
+    patience: int | None = None  # [code] there every iteration is made; the paper's "until convergence" would be 1
+    warm_up: bool = True  # [paper] Algorithms 1 and 2, line 1
     # SFT
     sft_epochs: int = 8  # [paper]
     sft_examples_per_step: int = 96  # [paper]
     sft_learning_rate: float = 3e-4  # [paper]
+    sft_dropout: float | None = None  # [code] None: the model's own, from its config.json, which is 0.1 for T5
     # DPO
     dpo_steps: int = 150  # [paper]
-    dpo_max_epochs: int = 4  # [ours] at most so many epochs, however few the pairs are
+    dpo_max_epochs: int = 4  # [ours] at most so many epochs, however few the pairs are; the log says when it bites
     dpo_pairs_per_step: int = 96  # [paper]
     dpo_learning_rate: float = 7e-7  # [paper]
     beta: float = 0.1  # [paper]
     # both
-    warmup: float = 0.1  # [paper] fraction of the steps
+    warmup: float = 0.1  # [paper] fraction of the steps; [ours] the first step has rate 1/n of the peak, not 0
     learning_rate_floor: float = 0.1  # [code] fraction of the peak
     weight_decay: float = 0.01  # [paper]
     max_grad_norm: float = 1.0  # [paper]
     max_source: int = 200  # [paper] longer training examples are dropped and counted; the published code cuts them
     max_target: int = 300  # [paper]
-    micro_batch_tokens: int = 16384  # [ours] memory; results only by rounding and by which units dropout hits
-    activation_checkpointing: bool = False  # [ours] memory for a third more time
     # sampling
     samples: int = 3  # [paper] K of the main results
     dpo_samples: int = 5  # [paper]
     temperature: float = 0.7  # [paper]
     top_k: int = 0  # [paper] its text names none; the published code silently used a library's default of 50
+    top_p: float = 1.0  # [paper] its text names none
     max_new_tokens: int = 300  # [paper]
-    slots: int = 64  # [ours] memory and speed only
-    label_cap: int | None = None  # [code] None: the 90th percentile of the per-question counts
-    # the loop
-    iterations: int = 3  # [paper]
+    # selection
+    max_similarity: float = (
+        0.7  # [paper] section 4.2: Jaccard similarity above which two rationales are near-duplicates
+    )
+    pairs_per_question: int = 3  # [code]
+    label_percentile: float | None = 90  # [code] pseudo-labels of a question: at most this percentile of the counts
+    label_cap: int | None = None  # [code] and at most so many
+    # evaluation
+    pass_at: int = 10  # [paper] figure 6: the largest k of pass@k, and the samples for each question
+    pass_questions: int | None = None  # [paper] figure 6: of dev; None: all
+    test_questions: int | None = None  # [paper] of each test set; None: all
+    # memory and speed; results change by rounding alone, and SFT's by which units dropout hits
+    micro_batch_tokens: int = 16384  # [ours]
+    activation_checkpointing: bool = False  # [ours] less memory for a third more time
+    slots: int = 64  # [ours]
 
     def sft(self, seed: int) -> SFTSettings:
         """The settings of supervised fine-tuning."""
@@ -86,6 +104,7 @@ class Preset:
         return SamplingSettings(
             temperature=self.temperature,
             top_k=self.top_k,
+            top_p=self.top_p,
             max_new_tokens=self.max_new_tokens,
             slots=self.slots,
             seed=seed,
@@ -100,6 +119,7 @@ LLAMA = replace(
     sft_epochs=2,
     sft_examples_per_step=128,
     sft_learning_rate=2e-5,
+    sft_dropout=0.1,  # [code] of attention's weights, whatever config.json says
     dpo_steps=100,
     dpo_pairs_per_step=128,
     dpo_learning_rate=3e-7,
@@ -131,25 +151,31 @@ TINY_T5 = replace(
 )
 TINY_LLAMA = replace(TINY_T5, sft_epochs=16)  # it learns more slowly: dev 26.0 % after 16 epochs, 20.5 after 10
 
-PRESETS = {  # by the model's name; any other model has its family's
-    "tiny-t5": TINY_T5,
-    "flan-t5-xl": replace(T5, activation_checkpointing=True),
-    "tiny-llama": TINY_LLAMA,
+# The preset of a model: the first row of its family with at least as many parameters.
+PRESETS: dict[str, list[tuple[float, Preset]]] = {  # by config.json's model_type
+    "t5": [
+        (20e6, TINY_T5),
+        (2e9, T5),
+        (float("inf"), replace(T5, activation_checkpointing=True)),  # flan-t5-xl
+    ],
+    "llama": [
+        (20e6, TINY_LLAMA),
+        (float("inf"), LLAMA),
+    ],
 }
-FAMILIES = {"t5": T5, "llama": LLAMA}  # by config.json's model_type
-
-# What the methods change of a preset. RFT (Yuan et al. 2023): one round of 100 samples. ReST-EM (Singh et al. 2023): 32
-# samples at top-k 40, at most 10 of a question used. The numbers are those papers' own.
-METHOD_SETTINGS: dict[str, dict[str, Any]] = {
-    "sft": {"iterations": 0},
-    "st": {},
-    "dpo-st": {},
-    "rft": {"iterations": 1, "samples": 100},
-    "rest-em": {"samples": 32, "top_k": 40, "label_cap": 10},
-}
-METHODS = tuple(METHOD_SETTINGS)
 
 
-def preset_for(model: str, family: str, method: str) -> Preset:
-    """The settings of a method with a model, given by its name (or directory) and its config.json's model_type."""
-    return replace(PRESETS.get(model, FAMILIES[family]), **METHOD_SETTINGS[method])
+def preset_for(model: str | Path, method: str) -> Preset:
+    """The settings of a method with the model in this directory, whatever its name: by its family and its size.
+
+    UserError: no config.json there, or one of a family that is not known.
+    """
+    n_parameters = count_parameters(empty_model(read_config(model)))
+    rows = PRESETS[model_type(model)]
+    preset = next(preset for most_parameters, preset in rows if n_parameters <= most_parameters)
+    return replace(preset, **METHODS[method].settings)
+
+
+def count_parameters(model: Model) -> int:
+    """The number of a model's parameters, shared ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
