@@ -6,61 +6,67 @@
     python train.py --data mine.jsonl --method sft          your own questions, rationales and answers
 
 Everything goes to --run-dir: the models, the samples, report.md. The same command again continues a run that was
-stopped. The numbers of the recipe are in minidpost/selftraining/presets.py; flags replace the main ones.
+stopped; with more --iterations it takes a finished one further. The hyperparameters are those of the model's preset in
+minidpost/selftraining/presets.py, which the file of --config and the flags below replace, in this order.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from minidpost.cli import MAX_COUNT, MINUTES, Parser, device, run_command
+from minidpost.cli import DTYPE_TEXT, MINUTES, POSITIVE, Parser, device, run_command
 from minidpost.data import datasets, toy
 from minidpost.data.example import Example
 from minidpost.errors import UserError
-from minidpost.models.hf_config import model_type, read_config
+from minidpost.models.hf_config import read_config
 from minidpost.models.hub import BUNDLED, PUBLISHED, find_model
-from minidpost.models.weights import empty_model, load_template
-from minidpost.precision import default_device, sampling_dtype
+from minidpost.models.weights import check_weights, empty_model, load_template
+from minidpost.precision import DTYPES, default_device, sampling_dtype
 from minidpost.selftraining.algorithm import self_train
 from minidpost.selftraining.estimates import check_memory
-from minidpost.selftraining.presets import METHODS, Preset, preset_for
+from minidpost.selftraining.flags import (
+    MAY_CHANGE,
+    add_hyperparameters,
+    changes,
+    given,
+    read_hyperparameters,
+    written,
+)
+from minidpost.selftraining.methods import METHODS
+from minidpost.selftraining.presets import Preset, preset_for
 from minidpost.selftraining.report import write_report
 from minidpost.selftraining.run import Data, Run, tokenize
 from minidpost.selftraining.run_directory import RunDirectory, model_hash
 
-PRESET_FLAGS = {  # flags that replace one hyperparameter of the preset: its type and what it is
-    "iterations": (int, "iterations of self-training at most"),
-    "samples": (int, "K: samples for each question, for the pseudo-labels"),
-    "dpo_samples": (int, "samples for each question, for the preference pairs"),
-    "temperature": (float, "temperature of sampling"),
-    "sft_epochs": (int, "epochs of each SFT"),
-    "sft_learning_rate": (float, "peak learning rate of SFT"),
-    "dpo_steps": (int, "optimizer steps of each DPO at most"),
-    "dpo_learning_rate": (float, "peak learning rate of DPO"),
-    "max_new_tokens": (int, "tokens of a completion at most"),
-    "slots": (int, "completions that are sampled at the same time"),
-    "micro_batch_tokens": (int, "padded tokens of a forward pass in training at most"),
-}
+MAX_NAME = 100  # characters of a run directory's name that say what differs from the preset
 
 
 def main() -> None:
     """Read and check everything, claim the run's directory, then self-train, with a new report after each iteration."""
+    # 1) Everything that can be wrong is found before anything is written.
     options = parse_options()
     base = find_model(options.model)
     preset = resolve_preset(options, base)
-    memory = check_memory(
-        empty_model(read_config(base)), preset, dtype=sampling_dtype(options.device), device=options.device
-    )
+    check_weights(base)
     data = load_data(options)
     template = load_template(base)
     tokens = tokenize(data, template, base)
+    dtype = DTYPES[options.dtype] if options.dtype else sampling_dtype(options.device)
+    memory = check_memory(empty_model(read_config(base)), preset, dtype=dtype, device=options.device)
 
-    run_dir = options.run_dir or Path("runs") / f"{base.name}-{options.method}-{data.name}-{options.seed}"
-    directory = RunDirectory(run_dir, fingerprint(options, data, preset=preset, base=base), options.fresh)
+    # 2) The run's directory: a new one, or one that the same command left.
+    run_dir = options.run_dir or Path("runs") / run_name(options, data, preset=preset, base=base)
+    directory = RunDirectory(
+        run_dir,
+        fingerprint(options, data, preset=preset, base=base),
+        options.fresh,
+        may_change=[f"preset.{name}" for name in MAY_CHANGE],
+    )
     directory.log(memory)
     run = Run(
         directory=directory,
@@ -72,12 +78,15 @@ def main() -> None:
         tokens=tokens,
         seed=options.seed,
         calculator=not options.no_calculator,
+        dtype=options.dtype,
         device=options.device,
         checkpoint_minutes=options.checkpoint_minutes,
     )
+
+    # 3) The method.
     table = ""
     for _ in self_train(run):
-        table = write_report(run, options.model)
+        table = write_report(run, base.name)
     print(f"\n{table}\n\n{run_dir}/results.json, report.md, figures/accuracy.png")
 
 
@@ -87,65 +96,93 @@ def parse_options() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny-t5", help=f"{models}, or a directory (default: tiny-t5)")
     parser.add_argument("--method", default="dpo-st", choices=METHODS, help="what to train by (default: dpo-st)")
-    parser.add_argument("--data", default="toy", help="toy, gsm8k, or a JSONL file of question, rationale, answer")
-    parser.add_argument("--unlabelled", type=Path, help="JSONL of further questions and answers to sample for")
-    parser.add_argument("--limit", type=int, help="take only the first N examples of every set")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where datasets lie or are fetched to")
-    parser.add_argument("--run-dir", type=Path, help="where the run goes (default: runs/MODEL-METHOD-DATA-SEED)")
+    parser.add_argument(
+        "--data", default="toy", help="toy, gsm8k, or a JSONL file of question, rationale, answer (default: toy)"
+    )
+    parser.add_argument(
+        "--unlabelled", type=Path, metavar="FILE", help="JSONL of further questions and answers to sample for"
+    )
+    parser.add_argument(
+        "--limit", type=POSITIVE, metavar="N", help="take only the first N examples of every set (default: all)"
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where datasets lie or are fetched to"
+    )
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        help="where the run goes (default: runs/MODEL-METHOD-DATA-SEED, and what differs from the preset)",
+    )
     parser.add_argument("--fresh", action="store_true", help="begin anew; the run that is there becomes NAME.1")
     parser.add_argument(
-        "--checkpoint-minutes", type=MINUTES, default=5.0, help="save a training in progress this often (default: 5)"
+        "--checkpoint-minutes",
+        type=MINUTES,
+        default=5.0,
+        metavar="X",
+        help="save a training in progress this often (default: 5)",
     )
-    parser.add_argument("--seed", type=int, default=42, help="seed of everything random (default: 42)")
+    parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of everything random (default: 42)")
     parser.add_argument("--no-calculator", action="store_true", help="let the model do its own arithmetic")
     parser.add_argument("--device", type=device, default=default_device(), help="cpu, cuda, … (default: cuda if any)")
-    for name, (kind, text) in PRESET_FLAGS.items():
-        parser.add_argument(flag(name), type=kind, help=f"{text} (default: the preset's)")
+    parser.add_argument("--dtype", choices=DTYPES, help=f"of sampling and evaluation: {DTYPE_TEXT}")
     parser.add_argument(
-        "--activation-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        help="compute activations twice in training: less memory, slower (default: the preset's)",
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="JSON object of hyperparameters, named as below with _ for -; the config.json of a run has all of them",
     )
-    options = parser.parse_args()
-
-    given = vars(options)
-    for name in ("limit", *PRESET_FLAGS):
-        value = given[name]
-        if value is None:
-            continue
-        lowest, highest = (1, MAX_COUNT) if isinstance(value, int) else (1e-9, 1e3)
-        if name == "iterations":
-            lowest = 0
-        if not lowest <= value <= highest:
-            parser.error(f"{flag(name)} {value}: must be positive and at most {highest:,.0f}")
-    return options
-
-
-def flag(name: str) -> str:
-    """The flag of an option: sft_epochs is --sft-epochs."""
-    return f"--{name.replace('_', '-')}"
+    add_hyperparameters(parser)
+    return parser.parse_args()
 
 
 def resolve_preset(options: argparse.Namespace, base: Path) -> Preset:
-    """The preset of the model and the method, with the hyperparameters that flags replace."""
-    given = vars(options)
-    names = (*PRESET_FLAGS, "activation_checkpointing")
-    replaced = {name: given[name] for name in names if given[name] is not None}
-    return dataclasses.replace(preset_for(options.model, model_type(base), options.method), **replaced)
+    """The preset of the model and the method, with the hyperparameters that --config and flags replace."""
+    from_file = read_hyperparameters(options.config) if options.config else {}
+    preset = dataclasses.replace(preset_for(base, options.method), **from_file)
+    preset = dataclasses.replace(preset, **given(options))
+    if not preset.warm_up and not METHODS[options.method].iterates:
+        raise UserError(f"--no-warm-up: leaves nothing to do for --method {options.method}")
+    return preset
 
 
 def fingerprint(options: argparse.Namespace, data: Data, *, preset: Preset, base: Path) -> dict[str, Any]:
-    """What makes a run the same run: a directory that was begun with any of it different is not continued."""
-    given = vars(options)
-    names = ("model", "method", "data", "unlabelled", "limit", "seed", "no_calculator")
-    hyperparameters = dataclasses.asdict(preset)
-    del hyperparameters["iterations"]  # a finished run may be taken further
+    """What makes a run the same run: a directory that was begun with any of it different is not continued.
+
+    A few hyperparameters may change (flags.MAY_CHANGE).
+    """
+    names = ("method", "data", "unlabelled", "limit", "seed", "no_calculator", "dtype")
     return {
-        **{name: given[name] for name in names},
-        "preset": hyperparameters,
+        "model": base.name,
+        **{name: vars(options)[name] for name in names},
+        "preset": dataclasses.asdict(preset),
         "examples": data.fingerprint(),
         "weights": model_hash(base),
     }
+
+
+def run_name(options: argparse.Namespace, data: Data, *, preset: Preset, base: Path) -> str:
+    """The name of a run's directory: model, method, data, seed, and every setting that is not the preset's.
+
+    So two runs that differ in a hyperparameter do not share one.
+    """
+    parts = []
+    if options.unlabelled:
+        parts.append(f"unlabelled={options.unlabelled.stem}")
+    if options.limit:
+        parts.append(f"limit={options.limit}")
+    if options.no_calculator:
+        parts.append("no-calculator")
+    if options.dtype:
+        parts.append(f"dtype={options.dtype}")
+    for name, value in changes(preset_for(base, options.method), preset).items():
+        parts.append(f"{name.replace('_', '-')}={written(value)}")
+    differences = "-".join(parts)
+    if len(differences) > MAX_NAME:
+        digest = hashlib.sha256(differences.encode()).hexdigest()[:12]
+        differences = f"{len(parts)}-changes-{digest}"
+    name = f"{base.name}-{options.method}-{data.name}-{options.seed}"
+    return f"{name}-{differences}" if differences else name
 
 
 def load_data(options: argparse.Namespace) -> Data:

@@ -49,12 +49,11 @@ from minidpost.sampling.sampler import Request, SamplingSettings, sample  # noqa
 from minidpost.selftraining.estimates import (  # noqa: E402
     available_bytes,
     model_size,
-    n_parameters,
     training_bytes,
     training_flops,
 )
 from minidpost.selftraining.presets import T5 as T5_PRESET  # noqa: E402
-from minidpost.selftraining.presets import Preset, preset_for  # noqa: E402
+from minidpost.selftraining.presets import Preset, n_parameters, preset_of  # noqa: E402
 from minidpost.storage import markdown_table, staged_file  # noqa: E402
 from minidpost.training.batching import TokenizedExample  # noqa: E402
 from minidpost.training.dpo import PreferencePair, reference_log_probabilities, train_dpo  # noqa: E402
@@ -285,7 +284,7 @@ def clocked_sampling(model: nn.Module, eos_id: int, rows: int, n_prompt: int, n_
 def measure_training(scaling: Scaling, limits: Limits, options: argparse.Namespace) -> tuple[float, float] | None:
     """Steps of SFT and DPO on GSM8K's rationales; tokens a second of both, None where memory does not suffice."""
     model, template = open_shape(scaling.name, torch.float32, options.device)
-    preset = preset_for(scaling.name, "t5" if isinstance(model, T5) else "llama", "dpo-st")
+    preset = preset_of(model.config, "dpo-st")
     free = available_bytes(options.device)
     if free is not None and training_bytes(model, preset) > free:
         scaling.training.append([scaling.name, "does not fit into memory", *["–"] * 4])

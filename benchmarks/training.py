@@ -184,7 +184,7 @@ def prepare(name: str, plan: Plan, shared: Path, scratch: Path) -> Task:
         base = policy = scratch / name
         random_model.make(shared / "configs" / name, shared / "tokenizers" / "t5", base, SEED, None)
         source = "gsm8k" if (shared / "data" / "gsm8k" / "train.jsonl").is_file() else "toy"
-    template, preset = load_template(base), preset_for(name, "t5", "dpo-st")
+    template, preset = load_template(base), preset_for(base, "dpo-st")
     labelled = datasets.load(source, "train", shared / "data")
     labelled = Random(SEED).sample(labelled, min(len(labelled), MAX_QUESTIONS))
     gold = gold_sequences(labelled, template, preset)

@@ -17,17 +17,18 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from minidpost.errors import UserError
+from minidpost.errors import UserError, is_out_of_memory
 from minidpost.models.hf_config import Model
 from minidpost.models.hub import find_model
 from minidpost.models.weights import load_model, load_template
 from minidpost.precision import DTYPES, default_device, sampling_dtype
-from minidpost.storage import no_room
+from minidpost.storage import no_room, read_json
 from minidpost.text.templates import Template
 from minidpost.training.state import Terminated, interrupt
 
 RUNS = Path("runs")
 MAX_MESSAGE = 1000  # characters in a message
+DTYPE_TEXT = "bf16 pays on a GPU or on a CPU with AMX (default: bf16 on CUDA, else fp32)"
 MAX_COUNT = 10**6  # of rows, tokens, samples …: what is larger must be a typing error
 
 Value = TypeVar("Value", int, float)
@@ -58,7 +59,7 @@ def run_command(main: Callable[[], None], if_interrupted: str = "nothing was wri
         print(f"{name}: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         print(f"{name}: not enough memory; fewer --slots or --max-new-tokens need less", file=sys.stderr)
         sys.exit(2)
@@ -113,7 +114,7 @@ def model_parser(description: str) -> Parser:
     parser.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="a directory or a model's name (default: the newest under runs/, else tiny-t5-dpo-st)",
+        help="a directory or a model's name (default: the newest run's best on dev under runs/, else tiny-t5-dpo-st)",
     )
     parser.add_argument("--max-new-tokens", type=POSITIVE, default=300, metavar="N", help="default: 300")
     parser.add_argument("--slots", type=POSITIVE, default=64, metavar="N", help="rows decoded at once (default: 64)")
@@ -122,7 +123,7 @@ def model_parser(description: str) -> Parser:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="of weights and sums; bf16 pays on a GPU or on a CPU with AMX (default: bf16 on CUDA, else fp32)",
+        help=f"of weights and sums: {DTYPE_TEXT}",
     )
     return parser
 
@@ -173,10 +174,15 @@ def check_output(path: Path | None) -> None:
 def open_model(checkpoint: str | None, device: str, dtype: str | None = None) -> tuple[Path, Model, Template]:
     """The directory, the model and the template that --checkpoint, --device and --dtype ask for.
 
-    `checkpoint` is a directory or a model's name, None the newest fine-tuned model under runs/; `dtype` is one of
-    DTYPES, None the one that samples fastest on the device. UserError: no such model, or a broken one.
+    `checkpoint` is a directory or a model's name, None the newest run's model that was best on dev, which is then said
+    on standard error; `dtype` is one of DTYPES, None the one that samples fastest on the device. UserError: no such
+    model, or a broken one.
     """
-    directory = find_model(checkpoint) if checkpoint is not None else default_checkpoint()
+    if checkpoint is not None:
+        directory = find_model(checkpoint)
+    else:
+        directory = default_checkpoint()
+        print(f"model: {directory}", file=sys.stderr)
     template = load_template(directory)  # before the weights, which take longer to read
     precision = DTYPES[dtype] if dtype else sampling_dtype(device)
     model = load_model(directory, precision, device)
@@ -184,6 +190,13 @@ def open_model(checkpoint: str | None, device: str, dtype: str | None = None) ->
 
 
 def default_checkpoint() -> Path:
-    """The model that the newest run made last; without a run, the bundled one that has learnt the task."""
-    finished = sorted(RUNS.glob("*/iteration-*/sft/config.json"), key=lambda path: path.stat().st_mtime)
-    return finished[-1].parent if finished else find_model("tiny-t5-dpo-st")
+    """The model of the newest run that was best on dev; without a run, the bundled one that has learnt the task."""
+    for results in sorted(RUNS.glob("*/results.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            best: int = read_json(results)["best_iteration"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # of an older format, or not ours
+        directory = results.parent / f"iteration-{best}" / "sft"
+        if (directory / "config.json").is_file():
+            return directory
+    return find_model("tiny-t5-dpo-st")

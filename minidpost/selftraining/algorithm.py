@@ -1,16 +1,13 @@
-"""Self-training (paper, Algorithm 1) and DPO-augmented self-training (Algorithm 2), and three relatives of theirs.
+"""Self-training (paper, Algorithm 1) and DPO-augmented self-training (Algorithm 2), and relatives of theirs.
 
-    sft      only the warm-up: fine-tune the base model on the labelled set L. It is iteration 0 of every method
-    st       Algorithm 1: sample K rationales a question of U, fine-tune the BASE on L and the correct ones, repeat
-    dpo-st   Algorithm 2: st, but what samples is the last model after a DPO step
-    rft      one iteration of st with K = 100
-    rest-em  st, but fine-tuned on the correct samples alone
+What the methods have in common stands here, in what they differ in methods.py: `run.rules` is a row of that table.
 
 Each step reads files and writes files (steps.py), and is passed over where its files are there, so that the same
 command continues a run after the last step that was finished. U contains L's questions (section 4.1), and the correct
 samples of all iterations so far are in L (line 5 or 7). Departures from the paper's text, as in the published code:
-preference pairs too are made of the samples of all iterations so far, and L's rationales may be chosen. Departure of
-ours: "convergence" is that accuracy on dev no longer rises.
+preference pairs too are made of the samples of all iterations so far; L's rationales may be chosen; every iteration is
+made, instead of "until convergence" (`patience` stops earlier, where accuracy on dev no longer rises). The model to use
+is that of the iteration with the best accuracy on dev.
 """
 
 from collections.abc import Iterator
@@ -22,6 +19,7 @@ from minidpost.selftraining.steps import (
     compute_reference,
     evaluate,
     fine_tune,
+    has_converged,
     sample_rationales,
     train_preferences,
 )
@@ -34,16 +32,17 @@ def self_train(run: Run) -> Iterator[int]:
     algorithm that is named; a step of both algorithms has both.
     """
     K = run.preset.samples
-    n_iterations = 0 if run.method == "sft" else run.preset.iterations
+    n_iterations = run.preset.iterations if run.rules.iterates else 0
 
-    fine_tune(run, 0)  # Algorithms 1 and 2, line 1: fine-tune f_θ on L to get f_θ'
-    best_accuracy = evaluate(run, 0)
+    if run.preset.warm_up:
+        fine_tune(run, 0)  # Algorithms 1 and 2, line 1: fine-tune f_θ on L to get f_θ'
+    accuracies = [evaluate(run, 0)]
     yield 0
 
     for iteration in range(1, n_iterations + 1):  # line 2: repeat
-        teacher = run.path(iteration - 1) / "sft"  # f_θ'
+        teacher = run.model(iteration - 1)  # f_θ'
 
-        if run.method == "dpo-st":
+        if run.rules.has_dpo:
             # Algorithm 2, line 3: generate the DPO dataset D (equation 4): y_l, and y_w unless it is L's, from f_θ'
             sample_rationales(run, iteration, "samples-dpo", model=teacher, n_samples=run.preset.dpo_samples)
             build_preference_pairs(run, iteration)
@@ -59,12 +58,8 @@ def self_train(run: Run) -> Iterator[int]:
         # Algorithm 1, line 6; Algorithm 2, line 8: train f_θ, the base and not the teacher, on L to get a new f_θ'
         fine_tune(run, iteration, labels)
 
-        accuracy = evaluate(run, iteration)
+        accuracies.append(evaluate(run, iteration))
         yield iteration
         # Algorithm 1, line 7; Algorithm 2, line 9: until convergence or max iteration is reached
-        if accuracy <= best_accuracy:
-            run.directory.log(
-                f"stopped after iteration {iteration}: dev accuracy {accuracy:.1%} is not above {best_accuracy:.1%}"
-            )
+        if has_converged(run, accuracies):
             return
-        best_accuracy = accuracy

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minidpost.errors import UserError
 from minidpost.models.hf_config import Model
@@ -25,7 +25,7 @@ from minidpost.models.kvcache import KVCache, SharedPromptCache, T5Cache
 from minidpost.models.weights import empty_model
 from minidpost.sampling.generate import MAX_PROMPT_TOKENS
 from minidpost.sampling.sampler import PREFILL_BATCH
-from minidpost.selftraining.presets import Preset
+from minidpost.selftraining.presets import Preset, n_parameters
 from minidpost.training.losses import LOGITS_AT_ONCE
 
 GB = 10**9
@@ -133,11 +133,6 @@ def model_size(model: Model) -> ModelSize:
         n_target_layers=len(target.layers),
         width=model.config.d_model,
     )
-
-
-def n_parameters(module: nn.Module) -> int:
-    """The number of parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def forward_flops(size: ModelSize, n_source: int, n_target: int) -> float:

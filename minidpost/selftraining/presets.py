@@ -7,7 +7,11 @@ of ours, with its reason.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minidpost.models.hf_config import Model, model_type, read_config
+from torch import nn
+
+from minidpost.models.hf_config import Config, read_config
+from minidpost.models.llama import LlamaConfig
+from minidpost.models.t5 import T5Config
 from minidpost.models.weights import empty_model
 from minidpost.sampling.sampler import SamplingSettings
 from minidpost.selftraining.methods import METHODS
@@ -152,30 +156,35 @@ TINY_T5 = replace(
 TINY_LLAMA = replace(TINY_T5, sft_epochs=16)  # it learns more slowly: dev 26.0 % after 16 epochs, 20.5 after 10
 
 # The preset of a model: the first row of its family with at least as many parameters.
-PRESETS: dict[str, list[tuple[float, Preset]]] = {  # by config.json's model_type
-    "t5": [
+# The preset of a model: the first row of its family with at least as many parameters.
+PRESETS: dict[type[Config], list[tuple[float, Preset]]] = {
+    T5Config: [
         (20e6, TINY_T5),
         (2e9, T5),
         (float("inf"), replace(T5, activation_checkpointing=True)),  # flan-t5-xl
     ],
-    "llama": [
+    LlamaConfig: [
         (20e6, TINY_LLAMA),
         (float("inf"), LLAMA),
     ],
 }
 
 
-def preset_for(model: str | Path, method: str) -> Preset:
-    """The settings of a method with the model in this directory, whatever its name: by its family and its size.
+def preset_for(directory: str | Path, method: str) -> Preset:
+    """The settings of a method with the model in this directory, whatever the directory is called.
 
     UserError: no config.json there, or one of a family that is not known.
     """
-    n_parameters = count_parameters(empty_model(read_config(model)))
-    rows = PRESETS[model_type(model)]
-    preset = next(preset for most_parameters, preset in rows if n_parameters <= most_parameters)
+    return preset_of(read_config(directory), method)
+
+
+def preset_of(config: Config, method: str) -> Preset:
+    """The settings of a method with a model of this shape: by its family and its number of parameters."""
+    size = n_parameters(empty_model(config))
+    preset = next(preset for largest, preset in PRESETS[type(config)] if size <= largest)
     return replace(preset, **METHODS[method].settings)
 
 
-def count_parameters(model: Model) -> int:
+def n_parameters(module: nn.Module) -> int:
     """The number of a model's parameters, shared ones counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in module.parameters())

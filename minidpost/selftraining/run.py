@@ -5,10 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from minidpost.data.example import Example
 from minidpost.errors import UserError
+from minidpost.precision import DTYPES, sampling_dtype
 from minidpost.sampling.generate import check_prompts
 from minidpost.sampling.sampler import SamplingSettings
+from minidpost.selftraining.methods import METHODS, Method
 from minidpost.selftraining.presets import Preset
 from minidpost.selftraining.run_directory import RunDirectory
 from minidpost.text.templates import Template
@@ -89,7 +93,8 @@ def tokenize(data: Data, template: Template, base: Path) -> TokenizedData:
 class Run:
     """A method, a base model, data and settings, and the directory in which the steps of the method leave their files.
 
-    `base` is f_θ's directory; `checkpoint_minutes` says how often a training in progress is saved.
+    `base` is f_θ's directory; `dtype` is one of DTYPES and that of weights in sampling and evaluation, None the one that
+    the device is fastest with; `checkpoint_minutes` says how often a training in progress is saved.
     """
 
     directory: RunDirectory
@@ -101,12 +106,29 @@ class Run:
     tokens: TokenizedData
     seed: int = 42
     calculator: bool = True
+    dtype: str | None = None
     device: str = "cpu"
     checkpoint_minutes: float = 5.0
+
+    @property
+    def rules(self) -> Method:
+        """What the method does in an iteration."""
+        return METHODS[self.method]
 
     def path(self, iteration: int) -> Path:
         """The directory of an iteration."""
         return self.directory.path / f"iteration-{iteration}"
+
+    def model(self, iteration: int) -> Path:
+        """f_θ' of an iteration, the fine-tuned model; of iteration 0 without a warm-up it is the base."""
+        if iteration == 0 and not self.preset.warm_up:
+            return self.base
+        return self.path(iteration) / "sft"
+
+    @property
+    def sampling_dtype(self) -> torch.dtype:
+        """The precision of weights in sampling and evaluation."""
+        return sampling_dtype(self.device) if self.dtype is None else DTYPES[self.dtype]
 
     def sampling_settings(self, purpose: str) -> SamplingSettings:
         """The preset's sampling settings, seeded for one purpose, such as "1/samples-dpo"."""

@@ -20,7 +20,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ from minidpost.storage import (
 from minidpost.training.state import fingerprint
 from minidpost.version import __version__
 
-FORMAT = 3  # of everything in a run directory; raised when a run begun by older code could not be continued exactly
+FORMAT = 4  # of everything in a run directory; raised when a run begun by older code could not be continued exactly
 LOCK = ".lock"
 
 
@@ -63,10 +63,14 @@ class RunDirectory:
     stage reported, its `seconds`, and `sha256`, the hash of each of its files.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], fresh: bool = False) -> None:
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any], fresh: bool = False, *, may_change: Collection[str] = ()
+    ) -> None:
         """Begin a run, or continue the one that was begun with the same settings; `fresh` renames that one first.
 
-        To continue reads all finished files, to compare their hashes: about a second a gigabyte and core.
+        Settings in `may_change` (dotted names, such as "preset.slots") may differ when a run is continued: it is
+        logged, and config.json has the new ones from then on. To continue reads all finished files, to compare their
+        hashes: about a second a gigabyte and core.
         UserError: another process works here, the settings or the format differ, a finished file was changed.
         """
         self.path = Path(path)
@@ -81,7 +85,7 @@ class RunDirectory:
             self._write_config(config)
             self.log(f"the run that was here is now {old_run}")
         elif config.is_file():
-            self._check_config(config)
+            self._check_config(config, may_change)
         else:
             self._write_config(config)
 
@@ -160,8 +164,11 @@ class RunDirectory:
         versions = {"minidpost": __version__, "python": platform.python_version(), "torch": version("torch")}
         write_json(config, {"format": FORMAT, "settings": self.settings, "versions": versions})
 
-    def _check_config(self, config: Path) -> None:
-        """UserError where the run that is here was begun by another format or with other settings."""
+    def _check_config(self, config: Path, may_change: Collection[str]) -> None:
+        """UserError where the run that is here was begun by another format or with other settings.
+
+        Those that may change are logged and written.
+        """
         try:
             content = json_object(config)
             old_format = content.get("format", 1)  # the first format was not numbered
@@ -175,12 +182,20 @@ class RunDirectory:
                 f"{self.path} is a run directory of format {old_format}, this code writes format {FORMAT}; "
                 "choose another --run-dir, or --fresh"
             )
-        for name in {**new_settings, **old_settings}:
-            if old_settings.get(name) != new_settings.get(name):
+        differing = [
+            name for name in {**new_settings, **old_settings} if old_settings.get(name) != new_settings.get(name)
+        ]
+        for name in differing:
+            if name not in may_change:
                 raise UserError(
                     f"{self.path} was begun with {name} = {old_settings.get(name)}, "
                     f"this command has {new_settings.get(name)}; choose another --run-dir, or --fresh"
                 )
+        for name in differing:
+            self.log(f"continued with {name} = {new_settings[name]}, which was {old_settings.get(name)}")
+        if differing:
+            content["settings"] = self.settings
+            write_json(config, content)
         if old_torch != version("torch"):
             self.log(f"begun with torch {old_torch}, continued with {version('torch')}: rounding may differ")
 

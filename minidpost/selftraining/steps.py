@@ -11,13 +11,15 @@ Every step takes the run and the number of an iteration, reads files of the run'
     build_pseudo_labels       samples-sft.jsonl of 1 … N         pseudo-labels.jsonl
     evaluate                  sft/, dpo/                         evaluation.json
 
+has_converged reads the run's accuracies on dev, and writes stopped.json where they no longer rise.
+
 A step whose stage is finished does nothing. One that was stopped continues from its last saved training state or chunk
 of samples; the others begin again. Pairs and pseudo-labels are stored as the very token ids that were sampled, which
 are trained on as they are.
 """
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,17 +27,16 @@ from typing import Any, TypeVar
 import torch
 
 from minidpost.data.example import Example
-from minidpost.errors import UserError
+from minidpost.errors import UserError, when_memory_runs_out
 from minidpost.models.hf_config import Model
 from minidpost.models.weights import load_model, open_tensors, save_model, save_tensors, tokenizer_files
-from minidpost.precision import sampling_dtype
 from minidpost.sampling import sampler
 from minidpost.sampling.generate import Sample, generate
 from minidpost.sampling.sampler import SamplingSettings
 from minidpost.selftraining.estimates import forward_flops, model_size, sampling_flops, training_flops
 from minidpost.selftraining.evaluation import greedy_accuracy, sampled_scores
 from minidpost.selftraining.run import Run
-from minidpost.selftraining.run_directory import Chunks
+from minidpost.selftraining.run_directory import Chunks, model_hash
 from minidpost.selftraining.selection import Candidates, jaccard, preference_pairs, pseudo_labels
 from minidpost.storage import read_json, read_jsonl, write_json, write_jsonl
 from minidpost.training.batching import TokenizedExample, drop_too_long, token_counts
@@ -56,7 +57,7 @@ def fine_tune(run: Run, iteration: int, labels: Path | None = None) -> None:
     name = f"iteration-{iteration}/sft"
     if run.directory.is_finished(name):
         return
-    with run.directory.stage(name) as stage:
+    with run.directory.stage(name) as stage, when_memory_runs_out(training_advice(run, name)):
         examples = labelled_examples(run) if labels is None else read_pseudo_labels(run, labels)
         examples = within_limits(run, examples, f"{iteration}/sft")
         model = load_model(run.base, device=run.device)
@@ -73,6 +74,21 @@ def fine_tune(run: Run, iteration: int, labels: Path | None = None) -> None:
 
         n_source, n_target = token_counts(examples)
         stage.metadata["flops"] = settings.epochs * training_flops(model_size(model), n_source, n_target)
+
+
+def training_advice(run: Run, name: str) -> str:
+    """What needs less memory in training: for the message where a stage runs out of it."""
+    return (
+        f"in {name} smaller --micro-batch-tokens (now {run.preset.micro_batch_tokens:,}) or --activation-checkpointing "
+        "need less, and the same command with them continues here"
+    )
+
+
+def sampling_advice(run: Run, name: str) -> str:
+    """What needs less memory in sampling and evaluation."""
+    return (
+        f"in {name} fewer --slots (now {run.preset.slots:,}) need less, and the same command with them continues here"
+    )
 
 
 def labelled_examples(run: Run) -> list[TokenizedExample]:
@@ -112,13 +128,17 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
     stage_name = f"iteration-{iteration}/{name}.jsonl"
     if run.directory.is_finished(stage_name):
         return
-    with run.directory.stage(stage_name) as stage:
+    with run.directory.stage(stage_name) as stage, when_memory_runs_out(sampling_advice(run, stage_name)):
         loaded = load_for_sampling(run, model)
         settings = run.sampling_settings(f"{iteration}/{name}")
 
-        # A chunk of samples depends on the chunk alone, so those that an interrupted run left need no sampling again.
+        # A chunk of samples depends on the chunk and the model alone (on the slots by rounding at most), so those that
+        # an interrupted run left need no sampling again.
         progress = run.directory.progress(stage_name)
-        chunks = Chunks(progress, stage_name, settings, n_samples, run.calculator, sampler.CHUNK)
+        without_slots = replace(settings, slots=1)
+        chunks = Chunks(
+            progress, stage_name, model_hash(model), without_slots, n_samples, run.calculator, run.dtype, sampler.CHUNK
+        )
         first_chunk = chunks.n_finished()
         generated = generate(
             loaded,
@@ -170,7 +190,7 @@ def candidates(run: Run, iteration: int, name: str) -> list[Candidates]:
 
 def load_for_sampling(run: Run, directory: Path) -> Model:
     """A model in the precision that sampling uses on this device."""
-    return load_model(directory, sampling_dtype(run.device), run.device)
+    return load_model(directory, run.sampling_dtype, run.device)
 
 
 # -- preferences ------------------------------------------------------------------------------------------------------
@@ -214,7 +234,7 @@ def compute_reference(run: Run, iteration: int, *, model: Path) -> None:
     name = f"iteration-{iteration}/reference.safetensors"
     if run.directory.is_finished(name):
         return
-    with run.directory.stage(name) as stage:
+    with run.directory.stage(name) as stage, when_memory_runs_out(training_advice(run, name)):
         pairs = within_limits(run, read_pairs(run, iteration), f"{iteration}/reference")
         reference_P2 = torch.empty(0, 2)
         flops = 0.0
@@ -234,7 +254,7 @@ def train_preferences(run: Run, iteration: int, *, model: Path) -> None:
     name = f"iteration-{iteration}/dpo"
     if run.directory.is_finished(name):
         return
-    with run.directory.stage(name) as stage:
+    with run.directory.stage(name) as stage, when_memory_runs_out(training_advice(run, name)):
         pairs = within_limits(run, read_pairs(run, iteration), f"{iteration}/dpo")
         policy = load_model(model, device=run.device)
         flops = 0.0
@@ -242,6 +262,11 @@ def train_preferences(run: Run, iteration: int, *, model: Path) -> None:
             with open_tensors(run.path(iteration) / "reference.safetensors") as file:
                 reference_P2 = file.get_tensor("reference_P2")
             settings = run.preset.dpo(len(pairs), run.seed)
+            if settings.steps < run.preset.dpo_steps:
+                run.directory.log(
+                    f"{iteration}/dpo: {settings.steps} steps instead of {run.preset.dpo_steps}, because {len(pairs)} "
+                    f"pairs are used in {run.preset.dpo_max_epochs} epochs at most (--dpo-max-epochs)"
+                )
             train_dpo(
                 policy,
                 pairs,
@@ -344,3 +369,34 @@ def pass_at_k(run: Run, iteration: int, model: Model, settings: SamplingSettings
         label=f"{iteration}/pass@{PASS_AT}",
     )
     return {f"pass_at_{k}": asdict(score) for k, score in passed.items()}
+
+
+# -- convergence ------------------------------------------------------------------------------------------------------
+
+
+def has_converged(run: Run, accuracies: Sequence[float]) -> bool:
+    """Whether to stop after the last of the iterations with these accuracies on dev, the warm-up's first.
+
+    That is where the best one is `patience` iterations old. A run that was stopped so, and is continued with more
+    iterations, goes on: it counts again from where it stopped.
+    """
+    patience = run.preset.patience
+    if patience is None:
+        return False
+    path = run.directory.path / "stopped.json"
+    stopped: Any = read_json(path) if path.is_file() else {"after": 0, "iterations": 0}
+    last = len(accuracies) - 1
+    if last < stopped["after"]:
+        return False
+    if last == stopped["after"]:  # here an earlier command stopped; one that asks for no more iterations stops again
+        return bool(run.preset.iterations <= stopped["iterations"])
+
+    best = max(range(len(accuracies)), key=lambda iteration: accuracies[iteration])  # the earliest in a tie
+    if last - max(best, stopped["after"]) < patience:
+        return False
+    write_json(path, {"after": last, "iterations": run.preset.iterations})
+    run.directory.log(
+        f"stopped after iteration {last}: dev accuracy has not risen above the {accuracies[best]:.1%} of iteration "
+        f"{best} for {patience} iterations (--patience); larger --iterations go on"
+    )
+    return True
