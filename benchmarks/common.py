@@ -42,6 +42,11 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
+def instruction_set() -> str:
+    """The widest vector instructions that torch uses on this processor, such as "AVX2"."""
+    return torch.backends.cpu.get_cpu_capability()
+
+
 def write_result(path: Path, title: str, paragraphs: list[str], is_whole: bool = True) -> None:
     """Write a result as Markdown, and print it if it is whole."""
     text = "\n\n".join([f"# {title}", *paragraphs]) + "\n"

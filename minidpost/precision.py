@@ -13,7 +13,11 @@ def default_device() -> str:
 
 
 def sampling_dtype(device: str) -> torch.dtype:
-    """The precision of weights in sampling and evaluation: bf16 on CUDA, fp32 elsewhere."""
+    """The precision of weights in sampling and evaluation: bf16 on CUDA, fp32 elsewhere.
+
+    [ours] The published code samples from Llama with bf16 weights too, but from T5 with fp32 weights under bf16
+    autocast; `--dtype fp32` is nearest to that, and slower.
+    """
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 

@@ -39,14 +39,14 @@ GROUPS: dict[str, dict[str, Flag]] = {
     "SFT": {
         "sft_epochs": Flag("epochs of each SFT"),
         "sft_examples_per_step": Flag("examples of an optimizer step of SFT"),
-        "sft_learning_rate": Flag("peak learning rate of SFT", low=0, high=1),
+        "sft_learning_rate": Flag("peak learning rate of SFT", low=1e-9, high=1),
         "sft_dropout": Flag("dropout in SFT (DPO has none); none: the rate in the model's config.json", 0, 0.99),
     },
     "DPO": {
         "dpo_steps": Flag("optimizer steps of each DPO, at most"),
         "dpo_max_epochs": Flag("epochs of each DPO at most, which shortens --dpo-steps where pairs are few"),
         "dpo_pairs_per_step": Flag("preference pairs of an optimizer step of DPO"),
-        "dpo_learning_rate": Flag("peak learning rate of DPO", low=0, high=1),
+        "dpo_learning_rate": Flag("peak learning rate of DPO", low=1e-9, high=1),
         "beta": Flag("β of the DPO loss: how strongly the model is held to the reference", low=1e-6, high=1e3),
     },
     "optimizer and lengths, of SFT and DPO": {
@@ -166,7 +166,7 @@ def check(name: str, value: Any) -> Any:
     flag = FLAGS[name]
     if bool in allowed:
         if not isinstance(value, bool):
-            raise ValueError(f"true or false is expected, found {value!r}")
+            raise ValueError(f"true or false is expected, found {value!r:.80}")
         return value
     is_none_allowed = type(None) in allowed
     if value is None and is_none_allowed:
@@ -177,7 +177,7 @@ def check(name: str, value: Any) -> Any:
     if not is_number or not flag.low <= value <= flag.high:
         kind = "a number" if float in allowed else "a whole number"
         none = ", or none" if is_none_allowed else ""
-        raise ValueError(f"{kind} from {flag.low:,g} to {flag.high:,g}{none} is expected, found {value!r}")
+        raise ValueError(f"{kind} from {flag.low:,} to {flag.high:,}{none} is expected, found {value!r:.80}")
     return value
 
 

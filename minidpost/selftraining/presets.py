@@ -156,7 +156,6 @@ TINY_T5 = replace(
 TINY_LLAMA = replace(TINY_T5, sft_epochs=16)  # it learns more slowly: dev 26.0 % after 16 epochs, 20.5 after 10
 
 # The preset of a model: the first row of its family with at least as many parameters.
-# The preset of a model: the first row of its family with at least as many parameters.
 PRESETS: dict[type[Config], list[tuple[float, Preset]]] = {
     T5Config: [
         (20e6, TINY_T5),

@@ -93,8 +93,8 @@ def tokenize(data: Data, template: Template, base: Path) -> TokenizedData:
 class Run:
     """A method, a base model, data and settings, and the directory in which the steps of the method leave their files.
 
-    `base` is f_θ's directory; `dtype` is one of DTYPES and that of weights in sampling and evaluation, None the one that
-    the device is fastest with; `checkpoint_minutes` says how often a training in progress is saved.
+    `base` is f_θ's directory; `dtype` (one of DTYPES) is that of the weights in sampling and evaluation, None the one
+    that the device is fastest with; `checkpoint_minutes` says how often a training in progress is saved.
     """
 
     directory: RunDirectory

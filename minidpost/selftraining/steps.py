@@ -36,7 +36,7 @@ from minidpost.sampling.sampler import SamplingSettings
 from minidpost.selftraining.estimates import forward_flops, model_size, sampling_flops, training_flops
 from minidpost.selftraining.evaluation import greedy_accuracy, sampled_scores
 from minidpost.selftraining.run import Run
-from minidpost.selftraining.run_directory import Chunks, model_hash
+from minidpost.selftraining.run_directory import Chunks, json_object, model_hash
 from minidpost.selftraining.selection import Candidates, jaccard, preference_pairs, pseudo_labels
 from minidpost.storage import read_json, read_jsonl, write_json, write_jsonl
 from minidpost.training.batching import TokenizedExample, drop_too_long, token_counts
@@ -80,15 +80,13 @@ def training_advice(run: Run, name: str) -> str:
     """What needs less memory in training: for the message where a stage runs out of it."""
     return (
         f"in {name} smaller --micro-batch-tokens (now {run.preset.micro_batch_tokens:,}) or --activation-checkpointing "
-        "need less, and the same command with them continues here"
+        "need less; the same command with them continues here"
     )
 
 
 def sampling_advice(run: Run, name: str) -> str:
     """What needs less memory in sampling and evaluation."""
-    return (
-        f"in {name} fewer --slots (now {run.preset.slots:,}) need less, and the same command with them continues here"
-    )
+    return f"in {name} fewer --slots (now {run.preset.slots:,}) need less; the same command with them continues here"
 
 
 def labelled_examples(run: Run) -> list[TokenizedExample]:
@@ -377,26 +375,27 @@ def pass_at_k(run: Run, iteration: int, model: Model, settings: SamplingSettings
 def has_converged(run: Run, accuracies: Sequence[float]) -> bool:
     """Whether to stop after the last of the iterations with these accuracies on dev, the warm-up's first.
 
-    That is where the best one is `patience` iterations old. A run that was stopped so, and is continued with more
-    iterations, goes on: it counts again from where it stopped.
+    That is where the best one is `patience` iterations old. A run that was stopped so goes on where a command asks for
+    more iterations or more patience: it counts again from where it stopped.
     """
     patience = run.preset.patience
     if patience is None:
         return False
     path = run.directory.path / "stopped.json"
-    stopped: Any = read_json(path) if path.is_file() else {"after": 0, "iterations": 0}
-    last = len(accuracies) - 1
-    if last < stopped["after"]:
-        return False
-    if last == stopped["after"]:  # here an earlier command stopped; one that asks for no more iterations stops again
-        return bool(run.preset.iterations <= stopped["iterations"])
+    stopped: dict[str, int] = {"after": 0, "iterations": 0, "patience": 0}
+    if path.is_file():
+        stopped |= json_object(path)
+    asks_for_more = run.preset.iterations > stopped["iterations"] or patience > stopped["patience"]
 
+    last = len(accuracies) - 1
+    if last <= stopped["after"]:
+        return last == stopped["after"] and not asks_for_more
     best = max(range(len(accuracies)), key=lambda iteration: accuracies[iteration])  # the earliest in a tie
     if last - max(best, stopped["after"]) < patience:
         return False
-    write_json(path, {"after": last, "iterations": run.preset.iterations})
+    write_json(path, {"after": last, "iterations": run.preset.iterations, "patience": patience})
     run.directory.log(
         f"stopped after iteration {last}: dev accuracy has not risen above the {accuracies[best]:.1%} of iteration "
-        f"{best} for {patience} iterations (--patience); larger --iterations go on"
+        f"{best} for {patience} iterations (--patience); with more --iterations or --patience the run goes on"
     )
     return True

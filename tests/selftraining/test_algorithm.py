@@ -5,6 +5,7 @@ is real.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -386,18 +387,91 @@ def test_rest_em_without_a_correct_sample_is_one_line(new_run, script):
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "done"),
+    ("accuracies", "patience", "done"),
     [
-        ((0.2, 0.3, 0.4, 0.5), [0, 1, 2, 3]),
-        ((0.2, 0.3, 0.3, 0.9), [0, 1, 2]),
-        ((0.2, 0.1, 0.5, 0.6), [0, 1]),
-        ((0.0, 0.0, 0.5, 0.6), [0, 1]),
+        ((0.2, 0.1, 0.1, 0.1), None, [0, 1, 2, 3]),  # as published: every iteration
+        ((0.2, 0.3, 0.4, 0.5), 1, [0, 1, 2, 3]),
+        ((0.2, 0.3, 0.3, 0.9), 1, [0, 1, 2]),
+        ((0.2, 0.1, 0.5, 0.6), 1, [0, 1]),
+        ((0.0, 0.0, 0.5, 0.6), 1, [0, 1]),
+        ((0.2, 0.1, 0.5, 0.6), 2, [0, 1, 2, 3]),
+        ((0.2, 0.1, 0.2, 0.6), 2, [0, 1, 2]),
     ],
 )
-def test_a_run_ends_at_its_limit_or_convergence(new_run, script, capsys, accuracies, done):
+def test_a_run_makes_its_iterations_or_has_patience(new_run, script, capsys, accuracies, patience, done):
     script({}, accuracies)
-    assert list(self_train(new_run("st", iterations=3))) == done
+    assert list(self_train(new_run("st", iterations=3, patience=patience))) == done
     assert ("stopped after iteration" in capsys.readouterr().out) == (len(done) < 4)
+
+
+def test_a_run_is_taken_further_by_more_iterations(new_run, script):
+    accuracies = (0.2, 0.1, 0.1, 0.1, 0.5, 0.4, 0.3)
+    script({}, accuracies)
+
+    def made(**changes) -> list[int]:
+        return list(self_train(new_run("st", **changes)))
+
+    assert made(iterations=1) == [0, 1]
+    assert made(iterations=2) == [0, 1, 2]  # a finished one
+    assert made(iterations=3, patience=3) == [0, 1, 2, 3]  # stopped here, as it would have ended
+    assert made(iterations=3, patience=3) == [0, 1, 2, 3]
+    assert made(iterations=6, patience=2) == [0, 1, 2, 3, 4, 5, 6]  # and a stopped one: it counts from there
+    assert made(iterations=6, patience=2) == [0, 1, 2, 3, 4, 5, 6]
+    assert made(iterations=6) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_stop_holds_for_the_same_command_alone(new_run, script):
+    script({}, (0.3, 0.2, 0.4, 0.5))
+    for _ in range(2):
+        assert list(self_train(new_run("st", iterations=3, patience=1))) == [0, 1]
+    assert list(self_train(new_run("st", iterations=3, patience=2))) == [0, 1, 2, 3]
+    assert list(self_train(new_run("st", iterations=3))) == [0, 1, 2, 3]
+
+
+def test_without_a_warm_up_the_base_is_sampled_from(new_run, script, monkeypatch, tiny_model_dir):
+    script({("1/samples-sft", TOM): ["Tom has 7.\n#### 7"]})
+    loaded = []
+    monkeypatch.setattr(steps, "load_model", lambda path, *rest, **more: loaded.append(path) or load_model(path))
+    run = new_run("rest-em", warm_up=False)
+    assert list(self_train(run)) == [0, 1]
+    assert loaded == [tiny_model_dir] * 3 + [run.path(1) / "sft"]
+    assert not (run.path(0) / "sft").exists()
+
+
+def test_samples_of_another_model_are_not_continued(new_run, monkeypatch, tiny_model_dir):
+    monkeypatch.setattr(sampler, "CHUNK", 2)
+    original = steps.generate
+
+    def killed(*arguments, **options):
+        for n_done, done in enumerate(original(*arguments, **options)):
+            if options["label"] == "1/samples-sft" and n_done == 5:
+                raise KeyboardInterrupt
+            yield done
+
+    monkeypatch.setattr(steps, "generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        list(self_train(new_run()))
+    first_chunks = []
+
+    def noting(*arguments, **options):
+        first_chunks.append(options["first_chunk"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(steps, "generate", noting)
+    run = new_run()
+    assert len(list(run.directory.progress("iteration-1/samples-sft.jsonl").iterdir())) == 2
+    # Made again, the DPO model may differ (on a GPU it does): here it is another one on purpose.
+    shutil.rmtree(run.path(1) / "dpo")
+    list(self_train(new_run(dpo_learning_rate=1e-2)))
+    assert first_chunks == [0]
+
+
+def test_fewer_epochs_of_dpo_than_steps_are_said(new_run, script, capsys):
+    script({})  # two pairs, as above
+    list(self_train(new_run(dpo_steps=50, dpo_pairs_per_step=1, dpo_max_epochs=4)))
+    assert "1/dpo: 8 steps instead of 50, because 2 pairs are used in 4 epochs at most" in capsys.readouterr().out
+    list(self_train(new_run(name="short", dpo_steps=3, dpo_pairs_per_step=96)))
+    assert "instead of" not in capsys.readouterr().out
 
 
 def test_a_finished_run_does_nothing_again(new_run, monkeypatch):
