@@ -20,7 +20,8 @@ labelled = mp.load_dataset("toy", "train")  # L: questions, answers and human ra
 pool = labelled + mp.load_dataset("toy", "unlabelled")[:200]  # U: questions and answers alone are used
 dev = mp.load_dataset("toy", "dev")
 
-preset = replace(mp.preset_for("tiny-t5", "t5", "dpo-st"), sft_epochs=8, dpo_steps=15)
+method = "dpo-st"
+preset = replace(mp.preset_for(base, method), sft_epochs=8, dpo_steps=15)
 questions = [example.question for example in pool]
 answers = [example.answer for example in pool]
 prompts = {question: tuple(template.prompt_ids(question)) for question in questions}
@@ -45,6 +46,13 @@ def candidates(model, n_samples, seed):
     return known
 
 
+def preference_pairs(of_question):
+    """The least similar pairs of one question's correct and incorrect rationales (equation 4)."""
+    return mp.preference_pairs(
+        of_question, max_similarity=preset.max_similarity, pairs_per_question=preset.pairs_per_question
+    )
+
+
 def dev_accuracy(model):
     return mp.greedy_accuracy(model, template, dev, preset.sampling(seed=0)).value
 
@@ -53,11 +61,11 @@ model = fine_tuned(list(gold.values()))  # line 1: warm-up, f_θ'
 print(f"SFT: {dev_accuracy(model):.1%} of dev")
 for iteration in range(1, 2):  # line 2: one round here, three in the paper
     known = candidates(model, preset.dpo_samples, seed=10 * iteration)  # line 3: y_w, y_l ~ f_θ' (y_w also from L)
-    pairs = [pair for of_question in known for pair in mp.preference_pairs(of_question)]  # equation 4
+    pairs = [pair for of_question in known for pair in preference_pairs(of_question)]  # equation 4
     dpo = preset.dpo(len(pairs), seed=1)
     reference_P2 = mp.reference_log_probabilities(model, pairs, micro_batch_tokens=dpo.micro_batch_tokens)
     mp.train_dpo(model, pairs, reference_P2, dpo)  # line 4: equation 5, f_θ' becomes f_θd
     known = candidates(model, preset.samples, seed=10 * iteration + 1)  # line 5: S ~ f_θd
-    labels = mp.pseudo_labels(known)  # lines 6 and 7: L ∪ S_α, correct samples and labelled rationales
+    labels = mp.pseudo_labels(known, mp.METHODS[method], preset)  # lines 6 and 7: L ∪ S_α, correct ones and gold
     model = fine_tuned([label for of_question in labels for label in of_question])  # line 8: the base again, not f_θd
     print(f"DPO-ST, iteration {iteration}: {dev_accuracy(model):.1%} of dev")

@@ -11,6 +11,7 @@ from minidpost.models.weights import load_model, load_template, save_model, toke
 from minidpost.sampling.generate import Sample, generate
 from minidpost.sampling.token_choice import SamplingSettings
 from minidpost.selftraining.evaluation import greedy_accuracy, sampled_scores
+from minidpost.selftraining.methods import METHODS, Method
 from minidpost.selftraining.presets import Preset, preset_for
 from minidpost.selftraining.selection import Candidates, preference_pairs, pseudo_labels
 from minidpost.text.calculator import evaluate_expression
@@ -23,9 +24,11 @@ from minidpost.training.sft import SFTSettings, train_sft
 from minidpost.version import __version__
 
 __all__ = [
+    "METHODS",
     "Candidates",
     "DPOSettings",
     "Example",
+    "Method",
     "PreferencePair",
     "Preset",
     "SFTSettings",

@@ -13,6 +13,8 @@ from minidpost.models.hub import find_model
 from minidpost.models.weights import load_model, load_template
 from minidpost.sampling.generate import Sample, generate
 from minidpost.sampling.sampler import SamplingSettings
+from minidpost.selftraining.methods import METHODS
+from minidpost.selftraining.presets import TINY_T5
 from minidpost.selftraining.selection import Candidates, jaccard, preference_pairs, pseudo_labels
 from minidpost.storage import read_json
 from tools import make_walkthrough, update_links
@@ -75,11 +77,12 @@ def test_the_walkthroughs_selection_is_the_methods(record):
         before.add(Sample(**sample))
     for sample in record["samples_sft"]:
         after.add(Sample(**sample))
-    (pair,) = preference_pairs(before)
+    limits = {"max_similarity": TINY_T5.max_similarity, "pairs_per_question": TINY_T5.pairs_per_question}
+    (pair,) = preference_pairs(before, **limits)
     (line,) = record["pairs"]
     assert (list(pair.chosen.target_ids), list(pair.rejected.target_ids)) == (line["chosen_ids"], line["rejected_ids"])
     assert line["similarity"] == round(jaccard(pair.chosen, pair.rejected), 4)
-    ((label,),) = pseudo_labels([after])
+    ((label,),) = pseudo_labels([after], METHODS["dpo-st"], TINY_T5)
     assert [list(label.target_ids)] == [row["token_ids"] for row in record["pseudo_labels"]]
 
 

@@ -24,7 +24,8 @@ from minidpost.models.hub import find_model  # noqa: E402
 from minidpost.models.weights import load_model, load_template  # noqa: E402
 from minidpost.sampling.generate import generate  # noqa: E402
 from minidpost.sampling.sampler import SamplingSettings  # noqa: E402
-from minidpost.selftraining.selection import MAX_SIMILARITY, jaccard  # noqa: E402
+from minidpost.selftraining.presets import TINY_T5  # noqa: E402
+from minidpost.selftraining.selection import jaccard  # noqa: E402
 from minidpost.storage import read_json, read_jsonl, write_json  # noqa: E402
 from minidpost.text.calculator import evaluate_expression  # noqa: E402
 from minidpost.text.grading import extract_answer, is_correct  # noqa: E402
@@ -236,7 +237,7 @@ def duplicates(samples: list[dict], first: dict) -> str:
     for sample in samples:
         if not sample["is_correct"] and sample is not first:
             similarity = jaccard(*(TokenizedExample((), tuple(s["token_ids"])) for s in (sample, first)))
-            verdict = "near-duplicate, left out" if similarity > MAX_SIMILARITY else "stays"
+            verdict = "near-duplicate, left out" if similarity > TINY_T5.max_similarity else "stays"
             lines.append(f"| {sample['sample_index']} | {similarity:.3f} | {verdict} |")
     return "\n".join(lines)
 

@@ -54,9 +54,7 @@ class Preset:
     top_p: float = 1.0  # [paper] its text names none
     max_new_tokens: int = 300  # [paper]
     # selection
-    max_similarity: float = (
-        0.7  # [paper] section 4.2: Jaccard similarity above which two rationales are near-duplicates
-    )
+    max_similarity: float = 0.7  # [paper] section 4.2: rationales of a higher Jaccard similarity are near-duplicates
     pairs_per_question: int = 3  # [code]
     label_percentile: float | None = 90  # [code] pseudo-labels of a question: at most this percentile of the counts
     label_cap: int | None = None  # [code] and at most so many

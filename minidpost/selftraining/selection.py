@@ -2,24 +2,28 @@
 
 The rules are the paper's where its text gives them and the published code's where only that does: near-duplicates are
 completions whose sets of token ids overlap by more than 0.7 (Jaccard); a question's preference pairs are the 3 least
-similar (chosen, rejected); a question's pseudo-labels are capped at the 90th percentile of the counts. Departures: gold
-rationales and samples are compared and stored as token ids, so nothing is formatted twice; where the published code
-shuffled before it chose, the order here is gold, then the samples as they were added (the newest iteration's first), so
-a choice can be repeated.
+similar (chosen, rejected); a question's pseudo-labels are capped at the 90th percentile of the counts. The numbers are
+in presets.py, what other methods do instead in methods.py. Departures: gold rationales and samples are compared and
+stored as token ids, so nothing is formatted twice; where the published code shuffled before it chose, the order here is
+gold, then the samples as they were added (the newest iteration's first), so a choice can be repeated.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from random import Random
 
 import numpy as np
 
 from minidpost.sampling.generate import Sample
+from minidpost.selftraining.methods import Method
+from minidpost.selftraining.presets import Preset
+from minidpost.text.calculator import evaluate_expression
 from minidpost.training.batching import TokenizedExample
 from minidpost.training.dpo import PreferencePair
+from minidpost.training.optim import derived_seed
 
-MAX_SIMILARITY = 0.7  # [paper] section 4.2
-PAIRS_PER_QUESTION = 3  # [code]
-PERCENTILE = 90  # [code]
+ANNOTATION = re.compile(r"<<([^<>]*)>>")
 
 
 @dataclass
@@ -33,6 +37,8 @@ class Candidates:
     gold: TokenizedExample | None = None
     correct: list[TokenizedExample] = field(default_factory=list)
     incorrect: list[TokenizedExample] = field(default_factory=list)
+    # The text of each correct sample, in GSM8K's form: the same ids always stand for the same text.
+    completions: dict[TokenizedExample, str] = field(default_factory=dict, repr=False, compare=False)
 
     def add(self, sample: Sample) -> None:
         """Sort a graded sample in; a correct one that was cut is neither correct nor incorrect."""
@@ -41,15 +47,14 @@ class Candidates:
             self.incorrect.append(example)
         elif sample.finish_reason == "stop":
             self.correct.append(example)
+            self.completions[example] = sample.completion
 
-    def chosen(self) -> list[TokenizedExample]:
-        """What may be preferred: the gold rationale and the correct samples, without near-duplicates."""
-        gold = [self.gold] if self.gold is not None else []
-        return without_near_duplicates([*gold, *self.correct])
+    def gold_and_correct(self) -> list[TokenizedExample]:
+        """The human rationale, where there is one, and the correct samples."""
+        return self.correct if self.gold is None else [self.gold, *self.correct]
 
-    def rejected(self) -> list[TokenizedExample]:
-        """What may be dispreferred: the incorrect samples, without near-duplicates."""
-        return without_near_duplicates(self.incorrect)
+
+# -- duplicates -------------------------------------------------------------------------------------------------------
 
 
 def jaccard(a: TokenizedExample, b: TokenizedExample) -> float:
@@ -59,34 +64,105 @@ def jaccard(a: TokenizedExample, b: TokenizedExample) -> float:
     return len(a_ids & b_ids) / len(a_ids | b_ids) if a_ids or b_ids else 1.0
 
 
-def without_near_duplicates(rationales: Iterable[TokenizedExample]) -> list[TokenizedExample]:
-    """Each rationale that is not too similar to one that remained before it."""
+def without_near_duplicates(rationales: Iterable[TokenizedExample], max_similarity: float) -> list[TokenizedExample]:
+    """Each rationale that is not more similar than `max_similarity` to one that remained before it (DPO-ST, 4.2)."""
     remaining: list[TokenizedExample] = []
     for rationale in dict.fromkeys(rationales):
-        if all(jaccard(rationale, earlier) <= MAX_SIMILARITY for earlier in remaining):
+        if all(jaccard(rationale, earlier) <= max_similarity for earlier in remaining):
             remaining.append(rationale)
     return remaining
 
 
-def preference_pairs(candidates: Candidates) -> list[PreferencePair]:
-    """The least similar pairs of one question (equation 4), at most PAIRS_PER_QUESTION; none without a rejected one."""
-    pairs = [PreferencePair(chosen, rejected) for chosen in candidates.chosen() for rejected in candidates.rejected()]
+def equations(completion: str) -> tuple[str, ...]:
+    """The calculator annotations of a rationale in their order, without spaces: ("48/2=24", "48+24=72").
+
+    By such lists RFT tells rationales apart, whatever words surround them; `3+4=7` and `4+3=7` are two equations, and
+    another order is another list (Yuan et al. 2023, section 3.3).
+    """
+    return tuple("".join(annotation.split()) for annotation in ANNOTATION.findall(completion))
+
+
+def has_right_calculations(completion: str) -> bool:
+    """Whether both sides of each equation of a rationale have one value, to two decimals, as the calculator prints it.
+
+    What the calculator cannot evaluate counts as wrong, an annotation without `=` included, as in RFT's code.
+    """
+    for equation in equations(completion):
+        left, _, right = equation.partition("=")
+        value = evaluate_expression(left)
+        if value is None or value != evaluate_expression(right):
+            return False
+    return True
+
+
+# -- preference pairs -------------------------------------------------------------------------------------------------
+
+
+def preference_pairs(candidates: Candidates, *, max_similarity: float, pairs_per_question: int) -> list[PreferencePair]:
+    """The least similar pairs of one question (equation 4), at most `pairs_per_question`; none without a rejected one.
+
+    Chosen are the human rationale and correct samples, rejected the incorrect ones, each without near-duplicates.
+    """
+    all_chosen = without_near_duplicates(candidates.gold_and_correct(), max_similarity)
+    all_rejected = without_near_duplicates(candidates.incorrect, max_similarity)
+    pairs = [PreferencePair(chosen, rejected) for chosen in all_chosen for rejected in all_rejected]
     pairs.sort(key=lambda pair: jaccard(pair.chosen, pair.rejected))  # stable: of equal ones those added first
-    return pairs[:PAIRS_PER_QUESTION]
+    return pairs[:pairs_per_question]
+
+
+# -- pseudo-labels ----------------------------------------------------------------------------------------------------
 
 
 def pseudo_labels(
-    questions: Sequence[Candidates], cap: int | None = None, with_gold: bool = True
+    questions: Sequence[Candidates], method: Method, preset: Preset, *, seed: int = 0
 ) -> list[list[TokenizedExample]]:
-    """The rationales to fine-tune on, a list for each question: gold first, then correct samples unlike those before.
+    """The rationales to fine-tune on, a list for each question, by a method's rules and with a preset's numbers.
 
-    `cap` is the most a question can have; None takes the 90th percentile of the counts. Without gold (ReST-EM), human
-    rationales neither enter nor count.
+    They are in the order of the candidates: gold, which counts towards the cap, then correct samples. Where the method
+    chooses at random under the cap, the choice depends on `seed`, the question's index and its own rationales alone.
     """
-    labels = []
-    for candidates in questions:
-        labels.append(candidates.chosen() if with_gold else without_near_duplicates(candidates.correct))
-    counts = [len(of_question) for of_question in labels if of_question]
-    if cap is None and counts:
-        cap = int(np.percentile(counts, PERCENTILE))
+    labels = [distinct_rationales(candidates, method, preset.max_similarity) for candidates in questions]
+    cap = cap_of_question([len(of_question) for of_question in labels], preset)
+    if method.is_cap_random:
+        return [random_part(of_question, cap, derived_seed(seed, index)) for index, of_question in enumerate(labels)]
     return [of_question[:cap] for of_question in labels]
+
+
+def distinct_rationales(candidates: Candidates, method: Method, max_similarity: float) -> list[TokenizedExample]:
+    """What a method may fine-tune on of one question: gold, if it has it, and the correct samples, without duplicates.
+
+    methods.py says what the rules are.
+    """
+    gold = [candidates.gold] if method.has_gold and candidates.gold is not None else []
+    samples = candidates.correct
+    if method.checks_calculations:
+        samples = [sample for sample in samples if has_right_calculations(candidates.completions[sample])]
+
+    if method.duplicates == "similarity":
+        return without_near_duplicates([*gold, *samples], max_similarity)
+    if method.duplicates == "equations":
+        first_with: dict[tuple[str, ...], TokenizedExample] = {}
+        for sample in samples:
+            first_with.setdefault(equations(candidates.completions[sample]), sample)
+        return [*gold, *first_with.values()]
+    return [*dict.fromkeys([*gold, *samples])]  # equal token ids
+
+
+def cap_of_question(counts: Sequence[int], preset: Preset) -> int | None:
+    """How many pseudo-labels a question may have: the smaller of the preset's two limits; None: as many as it has.
+
+    `counts` are the questions' own; those without any do not lower the percentile.
+    """
+    caps = [] if preset.label_cap is None else [preset.label_cap]
+    counts = [count for count in counts if count]
+    if counts and preset.label_percentile is not None:
+        caps.append(int(np.percentile(counts, preset.label_percentile)))
+    return min(caps, default=None)
+
+
+def random_part(rationales: list[TokenizedExample], n: int | None, seed: int) -> list[TokenizedExample]:
+    """`n` of the rationales, drawn at random, in the order they had; all where they are no more, or n is None."""
+    if n is None or len(rationales) <= n:
+        return rationales
+    chosen = Random(seed).sample(range(len(rationales)), n)
+    return [rationales[index] for index in sorted(chosen)]

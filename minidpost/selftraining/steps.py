@@ -35,12 +35,14 @@ from minidpost.sampling.generate import Sample, generate
 from minidpost.sampling.sampler import SamplingSettings
 from minidpost.selftraining.estimates import forward_flops, model_size, sampling_flops, training_flops
 from minidpost.selftraining.evaluation import greedy_accuracy, sampled_scores
+from minidpost.selftraining.methods import METHODS
 from minidpost.selftraining.run import Run
 from minidpost.selftraining.run_directory import Chunks, json_object, model_hash
 from minidpost.selftraining.selection import Candidates, jaccard, preference_pairs, pseudo_labels
 from minidpost.storage import read_json, read_jsonl, write_json, write_jsonl
 from minidpost.training.batching import TokenizedExample, drop_too_long, token_counts
 from minidpost.training.dpo import PreferencePair, reference_log_probabilities, train_dpo
+from minidpost.training.optim import derived_seed
 from minidpost.training.sft import train_sft
 
 PASS_AT = 10  # samples for a dev question, before and after each DPO
@@ -173,15 +175,17 @@ def read_samples(path: Path) -> Iterator[Sample]:
         yield Sample(**record)
 
 
-def candidates(run: Run, iteration: int, name: str) -> list[Candidates]:
+def candidates(run: Run, iteration: int, name: str, *, merges_iterations: bool = True) -> list[Candidates]:
     """Gold, correct and incorrect rationales of every question of the pool, from this and all earlier iterations.
 
-    The newest samples come first, so that of near-duplicates the newest remains.
+    The newest samples come first, so that of near-duplicates the newest remains. Without `merges_iterations` the
+    samples are those of this iteration alone.
     """
     questions = [example.question for example in run.data.pool]
     known = [Candidates(run.tokens.prompt_ids[question], run.tokens.gold.get(question)) for question in questions]
-    for earlier in range(iteration, 0, -1):
-        for sample in read_samples(run.path(earlier) / f"{name}.jsonl"):
+    first_iteration = 1 if merges_iterations else iteration
+    for sampled_in in range(iteration, first_iteration - 1, -1):
+        for sample in read_samples(run.path(sampled_in) / f"{name}.jsonl"):
             known[sample.example_index].add(sample)
     return known
 
@@ -202,7 +206,12 @@ def build_preference_pairs(run: Run, iteration: int) -> None:
     with run.directory.stage(name) as stage:
         records = []
         for example, of_question in zip(run.data.pool, candidates(run, iteration, "samples-dpo"), strict=True):
-            for pair in preference_pairs(of_question):
+            pairs = preference_pairs(
+                of_question,
+                max_similarity=run.preset.max_similarity,
+                pairs_per_question=run.preset.pairs_per_question,
+            )
+            for pair in pairs:
                 record = question_and_answer(example)
                 record["chosen"] = run.template.decode(pair.chosen.target_ids)
                 record["rejected"] = run.template.decode(pair.rejected.target_ids)
@@ -288,7 +297,7 @@ def train_preferences(run: Run, iteration: int, *, model: Path) -> None:
 
 
 def build_pseudo_labels(run: Run, iteration: int) -> Path:
-    """S_α ∪ L, from the samples-sft of this and all earlier iterations; ReST-EM leaves L out. The file's path.
+    """What the base is fine-tuned on, by the method's rules: S_α, from samples-sft, and L. Returns the file's path.
 
     UserError where there is nothing to fine-tune on.
     """
@@ -297,15 +306,17 @@ def build_pseudo_labels(run: Run, iteration: int) -> Path:
     if run.directory.is_finished(name):
         return path
     with run.directory.stage(name) as stage:
-        with_gold = run.method != "rest-em"
-        questions = candidates(run, iteration, "samples-sft")
-        labels = pseudo_labels(questions, run.preset.label_cap, with_gold)
+        method = METHODS[run.method]
+        questions = candidates(run, iteration, "samples-sft", merges_iterations=method.merges_iterations)
+        seed = derived_seed(run.seed, f"{iteration}/pseudo-labels")
+        labels = pseudo_labels(questions, method, run.preset, seed=seed)
         records = []
         for example, of_question, rationales in zip(run.data.pool, questions, labels, strict=True):
             for rationale in rationales:
                 record = question_and_answer(example)
                 record["rationale"] = run.template.decode(rationale.target_ids)
-                record["source"] = "gold" if with_gold and rationale == of_question.gold else "sample"
+                # A sample may have the very ids of the human rationale and yet be a sample, so `is` and not `==`.
+                record["source"] = "gold" if rationale is of_question.gold else "sample"
                 record["token_ids"] = rationale.target_ids
                 records.append(record)
         if not records:

@@ -22,7 +22,8 @@ from minidpost.selftraining import steps
 from minidpost.selftraining.algorithm import self_train
 from minidpost.selftraining.estimates import forward_flops, model_size, training_flops
 from minidpost.selftraining.evaluation import wilson
-from minidpost.selftraining.presets import METHOD_SETTINGS, Preset
+from minidpost.selftraining.methods import METHODS
+from minidpost.selftraining.presets import Preset
 from minidpost.selftraining.run import Data, Run, tokenize
 from minidpost.selftraining.run_directory import RunDirectory
 from minidpost.selftraining.selection import Candidates
@@ -66,7 +67,7 @@ def new_run(tmp_path, tiny_model_dir, tiny_template) -> Callable[..., Run]:
             directory=RunDirectory(tmp_path / name, {"method": method, "seed": seed}),
             base=tiny_model_dir,
             method=method,
-            preset=replace(PRESET, **(METHOD_SETTINGS[method] | {"samples": 2, "iterations": 1} | changes)),
+            preset=replace(PRESET, **{**METHODS[method].settings, "samples": 2, "iterations": 1, **changes}),
             data=data,
             template=tiny_template,
             tokens=tokenize(data, tiny_template, tiny_model_dir),
@@ -365,14 +366,37 @@ def test_rest_em_learns_from_samples_alone(new_run, script, tiny_template):
     assert run.directory.stages["iteration-1/pseudo-labels.jsonl"]["pseudo_labels"] == 2
 
 
-def test_rest_em_caps_the_samples_of_a_question(new_run, script):
-    script({("1/samples-sft", TOM): [f"{word}\n#### 7" for word in ("xyz", "Kuba", "Mhm", "Olé")]})
-    run = new_run("rest-em", samples=4, label_cap=2)
+def test_rest_em_takes_a_seeded_part_of_the_samples(new_run, script):
+    texts = [f"{i} and {j}.\n#### 7" for i in range(5) for j in range(6)]  # all of them near-duplicates
+    script({("1/samples-sft", TOM): texts, ("1/samples-sft", BEN): ["Ben has 12.\n#### 12"]})
+    drawn = []
+    for name, seed in (("first", 1), ("second", 1), ("other", 2)):
+        run = new_run("rest-em", name=name, seed=seed, samples=30)
+        list(self_train(run))
+        labels = records(run, "iteration-1/pseudo-labels.jsonl")
+        drawn.append([row["rationale"] for row in labels if row["question"] == TOM.question])
+    first, second, other = drawn
+    assert len(first) == len(other) == 10
+    assert first == [text for text in texts if text in first] != texts[:10]
+    assert first == second != other
+
+
+def test_rest_em_learns_from_its_last_iteration_alone(new_run, script):
+    old = ["First words, long ago.\n#### 12"]
+    new = ["Ben: 12 eggs.\n#### 12", "Ben: 12 eggs!\n#### 12", "Ben: 12 eggs.\n#### 12"]
+    script(
+        {
+            ("1/samples-sft", BEN): old,
+            ("2/samples-sft", BEN): new,
+            ("1/samples-sft", TOM): ["Tom has 7.\n#### 7"],
+        }
+    )
+    run = new_run("rest-em", iterations=2, samples=3)
     list(self_train(run))
-    assert [row["rationale"] for row in records(run, "iteration-1/pseudo-labels.jsonl")] == [
-        "xyz.\n#### 7",
-        "Kuba.\n#### 7",
-    ]
+    first, second = (records(run, f"iteration-{i}/pseudo-labels.jsonl") for i in (1, 2))
+    assert [row["rationale"] for row in first] == ["Tom has 7.\n#### 7", *old]
+    assert [row["rationale"] for row in second] == new[:2]  # near-duplicates stay, what is equal goes
+    assert {row["source"] for row in (*first, *second)} == {"sample"}
 
 
 def test_rest_em_without_a_correct_sample_is_one_line(new_run, script):
@@ -381,6 +405,27 @@ def test_rest_em_without_a_correct_sample_is_one_line(new_run, script):
     with pytest.raises(UserError, match="iteration 1: not one sample was correct"):
         list(self_train(run))
     assert not list(run.path(1).glob("*pseudo-labels*"))
+
+
+def test_rft_has_each_list_of_equations_once(new_run, script):
+    texts = [
+        "Ben has <<2*6=12>>12 eggs.\n#### 12",
+        "Two bags, six in each of them, so that makes <<2*6=12>>12.\n#### 12",  # other words, equal equations
+        "Ben has <<6*2=12>>12 eggs.\n#### 12",  # the same words, other equations
+        "Ben has <<2*6=13>>12 eggs.\n#### 12",  # a wrong calculation
+        *(f"Ben has <<{i}+{12 - i}=12>>12 eggs.\n#### 12" for i in range(10)),
+    ]
+    script({("1/samples-sft", BEN): texts, ("1/samples-sft", TOM): [TOM.rationale]})
+    run = new_run("rft", samples=len(texts))
+    list(self_train(run))
+    labels = records(run, "iteration-1/pseudo-labels.jsonl")
+    ben = [row for row in labels if row["question"] == BEN.question]
+    assert [row["rationale"] for row in ben] == [texts[0], texts[2], *texts[4:]]
+    # L's rationale joins the samples without being compared with them, even with one that is equal.
+    tom = [row for row in labels if row["question"] == TOM.question]
+    assert [row["source"] for row in tom] == ["gold", "sample"]
+    assert tom[0]["token_ids"] == tom[1]["token_ids"]
+    assert run.directory.stages["iteration-1/pseudo-labels.jsonl"]["pseudo_labels"] == 12 + 1
 
 
 # -- the end of a run, and its continuation ---------------------------------------------------------------------------

@@ -1,15 +1,20 @@
-"""The presets hold the paper's numbers, and say of every number where it is from."""
+"""The presets hold the paper's numbers, say of every number where it is from, and are found by the model itself."""
 
 import re
+import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 
+from minidpost.errors import UserError
 from minidpost.selftraining import presets
-from minidpost.selftraining.presets import LLAMA, METHOD_SETTINGS, METHODS, T5, TINY_LLAMA, TINY_T5, Preset, preset_for
+from minidpost.selftraining.methods import METHODS
+from minidpost.selftraining.presets import LLAMA, T5, TINY_LLAMA, TINY_T5, Preset, preset_for
 
-PAPER = {  # table 5 and section 4 of arXiv 2407.18248; the floor is the published code's
+WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
+
+PAPER = {  # table 5, sections 4 and 5 of arXiv 2407.18248; where they are silent, the published code
     "sft_examples_per_step": 96,
     "sft_epochs": 8,
     "sft_learning_rate": 3e-4,
@@ -28,8 +33,18 @@ PAPER = {  # table 5 and section 4 of arXiv 2407.18248; the floor is the publish
     "temperature": 0.7,
     "top_k": 0,
     "max_new_tokens": 300,
+    "top_p": 1.0,
+    "sft_dropout": None,
+    "max_similarity": 0.7,
+    "pairs_per_question": 3,
+    "label_percentile": 90,
     "label_cap": None,
     "iterations": 3,
+    "patience": None,
+    "warm_up": True,
+    "pass_at": 10,
+    "pass_questions": None,
+    "test_questions": None,
 }
 OURS = {"dpo_max_epochs", "micro_batch_tokens", "activation_checkpointing", "slots"}
 PAPER_LLAMA = PAPER | {  # the same table's columns for Llama, and K of its main results
@@ -43,6 +58,7 @@ PAPER_LLAMA = PAPER | {  # the same table's columns for Llama, and K of its main
     "max_source": 256,
     "max_target": 384,
     "samples": 10,
+    "sft_dropout": 0.1,
 }
 
 
@@ -60,26 +76,61 @@ def test_every_number_is_tagged():
     assert {name for name, tag in tags.items() if tag == "ours"} == OURS
 
 
-@pytest.mark.parametrize("model", ["flan-t5-small", "flan-t5-base", "flan-t5-large", "t5-large", "some/directory"])
-def test_other_models_get_their_familys_recipe(model):
-    assert preset_for(model, "t5", "dpo-st") == preset_for(model, "t5", "st") == T5
-    assert preset_for(model, "llama", "dpo-st") == LLAMA
+@pytest.mark.parametrize("model", ["flan-t5-small", "flan-t5-base", "flan-t5-large", "t5-large"])
+def test_t5_has_the_papers_recipe(shared, model):
+    directory = shared / "configs" / model
+    assert preset_for(directory, "dpo-st") == preset_for(directory, "st") == T5
 
 
-def test_bundled_models_have_presets_of_their_own():
-    assert preset_for("tiny-t5", "t5", "dpo-st") == TINY_T5 != T5
-    assert preset_for("tiny-llama", "llama", "dpo-st") == TINY_LLAMA != LLAMA
+@pytest.mark.parametrize(
+    "model", ["llama-7b", "Llama-2-7b-hf", "Meta-Llama-3-8B", "Llama-3.2-1B", "tinyllama-1.1b", "smollm2-135m"]
+)
+def test_llama_has_the_papers_recipe(shared, model):
+    assert preset_for(shared / "configs" / model, "dpo-st") == LLAMA
 
 
-def test_the_largest_t5_differs_in_memory_alone():
-    assert preset_for("flan-t5-xl", "t5", "st") == replace(T5, activation_checkpointing=True)
+def test_models_of_less_than_a_million_weights_have_presets_of_their_own():
+    assert preset_for(WEIGHTS / "tiny-t5", "dpo-st") == TINY_T5 != T5
+    assert preset_for(WEIGHTS / "tiny-llama", "dpo-st") == TINY_LLAMA != LLAMA
 
 
-def test_methods_change_what_their_papers_say():
-    assert METHODS == ("sft", "st", "dpo-st", "rft", "rest-em")
-    assert preset_for("flan-t5-base", "t5", "sft").iterations == 0
-    rft = preset_for("flan-t5-base", "t5", "rft")
-    assert (rft.iterations, rft.samples, rft.temperature, rft.label_cap) == (1, 100, 0.7, None)
-    rest_em = preset_for("flan-t5-base", "t5", "rest-em")
-    assert (rest_em.samples, rest_em.temperature, rest_em.top_k, rest_em.label_cap) == (32, 0.7, 40, 10)
-    assert METHOD_SETTINGS["st"] == METHOD_SETTINGS["dpo-st"] == {}
+def test_the_largest_t5_differs_in_memory_alone(shared):
+    assert preset_for(shared / "configs" / "flan-t5-xl", "st") == replace(T5, activation_checkpointing=True)
+
+
+def test_a_preset_does_not_depend_on_the_models_name(tmp_path, shared, monkeypatch):
+    monkeypatch.chdir(WEIGHTS.parent)
+    for path in ("weights/tiny-t5", "./weights/tiny-t5", "weights/../weights/tiny-t5/", WEIGHTS / "tiny-t5-sft"):
+        assert preset_for(path, "dpo-st") == TINY_T5
+    shutil.copytree(WEIGHTS / "tiny-t5", tmp_path / "flan-t5-xl")  # whose own preset differs
+    assert preset_for(tmp_path / "flan-t5-xl", "dpo-st") == TINY_T5
+    shutil.copytree(shared / "configs" / "flan-t5-xl", tmp_path / "tiny-t5")
+    assert preset_for(tmp_path / "tiny-t5", "dpo-st").activation_checkpointing
+
+
+def test_a_directory_without_a_model_is_a_users_error(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json here"):
+        preset_for(tmp_path, "dpo-st")
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}', encoding="utf-8")
+    with pytest.raises(UserError, match="model_type 'mamba' is not known"):
+        preset_for(tmp_path, "dpo-st")
+
+
+def test_methods_change_what_their_papers_say(shared):
+    model = shared / "configs" / "flan-t5-base"
+    assert [*METHODS] == ["sft", "st", "dpo-st", "rft", "rest-em"]
+    assert preset_for(model, "sft") == preset_for(model, "st") == preset_for(model, "dpo-st") == T5
+    assert preset_for(model, "rft") == replace(T5, iterations=1, samples=100, label_percentile=None)
+    rest_em = replace(T5, samples=32, top_k=40, label_cap=10, label_percentile=None)
+    assert preset_for(model, "rest-em") == rest_em
+    assert (rest_em.temperature, rest_em.iterations) == (0.7, 3)
+
+
+def test_methods_differ_by_their_rules_alone():
+    assert {name for name, method in METHODS.items() if not method.iterates} == {"sft"}
+    assert {name for name, method in METHODS.items() if method.has_dpo} == {"dpo-st"}
+    assert replace(METHODS["dpo-st"], has_dpo=False) == replace(METHODS["sft"], iterates=True) == METHODS["st"]
+    assert {name for name, method in METHODS.items() if not method.has_gold} == {"rest-em"}
+    assert {name for name, method in METHODS.items() if not method.merges_iterations} == {"rest-em"}
+    assert {name for name, method in METHODS.items() if method.checks_calculations} == {"rft"}
+    assert [METHODS[name].duplicates for name in ("st", "rft", "rest-em")] == ["similarity", "equations", "tokens"]
