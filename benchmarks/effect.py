@@ -9,9 +9,9 @@ Three parts, each continued where it was stopped; what they find lies in benchma
 Protocol, fixed before a test question was looked at. `explore` chooses settings by fresh questions alone: of the kind
 of the labelled set, in none of the toy world's splits, and by seeds of their own. `measure` runs train.py for every
 method and seed, all hyperparameters those of the model's preset but for the number of iterations, and grades greedy
-answers to test questions that nothing had seen: 2,500 of the kind of toy/test, and 500 of each kind out of domain. The
-main figure is the difference DPO-ST − ST after iteration 1, where both start from the same warm-up (same seed), so that
-the DPO step is all that differs; then after later iterations. Its interval is given twice: over the questions, for these
+answers to test questions that nothing had seen: 2,500 of the kind of toy/test, 500 of each kind out of domain. The main
+figure is the difference DPO-ST − ST after iteration 1, where both start from the same warm-up (same seed), so that the
+DPO step is all that differs; then after later iterations. Its interval is given twice: over the questions, for these
 seeds; and over the seeds as well, which is wider, and is what another seed may expect.
 """
 

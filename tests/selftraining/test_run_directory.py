@@ -76,6 +76,22 @@ def test_other_settings_are_refused_by_name(tmp_path, change, complaint):
     assert files_of(tmp_path) == before
 
 
+def test_settings_that_may_change_are_logged_and_written(tmp_path, capsys):
+    may_change = ["preset.slots"]
+    RunDirectory(tmp_path, {"seed": 1, "preset": {"slots": 64, "beta": 0.1}}, may_change=may_change)
+    RunDirectory(tmp_path, {"seed": 1, "preset": {"slots": 8, "beta": 0.1}}, may_change=may_change)
+    assert "continued with preset.slots = 8, which was 64" in capsys.readouterr().out
+    assert "preset.slots = 8" in (tmp_path / "log.txt").read_text()
+    assert json.loads((tmp_path / "config.json").read_text())["settings"]["preset"]["slots"] == 8
+    before = (tmp_path / "config.json").read_bytes()
+    for changed in ({"slots": 4, "beta": 0.2}, {"slots": 4}):  # with another difference nothing is written
+        with pytest.raises(UserError, match=r"preset\.beta = 0\.1"):
+            RunDirectory(tmp_path, {"seed": 1, "preset": changed}, may_change=may_change)
+    assert (tmp_path / "config.json").read_bytes() == before
+    RunDirectory(tmp_path, {"seed": 1, "preset": {"slots": 8, "beta": 0.1}}, may_change=may_change)
+    assert "continued" not in capsys.readouterr().out
+
+
 def test_other_directories_are_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for path in (tmp_path, tmp_path / "notes.txt"):
@@ -190,7 +206,7 @@ def test_a_run_has_one_process(tmp_path, other_process, fresh):
     RunDirectory(tmp_path / "run", SETTINGS, fresh)
 
 
-@pytest.mark.parametrize("found", [1, 2, 4, "3"])
+@pytest.mark.parametrize("found", [1, 2, 3, 5, "4"])
 def test_another_format_is_refused(tmp_path, found):
     RunDirectory(tmp_path, SETTINGS)
     config = json.loads((tmp_path / "config.json").read_text())
