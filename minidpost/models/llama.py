@@ -52,6 +52,7 @@ class LlamaConfig:
     max_positions: int = 2048  # carried from and to config.json; nothing here consults it
     attention_bias: bool = False
     mlp_bias: bool = False
+    dropout: float = 0.0  # a probability; what a Llama is trained with unless its `dropout` is set
     tied: bool = False
     bos_id: int = 1
     eos_id: int | tuple[int, ...] = 2
@@ -74,9 +75,11 @@ class CausalAttention:
     """Attention within a batch, in training: each position sees itself and those before it (a layers.Attendable).
 
     mask_B1TT is True where a query (next to last) may see a key (last); without it rows are taken to begin together.
+    `dropout` is the probability with which a weight of the softmax is dropped.
     """
 
     mask_B1TT: Tensor | None = None
+    dropout: float = 0.0
 
     def attend(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
         """What each query reads, (B, T, H, K)."""
@@ -85,6 +88,7 @@ class CausalAttention:
             k_BTGK.transpose(1, 2),
             v_BTGK.transpose(1, 2),
             self.mask_B1TT,
+            dropout_p=self.dropout,
             is_causal=self.mask_B1TT is None,
             enable_gqa=q_BTHK.shape[2] != k_BTGK.shape[2],
         )
@@ -187,11 +191,16 @@ class Stack(LayerStack):
 
 
 class Llama(nn.Module):
-    """The decoder-only model: `model(ids_BT, mask_BT) -> logits_BTV`."""
+    """The decoder-only model: `model(ids_BT, mask_BT) -> logits_BTV`.
+
+    `dropout`, in training mode, is the probability with which an attention weight is dropped: a Llama has no dropout
+    elsewhere. It is the config's until it is set; setting it leaves the config as it is.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
+        self.dropout = config.dropout
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.stack = Stack(config)
         self.head = None if config.tied else Linear(config.d_model, config.vocab_size, bias=False)
@@ -237,7 +246,7 @@ class Llama(nn.Module):
             position_BT = mask_BT.long().cumsum(1).sub(1).clamp(min=0)  # a row's first token is at position 0
 
         rotation = self.rotation(position_BT)
-        own = CausalAttention(mask_B1TT)
+        own = CausalAttention(mask_B1TT, self.dropout if self.training else 0.0)
         x_BTD = self.embedding(ids_BT)
         for layer in self.stack.layers:
             x_BTD = self.stack.run(layer, x_BTD, rotation, own)
@@ -258,7 +267,7 @@ class Llama(nn.Module):
 
     @torch.inference_mode()
     def new_cache(self, n_rows: int, max_prompt: int, max_new: int) -> KVCache:
-        """Room for `n_rows` sequences of at most `max_prompt` + `max_new` tokens."""
+        """Room for `n_rows` sequences of at most `max_prompt` + `max_new` tokens; eval mode begins."""
         self.eval()
         return KVCache(
             n_layers=self.config.n_layers,

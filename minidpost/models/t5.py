@@ -36,7 +36,7 @@ class T5Config:
     n_buckets: int = 32
     max_distance: int = 128
     norm_eps: float = 1e-6
-    dropout: float = 0.1
+    dropout: float = 0.1  # a probability; what a T5 is trained with unless its `dropout` is set
     pad_id: int = 0
     eos_id: int = 1
     start_id: int = 0
@@ -149,16 +149,15 @@ class FeedForward(nn.Module):
         self.gate = Linear(config.d_model, config.d_ff, bias=False) if config.gated else None
         self.up = Linear(config.d_model, config.d_ff, bias=False)
         self.down = Linear(config.d_ff, config.d_model, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, dropout: float) -> Tensor:
         """Each position by itself, (B, T, D) to (B, T, D)."""
         up_BTF = self.up(x_BTD)
         if self.gate is None:
             hidden_BTF = F.relu(up_BTF)
         else:
             hidden_BTF = F.gelu(self.gate(x_BTD), approximate="tanh") * up_BTF
-        y_BTD: Tensor = self.down(self.dropout(hidden_BTF))
+        y_BTD: Tensor = self.down(F.dropout(hidden_BTF, dropout))
         return y_BTD
 
 
@@ -171,12 +170,11 @@ class EncoderLayer(nn.Module):
         self.attention = SelfAttention(config)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BSD: Tensor, own: Attendable) -> Tensor:
+    def forward(self, x_BSD: Tensor, own: Attendable, dropout: float) -> Tensor:
         """One layer, (B, S, D) to (B, S, D); `own` are the source positions themselves."""
-        x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BSD), own))
-        x_BSD = x_BSD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BSD)))
+        x_BSD = x_BSD + F.dropout(self.attention(self.attention_norm(x_BSD), own), dropout)
+        x_BSD = x_BSD + F.dropout(self.feed_forward(self.feed_forward_norm(x_BSD), dropout), dropout)
         return x_BSD
 
 
@@ -191,15 +189,23 @@ class DecoderLayer(nn.Module):
         self.cross_attention = CrossAttention(config)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x_BTD: Tensor, own: Attendable, prompt: AttendablePrompt, encoded_QSD: Tensor | None = None
+        self,
+        x_BTD: Tensor,
+        own: Attendable,
+        prompt: AttendablePrompt,
+        encoded_QSD: Tensor | None = None,
+        dropout: float = 0.0,
     ) -> Tensor:
-        """One layer, (B, T, D) to (B, T, D); `own` are the target positions, encoded_QSD is None in decoding."""
-        x_BTD = x_BTD + self.dropout(self.self_attention(self.self_attention_norm(x_BTD), own))
-        x_BTD = x_BTD + self.dropout(self.cross_attention(self.cross_attention_norm(x_BTD), prompt, encoded_QSD))
-        x_BTD = x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
+        """One layer, (B, T, D) to (B, T, D); `own` are the target positions.
+
+        In decoding encoded_QSD is None, and there is no dropout.
+        """
+        x_BTD = x_BTD + F.dropout(self.self_attention(self.self_attention_norm(x_BTD), own), dropout)
+        read_BTD = self.cross_attention(self.cross_attention_norm(x_BTD), prompt, encoded_QSD)
+        x_BTD = x_BTD + F.dropout(read_BTD, dropout)
+        x_BTD = x_BTD + F.dropout(self.feed_forward(self.feed_forward_norm(x_BTD), dropout), dropout)
         return x_BTD
 
 
@@ -214,16 +220,20 @@ class Stack(LayerStack):
 
 
 class T5(nn.Module):
-    """The encoder-decoder: `model(source_BS, source_mask_BS, target_BT) -> logits_BTV`."""
+    """The encoder-decoder: `model(source_BS, source_mask_BS, target_BT) -> logits_BTV`.
+
+    `dropout`, in training mode, is the probability with which an embedding, a hidden unit, an attention weight or a
+    layer's addition is dropped. It is the config's until it is set; setting it leaves the config as it is.
+    """
 
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
+        self.dropout = config.dropout
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, EncoderLayer, config.n_encoder_layers)
         self.decoder = Stack(config, DecoderLayer, config.n_decoder_layers)
         self.head = None if config.tied else Linear(config.d_model, config.vocab_size, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
 
     @torch.no_grad()
     def initialise(self) -> "T5":
@@ -258,8 +268,8 @@ class T5(nn.Module):
         self, source_QS: Tensor, source_mask_QS: Tensor, target_BT: Tensor, row_B: Tensor | None = None
     ) -> Tensor:
         """Final hidden states, (B, T, D), which `logits` multiplies by the output matrix; arguments as `forward`'s."""
-        encoded_QSD = self.encode(source_QS, source_mask_QS)
-        dropout = self.config.dropout if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0
+        encoded_QSD = self.encode(source_QS, source_mask_QS, dropout)
 
         # A target position sees itself and those before it, with a bias that depends on the distance alone.
         position_T = torch.arange(target_BT.shape[1], device=target_BT.device)
@@ -272,12 +282,12 @@ class T5(nn.Module):
         source_bias_B11S = source_bias_Q11S if row_B is None else source_bias_Q11S.index_select(0, row_B)
         prompt = FullAttention(source_bias_B11S, dropout, row_B)
 
-        x_BTD = self.dropout(self.embedding(target_BT))
+        x_BTD = F.dropout(self.embedding(target_BT), dropout)
         for layer in self.decoder.layers:
-            x_BTD = self.decoder.run(layer, x_BTD, own, prompt, encoded_QSD)
-        return self.finish(x_BTD)
+            x_BTD = self.decoder.run(layer, x_BTD, own, prompt, encoded_QSD, dropout)
+        return self.finish(x_BTD, dropout)
 
-    def encode(self, source_BS: Tensor, source_mask_BS: Tensor) -> Tensor:
+    def encode(self, source_BS: Tensor, source_mask_BS: Tensor, dropout: float = 0.0) -> Tensor:
         """The encoder's output, (B, S, D)."""
         # Every source token sees every other, in both directions; the stack's one table serves all its layers.
         position_S = torch.arange(source_BS.shape[1], device=source_BS.device)
@@ -285,17 +295,16 @@ class T5(nn.Module):
         bucket_SS = relative_bucket(offset_SS, True, self.config.n_buckets, self.config.max_distance)
         bias_1HSS = self.encoder.relative_bias(bucket_SS).permute(2, 0, 1)[None]
         bias_BHSS = bias_1HSS.masked_fill(~source_mask_BS[:, None, None, :], -math.inf)
-        own = FullAttention(bias_BHSS, self.config.dropout if self.training else 0.0)
+        own = FullAttention(bias_BHSS, dropout)
 
-        x_BSD = self.dropout(self.embedding(source_BS))
+        x_BSD = F.dropout(self.embedding(source_BS), dropout)
         for layer in self.encoder.layers:
-            x_BSD = self.encoder.run(layer, x_BSD, own)
-        encoded_BSD: Tensor = self.dropout(self.encoder.norm(x_BSD))
-        return encoded_BSD
+            x_BSD = self.encoder.run(layer, x_BSD, own, dropout)
+        return F.dropout(self.encoder.norm(x_BSD), dropout)
 
-    def finish(self, x_BTD: Tensor) -> Tensor:
+    def finish(self, x_BTD: Tensor, dropout: float = 0.0) -> Tensor:
         """From the last decoder layer to the final hidden states, (B, T, D)."""
-        x_BTD = self.dropout(self.decoder.norm(x_BTD))
+        x_BTD = F.dropout(self.decoder.norm(x_BTD), dropout)
         # v1.0 shares one matrix between input and output; as an output it is too large by √D.
         return x_BTD * self.config.d_model**-0.5 if self.config.scaled else x_BTD
 
@@ -311,7 +320,7 @@ class T5(nn.Module):
 
     @torch.inference_mode()
     def new_cache(self, n_rows: int, max_prompt: int, max_new: int) -> T5Cache:
-        """Room for `n_rows` sequences of at most `max_prompt` source and `max_new` target tokens; dropout ends."""
+        """Room for `n_rows` sequences of at most `max_prompt` source and `max_new` target tokens; eval mode begins."""
         self.eval()
         weight = self.embedding.weight
         own = self._kv_cache(n_rows, max_new)

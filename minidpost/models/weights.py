@@ -1,8 +1,8 @@
 """Hugging Face directories in and out: config.json and safetensors, whole or in shards.
 
-Every shape is checked, and tensors that are missing or not expected (hf_config.py has their names) are refused by name.
-Weights are read one tensor at a time straight into place, so a model is never held twice. Pickles (*.bin) are not read:
-they can run code.
+Every shape is checked, and tensors that are missing or not expected (hf_config.py has their names) are refused by name,
+all before the first of them is read. Weights are read one tensor at a time straight into place, so a model is never
+held twice. Pickles (*.bin) are not read: they can run code.
 """
 
 import os
@@ -28,7 +28,7 @@ from minidpost.text.tokenizer import FILE_NAMES, load_tokenizer
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (*FILE_NAMES, "tokenizer_config.json")
-READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+READABLE_DTYPES = ("F32", "BF16", "F16")  # in the words of safetensors
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -39,11 +39,42 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
     type or setting we do not have, a tensor that is missing, unexpected, or of another shape. NaN or infinity among
     the weights is no error, but a warning that names the first such tensor.
     """
+    # 1) All that can be wrong but the values: names, shapes and types, of which the headers of the files know.
+    model, files = checked_files(Path(directory))
+
+    # 2) One tensor at a time from the disk to its place: read, cast, set.
+    not_finite = []
+    for path, our_names in files.items():
+        with open_tensors(path) as tensors:
+            for theirs, ours in our_names.items():
+                tensor = read_tensor(tensors, path, theirs)
+                if not is_finite(tensor):
+                    not_finite.append(f"{path}: tensor {theirs}")
+                set_parameter(model, ours, nn.Parameter(tensor.to(device, dtype)))
+    if not_finite:
+        warnings.warn(f"{not_finite[0]} holds NaN or infinity ({len(not_finite)} such in all)", stacklevel=2)
+    return model.eval()
+
+
+def check_weights(directory: str | Path) -> None:
+    """Refuse, before anything begins, a directory that `load_model` would refuse; no tensor is read.
+
+    UserError as `load_model`'s, for config.json, the index, the files' headers and lengths, and the names, shapes and
+    types of the tensors. What is left to find when they are read is NaN, a warning, and a disk that fails.
+    """
+    checked_files(Path(directory))
+
+
+def checked_files(directory: Path) -> tuple[Model, dict[Path, dict[str, str]]]:
+    """A model without memory for a directory's weights, and for each file the tensors to read: their name, our name.
+
+    Only config.json, the index and the headers of the files are read. UserError where one of them is missing or
+    broken, or where a tensor is missing, unexpected, or of another shape or type.
+    """
     # 1) Which tensors lie in which file, and what the model looks like.
-    directory = Path(directory)
-    files = tensor_files(directory)
+    names_of_file = tensor_files(directory)
     config = read_config(directory)
-    has_head = any("lm_head.weight" in names for names in files.values())
+    has_head = any("lm_head.weight" in names for names in names_of_file.values())
     if isinstance(config, T5Config) and not config.scaled and has_head:
         config = replace(config, tied=False)  # transformers 5 writes "tied" for every T5; the head on disk is the truth
 
@@ -52,28 +83,24 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
     model = empty_model(config)
     parameters = dict(model.named_parameters())
     missing = {theirs: ours for ours, theirs in mapping.names(config)}
-    not_finite = []
 
-    # 3) One tensor at a time from the disk to its place: read, check, cast, set.
-    for path, names in files.items():
+    # 3) Each tensor must have a place, and fit there.
+    files: dict[Path, dict[str, str]] = {}
+    for path, names in names_of_file.items():
+        files[path] = {}
         with open_tensors(path) as tensors:
             for theirs in names:
                 ours = missing.pop(theirs, None)
-                if ours is None:
-                    if not mapping.is_redundant(theirs, config):
-                        raise UserError(f"{path}: unexpected tensor {theirs}")
-                    continue
-                tensor = read_tensor(tensors, path, theirs, parameters[ours].shape)
-                if not is_finite(tensor):
-                    not_finite.append(f"{path}: tensor {theirs}")
-                set_parameter(model, ours, nn.Parameter(tensor.to(device, dtype)))
+                if ours is not None:
+                    check_tensor(tensors, path, theirs, parameters[ours].shape)
+                    files[path][theirs] = ours
+                elif not mapping.is_redundant(theirs, config):
+                    raise UserError(f"{path}: unexpected tensor {theirs}")
 
-    # 4) Every parameter must have come.
+    # 4) And each place a tensor.
     if missing:
         raise UserError(f"{directory}: missing tensor {min(missing)} ({len(missing)} missing in all)")
-    if not_finite:
-        warnings.warn(f"{not_finite[0]} holds NaN or infinity ({len(not_finite)} such in all)", stacklevel=2)
-    return model.eval()
+    return model, files
 
 
 def empty_model(config: Config) -> Model:
@@ -176,17 +203,26 @@ def is_plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and name.isprintable() and not set(name) & {"/", "\\", ":"}
 
 
-def read_tensor(tensors: safe_open, path: Path, name: str, shape: torch.Size) -> Tensor:
-    """One tensor of an open file, its shape checked before it is read; UserError where it does not fit."""
+def check_tensor(tensors: safe_open, path: Path, name: str, shape: torch.Size) -> None:
+    """UserError where a tensor of an open file has another shape, or a type that is not read; it is not read here."""
     try:
-        stored = tuple(tensors.get_slice(name).get_shape())
+        entry = tensors.get_slice(name)
+        stored = tuple(entry.get_shape())
         if stored != tuple(shape):
             raise UserError(f"{path}: tensor {name} has shape {stored}, {tuple(shape)} is expected")
+        if entry.get_dtype() not in READABLE_DTYPES:
+            dtype = entry[:0].dtype  # in torch's words
+            raise UserError(f"{path}: tensor {name} is {dtype}, fp32, bf16 or fp16 is expected")
+    except SafetensorError as error:
+        raise UserError(f"{path}: tensor {name} cannot be read ({error})") from None
+
+
+def read_tensor(tensors: safe_open, path: Path, name: str) -> Tensor:
+    """One tensor of an open file, as it is stored; UserError where the file is not what it was when it was checked."""
+    try:
         tensor: Tensor = tensors.get_tensor(name)
     except SafetensorError as error:
         raise UserError(f"{path}: tensor {name} cannot be read ({error})") from None
-    if tensor.dtype not in READABLE_DTYPES:
-        raise UserError(f"{path}: tensor {name} is {tensor.dtype}, fp32, bf16 or fp16 is expected")
     return tensor
 
 

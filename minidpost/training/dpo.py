@@ -18,7 +18,7 @@ There is no dropout, neither in the reference nor in training: it would make log
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -98,7 +98,8 @@ def train_dpo(
     its pairs of loss (equation 5), chosen_logp and rejected_logp (log π_θ of the completions, nats), margin
     (r(y_w) − r(y_l)) and accuracy (the fraction of pairs whose margin is positive), then lr, grad_norm (before
     clipping), n_tokens and tokens_per_second. With a `state`, the training goes on where an earlier one of the same
-    stage, settings, pairs and reference was stopped. UserError where the state's file is broken.
+    stage, settings (but for those that save memory), pairs and reference was stopped. UserError where the state's file
+    is broken.
     """
     if reference_P2.shape != (len(pairs), 2):
         raise ValueError(f"{len(pairs)} pairs, but reference log-probabilities of shape {tuple(reference_P2.shape)}")
@@ -108,7 +109,9 @@ def train_dpo(
     # Weights and AdamW's moments are those of a training that was stopped, if there was one.
     optimizer = adamw(model, settings.schedule)
     state = state or TrainingState()
-    state.restore(model, optimizer, stage, settings, pairs, tensor_sha256(reference_P2))
+    # A training that ran out of memory may go on with less: what saves memory is no part of which training it is.
+    identity = replace(settings, micro_batch_tokens=0, activation_checkpointing=False)
+    state.restore(model, optimizer, stage, identity, pairs, tensor_sha256(reference_P2))
 
     model.eval()  # no dropout
     if settings.activation_checkpointing:

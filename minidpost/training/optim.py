@@ -29,7 +29,9 @@ class Schedule:
         """The learning rate of step 0 … n_steps − 1."""
         n_warmup = math.ceil(self.warmup * n_steps)
         if step < n_warmup:
-            return self.learning_rate * (step + 1) / n_warmup  # the first step is not wasted on a rate of 0
+            # [ours] Hugging Face's schedule, the published code's, has step / n_warmup: a rate of 0 in the first step,
+            # which then changes nothing.
+            return self.learning_rate * (step + 1) / n_warmup
         progress = (step - n_warmup) / max(1, n_steps - n_warmup)
         cosine = (1 + math.cos(math.pi * progress)) / 2  # from 1 down to 0
         return self.learning_rate * (self.floor + (1 - self.floor) * cosine)

@@ -3,12 +3,15 @@
 Departure. Equation 2 is an expectation over examples of −Σ_t log f(y_t | x, y_<t), the sum over a rationale's tokens.
 Ours is the mean over all target tokens of the optimizer step: the same sum, divided by the step's number of tokens
 instead of its number of examples. So the size of a gradient does not depend on how long the rationales are, which
-clipping its norm takes for granted; and it is what transformers' models return as their loss.
+clipping its norm takes for granted; and it is what transformers' models return as their loss. [ours] The published code
+trains with Hugging Face's Trainer [code]: there each device takes the mean over its own target tokens, and the step the
+mean of these means, so that a token weighs more where its device's rationales are short. On one device, and without
+gradient accumulation, both are the same.
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,13 +38,15 @@ from minidpost.training.state import TrainingState
 class SFTSettings:
     """The hyperparameters of SFT, and two ways to save memory.
 
-    `micro_batch_tokens` bounds the padded tokens of a micro-batch; it changes results by rounding, and by which units
-    dropout hits. `activation_checkpointing` computes activations twice instead of keeping them.
+    `dropout` is the model's in this training, a probability; None: the one in its config (T5's dropout_rate, Llama's
+    attention_dropout). `micro_batch_tokens` bounds the padded tokens of a micro-batch; it changes results by rounding,
+    and by which units dropout hits. `activation_checkpointing` computes activations twice instead of keeping them.
     """
 
     epochs: int
     examples_per_step: int
     schedule: Schedule
+    dropout: float | None = None
     micro_batch_tokens: int = 16384
     activation_checkpointing: bool = False
     seed: int = 42
@@ -61,7 +66,7 @@ def train_sft(
     Dropout is on. The order of the examples and dropout are seeded by (seed, stage, step). The log at `log_path` has,
     for each optimizer step, loss (nats a target token), lr, grad_norm (before clipping), n_tokens and
     tokens_per_second (source and target). With a `state`, the training goes on where an earlier one of the same stage,
-    settings and examples was stopped. UserError where the state's file is broken.
+    settings (but for those that save memory) and examples was stopped. UserError where the state's file is broken.
     """
     # A plan of all optimizer steps; the last step of an epoch may be a short one.
     steps_per_epoch = -(-len(examples) // settings.examples_per_step)
@@ -72,9 +77,12 @@ def train_sft(
     # Weights and AdamW's moments are those of a training that was stopped, if there was one.
     optimizer = adamw(model, settings.schedule)
     state = state or TrainingState()
-    state.restore(model, optimizer, stage, settings, examples)
+    # A training that ran out of memory may go on with less: what saves memory is no part of which training it is.
+    identity = replace(settings, micro_batch_tokens=0, activation_checkpointing=False)
+    state.restore(model, optimizer, stage, identity, examples)
 
     model.train()  # dropout on
+    model.dropout = model.config.dropout if settings.dropout is None else settings.dropout
     if settings.activation_checkpointing:
         enable_activation_checkpointing(model)
     progress = tqdm(total=n_steps, initial=state.next_step, desc=stage, unit="step")

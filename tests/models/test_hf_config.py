@@ -16,7 +16,7 @@ from minidpost.errors import UserError
 from minidpost.models import weights
 from minidpost.models.hf_config import HF_MAPPINGS, model_type, read_config
 from minidpost.models.llama import LlamaConfig, RopeScaling
-from minidpost.models.weights import WEIGHTS, load_model, load_template, save_model, tokenizer_files
+from minidpost.models.weights import WEIGHTS, check_weights, load_model, load_template, save_model, tokenizer_files
 
 torch.set_num_threads(1)
 
@@ -40,9 +40,14 @@ def rewrite(directory: Path, change) -> None:
 
 
 def assert_refused(directory: Path, *words: str) -> None:
-    with pytest.raises(UserError) as refusal:
-        load_model(directory)
-    line = str(refusal.value)
+    """load_model and check_weights answer with the same line, which has all the words in it."""
+    lines = []
+    for refusing in (check_weights, load_model):
+        with pytest.raises(UserError) as refusal:
+            refusing(directory)
+        lines.append(str(refusal.value))
+    line = lines[0]
+    assert lines == [line, line]
     assert "\n" not in line and len(line) < 500
     for word in words:
         assert word in line, f"{word!r} not in {line!r}"
@@ -115,6 +120,7 @@ def test_absent_and_null_settings_have_transformers_defaults(saved):
     assert ours.d_head == theirs.head_dim == 8
     assert (ours.norm_eps, ours.rope_theta) == (theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"])
     assert (ours.tied, ours.attention_bias, ours.mlp_bias) == (False, theirs.attention_bias, theirs.mlp_bias)
+    assert ours.dropout == theirs.attention_dropout == 0
     assert (ours.max_positions, ours.bos_id, ours.eos_id) == (theirs.max_position_embeddings, 1, 2)
 
 
@@ -152,6 +158,9 @@ def test_both_ways_of_writing_rope_settings_are_read(saved):
         ("bos_token_id", -1),
         ("attention_bias", "yes"),
         ("max_position_embeddings", 10**12),
+        ("attention_dropout", 1.5),
+        ("attention_dropout", -0.1),
+        ("attention_dropout", "0.1"),
     ],
 )
 @pytest.mark.timeout(120)
@@ -208,8 +217,15 @@ def test_original_tokenizer_goes_to_the_root(saved, shared, tmp_path):
 
 def test_settings_beyond_the_shape_are_saved(tmp_path):
     config = replace(
-        LLAMA_SHAPES["plain"], norm_eps=1e-3, rope_theta=12345.0, bos_id=7, eos_id=(4, 5), max_positions=99
+        LLAMA_SHAPES["plain"],
+        norm_eps=1e-3,
+        rope_theta=12345.0,
+        bos_id=7,
+        eos_id=(4, 5),
+        max_positions=99,
+        dropout=0.25,
     )
     save_model(random_llama(config), tmp_path, [])
     assert load_model(tmp_path).config == config
+    assert transformers.AutoConfig.from_pretrained(tmp_path).attention_dropout == 0.25
     assert isinstance(config, LlamaConfig)

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from llama_oracle import LLAMA_SHAPES, hf_llama, left_padded, ragged, random_llama
 
 from minidpost.models.hf_config import llama_names, read_config
-from minidpost.models.llama import Llama, LlamaConfig
+from minidpost.models.llama import CausalAttention, Llama, LlamaConfig
 from minidpost.models.weights import empty_model
 from minidpost.training.batching import TokenizedExample, collate, pad
 from minidpost.training.losses import log_probabilities, sft_loss
@@ -171,6 +172,98 @@ def test_bf16_logits_are_near_and_finite():
     rounded = model.bfloat16()(ids_BT)
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_dropout_only_in_training():
+    model = random_llama(replace(LLAMA_SHAPES["grouped"], dropout=0.2))
+    ids_BT = torch.tensor(ragged([15, 15], model.config.vocab_size))
+    with torch.no_grad():
+        quiet_BTV = model(ids_BT)
+        assert torch.equal(model(ids_BT), quiet_BTV)
+        model.train()
+        torch.manual_seed(3)
+        noisy_BTV = model(ids_BT)
+        assert (noisy_BTV - quiet_BTV).abs().max() > 0.01
+        assert not torch.equal(model(ids_BT), noisy_BTV)
+        torch.manual_seed(3)
+        assert torch.equal(model(ids_BT), noisy_BTV)
+        assert torch.equal(model.eval()(ids_BT), quiet_BTV)
+
+
+@pytest.mark.parametrize("shape", ["plain", "grouped"])
+def test_dropout_of_0_equals_none_bit_for_bit(shape):
+    ids_BT = torch.tensor(ragged([15, 15], 80))
+    mask_BT = torch.arange(15) >= torch.tensor([0, 4])[:, None]
+    for mask in (None, mask_BT):
+        gradients = []
+        for is_training in (False, True):
+            model = random_llama(LLAMA_SHAPES[shape]).train(is_training)
+            model(ids_BT, mask).square().mean().backward()
+            gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+        assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_dropped_attention_is_undropped_attention_on_average(with_mask):
+    """Each number within six standard errors of the mean of 4,000 passes; the softmax weights tell the error."""
+    rate, n_passes = 0.25, 4000
+    generator = torch.Generator().manual_seed(0)
+    q_BTHK, k_BTGK, v_BTGK = (
+        torch.randn(2, 5, heads, 6, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)
+    )
+    mask_B1TT = torch.ones(5, 5, dtype=torch.bool).tril().expand(2, 1, 5, 5) if with_mask else None
+    expected_BTHK = CausalAttention(mask_B1TT).attend(q_BTHK, k_BTGK, v_BTGK)
+
+    torch.manual_seed(1)
+    total_BTHK = torch.zeros_like(expected_BTHK)
+    for _ in range(n_passes):
+        total_BTHK += CausalAttention(mask_B1TT, rate).attend(q_BTHK, k_BTGK, v_BTGK)
+
+    # A weight w is 0 with probability p, else w / (1 − p): its variance is w² p / (1 − p).
+    k_BTHK, v_BTHK = k_BTGK.repeat_interleave(2, 2), v_BTGK.repeat_interleave(2, 2)
+    score_BHTT = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BTHK) / 6**0.5
+    later_TT = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    weight_BHTT = score_BHTT.masked_fill(later_TT, -torch.inf).softmax(-1)
+    variance_BTHK = torch.einsum("bhts,bshk->bthk", weight_BHTT**2, v_BTHK**2) * rate / (1 - rate)
+    error_BTHK = (variance_BTHK / n_passes).sqrt()
+    assert ((total_BTHK / n_passes - expected_BTHK).abs() <= 6 * error_BTHK).all()
+    assert error_BTHK.min() > 0
+
+
+def test_prefill_and_decoding_have_no_dropout():
+    model = random_llama(replace(LLAMA_SHAPES["grouped"], dropout=0.5)).train()
+    cache = model.new_cache(1, 6, 2)
+    (first,) = model.prefill(cache, [0], [[5, 6, 7, 8, 9, 3]])
+    logits_1V = model.decode(cache, torch.tensor([first]))
+    expected_V = random_llama(LLAMA_SHAPES["grouped"])(torch.tensor([[5, 6, 7, 8, 9, 3]]))[0, -1]
+    assert_close(logits_1V[0], expected_V)
+
+
+def test_dropout_is_where_transformers_has_it(monkeypatch):
+    """The attention weights of every layer, and nothing else."""
+    model = random_llama(replace(LLAMA_SHAPES["grouped"], dropout=0.2)).train()
+    twin = hf_llama(model).train()
+    ids_BT = torch.tensor(ragged([9, 9], model.config.vocab_size))
+    dropped = []
+    plain_dropout, plain_attention = F.dropout, F.scaled_dot_product_attention
+
+    def dropout(x, p=0.5, training=True, inplace=False):
+        if training and p > 0:
+            dropped.append((tuple(x.shape), p))
+        return plain_dropout(x, p, training, inplace)
+
+    def attention(q, k, v, attn_mask=None, dropout_p=0.0, **options):
+        if dropout_p > 0:
+            dropped.append(((*q.shape[:-1], k.shape[-2]), dropout_p))
+        return plain_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, **options)
+
+    monkeypatch.setattr(F, "dropout", dropout)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    model(ids_BT)
+    ours = sorted(dropped)
+    dropped.clear()
+    twin(ids_BT)
+    assert ours == sorted(dropped) == [((2, 6, 9, 9), 0.2)] * model.config.n_layers
 
 
 def test_a_llama_has_no_start_id():

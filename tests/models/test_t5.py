@@ -124,6 +124,20 @@ def test_dropout_only_in_training():
         assert torch.equal(model.eval()(*batch), quiet_BTV)
 
 
+def test_dropout_may_be_set_beside_the_config():
+    batch = random_batch(SHAPES["gated-untied"], [6, 9], 5)
+    results = []
+    for from_config, afterwards in ((0.3, None), (0.0, 0.3), (0.3, 0.0), (0.0, None)):
+        model = random_t5(replace(SHAPES["gated-untied"], dropout=from_config)).train()
+        model.dropout = model.dropout if afterwards is None else afterwards
+        torch.manual_seed(3)
+        results.append(model(*batch))
+        assert model.config.dropout == from_config
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[2], results[3])
+    assert not torch.equal(results[0], results[2])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dropout_is_where_transformers_has_it(shape, monkeypatch):
     """Both drop the same shapes equally often: embeddings, attention weights, feed-forward, residuals, the end."""

@@ -1,6 +1,7 @@
-"""What load_model refuses, each in one line that names the file and what is wrong in it."""
+"""What load_model and check_weights refuse, each in one line that names the file and what is wrong in it."""
 
 import json
+import os
 import shutil
 import tracemalloc
 import warnings
@@ -12,7 +13,11 @@ from safetensors.torch import load_file, save_file
 from t5_oracle import SHAPES, random_t5
 
 from minidpost.errors import UserError
-from minidpost.models.weights import INDEX, WEIGHTS, load_model, save_model, write_tensors
+from minidpost.models import weights
+from minidpost.models.hf_config import config_json, llama_names
+from minidpost.models.llama import LlamaConfig
+from minidpost.models.weights import INDEX, WEIGHTS, check_weights, empty_model, load_model, save_model, write_tensors
+from minidpost.storage import write_json
 
 torch.set_num_threads(1)
 SHAPE = "gated-untied"
@@ -45,10 +50,14 @@ def sharded(saved) -> Path:
 
 
 def assert_refused(directory: Path, *words: str) -> None:
-    """One line that has all the words in it."""
-    with pytest.raises(UserError) as refusal:
-        load_model(directory)
-    line = str(refusal.value)
+    """load_model and check_weights answer with the same line, which has all the words in it."""
+    lines = []
+    for refusing in (check_weights, load_model):
+        with pytest.raises(UserError) as refusal:
+            refusing(directory)
+        lines.append(str(refusal.value))
+    line = lines[0]
+    assert lines == [line, line]
     assert "\n" not in line and len(line) < 500
     for word in words:
         assert word in line, f"{word!r} not in {line!r}"
@@ -305,6 +314,39 @@ def test_a_shard_may_be_a_link(sharded, tmp_path):
     shard.rename(tmp_path / "blob")
     shard.symlink_to(tmp_path / "blob")
     load_model(sharded)
+
+
+@pytest.mark.parametrize("directory", ["saved", "sharded"])
+def test_checking_reads_no_tensor(request, monkeypatch, directory):
+    path = request.getfixturevalue(directory)
+
+    def read(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(weights, "read_tensor", read)
+    check_weights(path)
+    with pytest.raises(AssertionError):
+        load_model(path)
+
+
+def test_a_model_of_many_gigabytes_is_checked(tmp_path):
+    """A file whose header is true and whose tensors are a hole of 13 GB, which takes no room on the disk."""
+    config = LlamaConfig(32000, 4096, 11008, 32, n_heads=32, n_kv_heads=32, d_head=128)
+    write_json(tmp_path / "config.json", config_json(config, torch.float16))
+    parameters = dict(empty_model(config).named_parameters())
+    header = {}
+    n_bytes = 0
+    for ours, theirs in llama_names(config):
+        begin, n_bytes = n_bytes, n_bytes + 2 * parameters[ours].numel()
+        header[theirs] = entry(list(parameters[ours].shape), begin, n_bytes, "F16")
+    path = tmp_path / WEIGHTS
+    hostile_file(path, header, n_bytes=0)
+    n_header = path.stat().st_size
+    os.truncate(path, n_header + n_bytes)
+    assert n_bytes > 13e9
+    check_weights(tmp_path)
+    os.truncate(path, n_header + n_bytes - 1)
+    assert_refused(tmp_path, str(path), "not a whole safetensors file")
 
 
 def test_a_finite_model_is_loaded_without_a_warning(saved):

@@ -54,9 +54,10 @@ def assert_equal(found: dict, expected: dict) -> None:
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
-def tiny_llama() -> Llama:
+def tiny_llama(dropout: float = 0.0) -> Llama:
     torch.manual_seed(0)
-    return Llama(LlamaConfig(30, 16, 24, 2, n_heads=4, n_kv_heads=2, d_head=4)).initialise().double()
+    config = LlamaConfig(30, 16, 24, 2, n_heads=4, n_kv_heads=2, d_head=4, dropout=dropout)
+    return Llama(config).initialise().double()
 
 
 def log_probability(model: T5 | Llama, sequence: TokenizedExample) -> torch.Tensor:
@@ -103,7 +104,7 @@ def test_at_first_losses_are_ln_2_and_margins_0(family, tmp_path, monkeypatch):
 
     monkeypatch.setattr(dpo, "dpo_loss", recorded)
     settings = replace(SETTINGS, schedule=Schedule(0.0))  # a rate of zero: every step is the first
-    model = tiny(dropout=0.5).train() if family == "t5" else tiny_llama()
+    model = (tiny(dropout=0.5) if family == "t5" else tiny_llama(dropout=0.5)).train()
     train(model, pairs(20), settings, log_path=tmp_path / "log.jsonl")
     rows = list(read_log(tmp_path / "log.jsonl"))
     assert [row["loss"] for row in rows] == pytest.approx([LN2] * 5, abs=1e-6)
@@ -294,10 +295,11 @@ def test_same_seed_same_weights_bit_for_bit():
     assert not other_stage
 
 
-def test_there_is_no_dropout_whatever_mode_the_model_was_in():
+@pytest.mark.parametrize("make", [tiny, tiny_llama], ids=["t5", "llama"])
+def test_there_is_no_dropout_whatever_mode_the_model_was_in(make):
     results = []
     for dropout, training in ((0.0, False), (0.5, True), (0.5, False)):
-        model = tiny(dropout).train(training)
+        model = make(dropout).train(training)
         reference_P2 = reference_log_probabilities(model, pairs(8), micro_batch_tokens=60)
         model.train(training)
         train_dpo(model, pairs(8), reference_P2, SETTINGS)

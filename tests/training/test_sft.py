@@ -8,7 +8,10 @@ from random import Random
 import pytest
 import torch
 
+from minidpost.models.hf_config import Model
+from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.t5 import T5, T5Config
+from minidpost.models.weights import load_model, save_model
 from minidpost.training import sft
 from minidpost.training.batching import TokenizedExample, epoch_steps
 from minidpost.training.optim import Schedule, adamw, apply_step, derived_seed, read_log
@@ -25,6 +28,15 @@ def tiny(dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> T5:
     return T5(replace(CONFIG, dropout=dropout)).initialise().to(dtype)
 
 
+def tiny_llama(dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> Llama:
+    torch.manual_seed(0)
+    config = LlamaConfig(30, 16, 24, 2, n_heads=4, n_kv_heads=2, d_head=4, dropout=dropout)
+    return Llama(config).initialise().to(dtype)
+
+
+each_family = pytest.mark.parametrize("make", [tiny, tiny_llama], ids=["t5", "llama"])
+
+
 def examples(n: int, longest: int = 9) -> list[TokenizedExample]:
     """Ragged examples; ids include the padding id, targets end in EOS."""
     generator = Random(1)
@@ -32,7 +44,7 @@ def examples(n: int, longest: int = 9) -> list[TokenizedExample]:
     return [TokenizedExample(tuple(prompt), (*target, 1)) for prompt, target in zip(ids[::2], ids[1::2], strict=True)]
 
 
-def weights(model: T5) -> dict[str, torch.Tensor]:
+def weights(model: Model) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
 
@@ -90,10 +102,11 @@ def test_micro_batches_change_nothing():
     assert all((weight - start[name]).abs().max() > 1e-3 for name, weight in results[0].items())
 
 
-def test_activation_checkpointing_changes_nothing_even_with_dropout():
+@each_family
+def test_activation_checkpointing_changes_nothing_even_with_dropout(make):
     results = []
     for saves_memory in (False, True):
-        model = tiny(dropout=0.3, dtype=torch.float64)
+        model = make(dropout=0.3, dtype=torch.float64)
         train_sft(model, examples(12), replace(SETTINGS, activation_checkpointing=saves_memory))
         results.append(weights(model))
     for name, weight in results[0].items():
@@ -161,17 +174,45 @@ def test_same_seed_same_weights_bit_for_bit(dropout):
     assert not other_stage
 
 
-def test_dropout_is_on_while_training_and_off_afterwards(tmp_path):
+@each_family
+def test_dropout_is_on_while_training_and_off_afterwards(make, tmp_path):
     losses = []
     for dropout in (0.0, 0.5):
-        model = tiny(dropout).eval()
+        model = make(dropout).eval()
         train_sft(model, examples(4), replace(SETTINGS, epochs=1), log_path=tmp_path / "log.jsonl")
         losses.append(next(read_log(tmp_path / "log.jsonl"))["loss"])
         assert not any(module.training for module in model.modules())
     assert abs(losses[0] - losses[1]) > 1e-2
 
 
-def test_dropout_differs_from_step_to_step(tmp_path):
+@each_family
+def test_the_settings_may_have_another_dropout_than_the_config(make, tmp_path):
+    """It is that of one training: neither the config nor the next training has it."""
+    replaced, expected, none = make(0.5), make(0.2), make(0.0)
+    train_sft(replaced, examples(6), replace(SETTINGS, dropout=0.2))
+    train_sft(expected, examples(6), SETTINGS)
+    train_sft(none, examples(6), SETTINGS)
+    assert all(torch.equal(weight, weights(replaced)[name]) for name, weight in weights(expected).items())
+    assert not all(torch.equal(weight, weights(none)[name]) for name, weight in weights(expected).items())
+
+    save_model(replaced, tmp_path, [])
+    again = load_model(tmp_path)
+    assert again.config == replaced.config == make(0.5).config
+    for model in (replaced, again):
+        train_sft(model, examples(6), SETTINGS)
+    assert all(torch.equal(weight, weights(replaced)[name]) for name, weight in weights(again).items())
+
+
+@each_family
+def test_dropout_of_0_in_the_settings_is_none(make):
+    models = [make(0.5), make(0.0)]
+    for model in models:
+        train_sft(model, examples(6), replace(SETTINGS, dropout=0.0))
+    assert all(torch.equal(weight, weights(models[0])[name]) for name, weight in weights(models[1]).items())
+
+
+@each_family
+def test_dropout_differs_from_step_to_step(make, tmp_path):
     settings = SFTSettings(3, 1, Schedule(0.0), seed=7)  # a rate of zero: only dropout can change the loss
-    train_sft(tiny(dropout=0.5), examples(1), settings, log_path=tmp_path / "log.jsonl")
+    train_sft(make(dropout=0.5), examples(1), settings, log_path=tmp_path / "log.jsonl")
     assert len({row["loss"] for row in read_log(tmp_path / "log.jsonl")}) == 3

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from minidpost.errors import UserError
+from minidpost.models.hf_config import Model
+from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.t5 import T5, T5Config
 from minidpost.selftraining.run_directory import Chunks
 from minidpost.training import dpo, sft, state
@@ -27,9 +29,11 @@ DPO = DPOSettings(steps=8, pairs_per_step=3, schedule=Schedule(1e-2), micro_batc
 N_STEPS = 8 + 1  # of SFT: three epochs of seven examples
 
 
-def tiny() -> T5:
+def tiny(family: str = "t5") -> Model:
     torch.manual_seed(0)
-    return T5(T5Config(30, 16, 8, 24, 2, 1, 2, dropout=0.2)).initialise()
+    if family == "t5":
+        return T5(T5Config(30, 16, 8, 24, 2, 1, 2, dropout=0.2)).initialise()
+    return Llama(LlamaConfig(30, 16, 24, 2, n_heads=4, n_kv_heads=2, d_head=4, dropout=0.2)).initialise()
 
 
 def examples(n: int, seed: int = 1) -> list[TokenizedExample]:
@@ -46,8 +50,8 @@ def pairs(n: int) -> list[PreferencePair]:
 
 
 def dpo_against_itself(model, data, settings, **more) -> None:
-    """DPO as a run does it: the reference is computed from the model that is to be trained."""
-    reference_P2 = reference_log_probabilities(model, data, micro_batch_tokens=settings.micro_batch_tokens)
+    """DPO as a run does it: the reference is computed from the model that is to be trained, and then stays as it is."""
+    reference_P2 = reference_log_probabilities(model, data, micro_batch_tokens=DPO.micro_batch_tokens)
     train_dpo(model, data, reference_P2, settings, **more)
 
 
@@ -62,10 +66,11 @@ def ctrl_c_is_heard():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.fixture(params=LOOPS)
+@pytest.fixture(params=[(loop, family) for loop in LOOPS for family in ("t5", "llama")], ids="-".join)
 def train(request, monkeypatch, tmp_path):
     """Runs a loop, calling `at_step[step]()` before the step's update; gives weights and log without speeds."""
-    module, loop, data, settings, n_steps = LOOPS[request.param]
+    loop_name, family = request.param
+    module, loop, data, settings, n_steps = LOOPS[loop_name]
 
     def run(state: TrainingState | None, at_step: dict = {}, **changes):  # noqa: B006
         def with_events(model, optimizer, schedule, *, step, n_steps):
@@ -73,7 +78,7 @@ def train(request, monkeypatch, tmp_path):
             return apply_step(model, optimizer, schedule, step=step, n_steps=n_steps)
 
         monkeypatch.setattr(module, "apply_step", with_events)
-        model, log = tiny(), tmp_path / "log.jsonl"
+        model, log = tiny(family), tmp_path / "log.jsonl"
         items, stage = changes.pop("data", data), changes.pop("stage", "stage")
         loop(model, items, replace(settings, **changes), log_path=log, stage=stage, state=state)
         rows = [{name: value for name, value in row.items() if "second" not in name} for row in read_log(log)]
@@ -187,6 +192,36 @@ def test_the_state_of_something_else_is_not_used(train, path, change):
     with pytest.raises(KeyboardInterrupt):
         train(TrainingState(path), {4: lambda: send(signal.SIGINT)})
     assert same(train(TrainingState(path), **{change: other}), train(None, **{change: other}))
+
+
+@pytest.mark.parametrize("less", [{"micro_batch_tokens": 9}, {"activation_checkpointing": True}], ids="".join)
+def test_a_training_goes_on_with_less_memory(train, path, less):
+    whole = train(None)
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainingState(path), {4: lambda: send(signal.SIGINT)})
+    steps = []
+    record = {step: lambda step=step: steps.append(step) for step in range(99)}
+    _, rows = train(TrainingState(path), record, **less)
+    assert steps == list(range(5, train.n_steps))
+    assert rows[:5] == whole[1][:5]
+    # Other micro-batches do not make another learning rate the same training.
+    steps.clear()
+    train(TrainingState(path), record, **less, schedule=Schedule(2e-3))
+    assert steps == list(range(train.n_steps))
+
+
+def test_what_saves_memory_changes_only_rounding_of_the_rest(train, path):
+    """Without dropout: micro-batches change which units it hits."""
+    settings = {"dropout": 0.0} if train.module is sft else {}
+    whole = train(None, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainingState(path), {4: lambda: send(signal.SIGINT)}, **settings)
+    steps = []
+    record = {step: lambda step=step: steps.append(step) for step in range(99)}
+    resumed = train(TrainingState(path), record, **settings, micro_batch_tokens=9, activation_checkpointing=True)
+    assert steps[0] == 5
+    for row, expected in zip(resumed[1], whole[1], strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4, abs=1e-5)
 
 
 def test_a_broken_state_is_named(train, path):
