@@ -193,7 +193,7 @@ def prepare(name: str, plan: Plan, shared: Path, scratch: Path) -> Task:
         pool = [*labelled, *datasets.load("toy", "unlabelled")[: MAX_QUESTIONS - len(labelled)]]
         all_pairs = sampled_pairs(policy, pool, gold, template, preset)
     else:
-        all_pairs = stand_in_pairs(list(gold.values()))
+        all_pairs = stand_in_pairs(list(gold.values()), preset)
     if len(examples) < n_examples or len(all_pairs) < n_pairs:
         raise UserError(
             f"{name}: {n_examples} examples and {n_pairs} pairs are asked for, {source} has {len(gold)} and "
@@ -251,10 +251,10 @@ def sampled_pairs(
     )
     for sample in samples:
         known[sample.example_index].add(sample)
-    return [pair for candidates in known for pair in preference_pairs(candidates)]
+    return [pair for candidates in known for pair in pairs_of(candidates, preset)]
 
 
-def stand_in_pairs(gold: list[TokenizedExample]) -> list[PreferencePair]:
+def stand_in_pairs(gold: list[TokenizedExample], preset: Preset) -> list[PreferencePair]:
     """Pairs of real rationales where no model is at hand that could sample: see the head of this file."""
     random = Random(SEED)
     pairs = []
@@ -265,8 +265,15 @@ def stand_in_pairs(gold: list[TokenizedExample]) -> list[PreferencePair]:
             nearest = min(others, key=lambda ids, gold=sequence.target_ids: abs(len(ids) - len(gold)))
             same_grade = candidates.correct if random.random() < FRACTION_CORRECT else candidates.incorrect
             same_grade.append(TokenizedExample(sequence.prompt_ids, nearest))
-        pairs += preference_pairs(candidates)
+        pairs += pairs_of(candidates, preset)
     return pairs
+
+
+def pairs_of(candidates: Candidates, preset: Preset) -> list[PreferencePair]:
+    """The preference pairs of one question by the preset's numbers."""
+    return preference_pairs(
+        candidates, max_similarity=preset.max_similarity, pairs_per_question=preset.pairs_per_question
+    )
 
 
 # -- the peers --------------------------------------------------------------------------------------------------------
