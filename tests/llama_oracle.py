@@ -1,4 +1,4 @@
-"""Tiny Llamas with random weights, ours and transformers', for the tests of the model and the checkpoints."""
+"""Tiny Llamas and their like with random weights, ours and transformers', for the tests of model and checkpoints."""
 
 import torch
 import transformers
@@ -7,17 +7,55 @@ from minidpost.models.hf_config import llama_names, write_llama
 from minidpost.models.llama import Llama, LlamaConfig, RopeScaling
 
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_positions=64)
+HF_CLASSES = {
+    "llama": transformers.LlamaForCausalLM,
+    "qwen2": transformers.Qwen2ForCausalLM,
+    "qwen3": transformers.Qwen3ForCausalLM,
+    "mistral": transformers.MistralForCausalLM,
+}
+QWEN = {"norm_eps": 1e-6, "rope_theta": 1e6, "max_positions": 4096, "bos_id": None, "eos_id": 3}
 LLAMA_SHAPES = {
     "plain": LlamaConfig(97, 32, 48, 2, n_heads=4, n_kv_heads=4, d_head=8, norm_eps=1e-6, max_positions=4096),
     "grouped": LlamaConfig(89, 24, 40, 3, n_heads=6, n_kv_heads=2, d_head=10, tied=True, max_positions=4096),
     "one-kv-head-biases": LlamaConfig(
-        97, 21, 36, 2, n_heads=3, n_kv_heads=1, d_head=6, attention_bias=True, mlp_bias=True, max_positions=4096
+        97,
+        21,
+        36,
+        2,
+        n_heads=3,
+        n_kv_heads=1,
+        d_head=6,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        max_positions=4096,
     ),
     "llama3-rope": LlamaConfig(
         97, 32, 48, 2, n_heads=4, n_kv_heads=2, d_head=16, rope_theta=5e5, rope_scaling=LLAMA3, max_positions=4096
     ),
     "linear-rope": LlamaConfig(
         97, 32, 48, 2, n_heads=4, n_kv_heads=2, d_head=8, rope_scaling=RopeScaling("linear", 4.0), eos_id=(2, 5, 9)
+    ),
+    "smollm2": LlamaConfig(
+        97, 36, 56, 3, n_heads=9, n_kv_heads=3, d_head=4, rope_theta=1e5, tied=True, max_positions=8192
+    ),
+    "qwen2": LlamaConfig(
+        97, 28, 48, 2, n_heads=7, n_kv_heads=1, d_head=4, qkv_bias=True, tied=True, family="qwen2", **QWEN
+    ),
+    "qwen2-untied": LlamaConfig(
+        97, 24, 40, 3, n_heads=6, n_kv_heads=2, d_head=4, qkv_bias=True, family="qwen2", **QWEN
+    ),
+    "qwen3": LlamaConfig(
+        97, 20, 36, 2, n_heads=6, n_kv_heads=2, d_head=10, qk_norm=True, tied=True, family="qwen3", **QWEN
+    ),
+    "qwen3-untied": LlamaConfig(
+        97, 24, 40, 3, n_heads=3, n_kv_heads=3, d_head=16, qk_norm=True, family="qwen3", **(QWEN | {"eos_id": (7, 5)})
+    ),
+    "mistral": LlamaConfig(
+        97, 32, 48, 2, n_heads=4, n_kv_heads=2, d_head=16, rope_theta=1e6, max_positions=4096, family="mistral"
+    ),
+    "mistral-tied": LlamaConfig(
+        97, 30, 44, 2, n_heads=5, n_kv_heads=1, d_head=6, tied=True, eos_id=(2, 4), max_positions=4096, family="mistral"
     ),
 }
 
@@ -34,10 +72,11 @@ def random_llama(config: LlamaConfig, seed: int = 0) -> Llama:
     return model
 
 
-def hf_llama(model: Llama) -> transformers.LlamaForCausalLM:
-    """transformers' model with the weights of ours, in eval mode."""
-    config = transformers.LlamaConfig(**write_llama(model.config), attn_implementation="eager")
-    twin = transformers.LlamaForCausalLM(config).eval()
+def hf_llama(model: Llama) -> transformers.PreTrainedModel:
+    """transformers' model of the same family with the weights of ours, in eval mode."""
+    config = transformers.AutoConfig.for_model(**write_llama(model.config))
+    twin = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    assert type(twin) is HF_CLASSES[model.config.family]
     weights, twin_weights = dict(model.named_parameters()), dict(twin.named_parameters())
     with torch.no_grad():
         for ours, theirs in llama_names(model.config):

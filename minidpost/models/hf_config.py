@@ -23,7 +23,7 @@ ConfigT = TypeVar("ConfigT", T5Config, LlamaConfig)
 
 @dataclass(frozen=True)
 class HFMapping(Generic[ConfigT]):
-    """How one family is read from a Hugging Face directory and written into one (weights.py uses it).
+    """How a family is read from a Hugging Face directory and written into one (weights.py uses it).
 
     `read` and `write` turn the content of config.json into our settings and back (`read` raises KeyError or ValueError
     where something is missing or wrong); `names` gives every parameter as (our name, their name); `is_redundant` says
@@ -31,7 +31,6 @@ class HFMapping(Generic[ConfigT]):
     """
 
     model: Callable[[ConfigT], Model]
-    config: type[ConfigT]
     read: Callable[[dict[str, Any]], ConfigT]
     write: Callable[[ConfigT], dict[str, Any]]
     names: Callable[[ConfigT], Iterator[tuple[str, str]]]
@@ -40,7 +39,7 @@ class HFMapping(Generic[ConfigT]):
 
 def mapping_for(config: Config) -> HFMapping[Any]:
     """The mapping of a model's settings."""
-    return next(mapping for mapping in HF_MAPPINGS.values() if mapping.config is type(config))
+    return HF_MAPPINGS[config.family]
 
 
 def model_type(directory: str | Path) -> str:
@@ -54,9 +53,8 @@ def read_config(directory: str | Path) -> Config:
     """The config.json of a directory (or that file itself) as our own settings; UserError names what is wrong in it."""
     path, hf = config_file(Path(directory))
     mapping = HF_MAPPINGS[hf["model_type"]]
-    given = {key: value for key, value in hf.items() if value is not None}  # null stands for the default
     try:
-        config: Config = mapping.read(given)
+        config: Config = mapping.read(hf)
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]} is missing") from None
     except ValueError as error:
@@ -86,6 +84,11 @@ def config_json(config: Config, dtype: torch.dtype) -> dict[str, Any]:
 
 
 # -- single settings ---------------------------------------------------------------------------------------------------
+
+
+def without_nulls(hf: dict[str, Any]) -> dict[str, Any]:
+    """The settings that have a value: null is as good as absent."""
+    return {key: value for key, value in hf.items() if value is not None}
 
 
 def read_int(hf: dict[str, Any], key: str, low: int, high: int, default: int | None = None) -> int:
@@ -135,6 +138,7 @@ def read_t5(hf: dict[str, Any]) -> T5Config:
 
     KeyError: a size is missing. ValueError: a value that is out of bounds or that we do not have.
     """
+    hf = without_nulls(hf)
     feed_forward = hf.get("feed_forward_proj", "relu")
     if feed_forward not in ("relu", "gated-gelu"):
         raise ValueError(f"feed_forward_proj {feed_forward!r} is not known; known: relu, gated-gelu")
@@ -228,7 +232,59 @@ def is_redundant_in_t5(name: str, config: T5Config) -> bool:
     )
 
 
-# -- Llama -------------------------------------------------------------------------------------------------------------
+# -- Llama and its like ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LlamaFamily:
+    """In what a family of Llama's kind differs from the others.
+
+    `defaults` are the settings that config.json may leave out, as transformers fills them in; where it says null,
+    there is no such thing (sliding windows), or one that follows from others (the size of a head).
+    """
+
+    architecture: str  # transformers' class
+    defaults: dict[str, int]
+    has_bias_settings: bool = False  # `attention_bias` decides about all four projections of the attention
+    has_mlp_bias_setting: bool = False  # `mlp_bias` decides about those of the feed-forward
+    has_qkv_bias: bool = False  # always, and no bias elsewhere
+    has_qk_norm: bool = False
+    has_sliding_window: bool = False  # `sliding_window`, unless it is null
+    may_have_sliding_window: bool = False  # where `use_sliding_window` says so
+
+
+LLAMA_FAMILIES = {  # by config.json's model_type
+    "llama": LlamaFamily(
+        "LlamaForCausalLM",
+        {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+        has_bias_settings=True,
+        has_mlp_bias_setting=True,
+    ),
+    "qwen2": LlamaFamily(
+        "Qwen2ForCausalLM",
+        {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+        has_qkv_bias=True,
+        may_have_sliding_window=True,
+    ),
+    "qwen3": LlamaFamily(
+        "Qwen3ForCausalLM",
+        {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+        has_bias_settings=True,
+        has_qk_norm=True,
+        may_have_sliding_window=True,
+    ),
+    "mistral": LlamaFamily(
+        "MistralForCausalLM",
+        {
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        has_sliding_window=True,
+    ),
+}
 
 LLAMA_SIZES = {  # as T5_SIZES
     "vocab_size": ("vocab_size", 2, 2**20),
@@ -240,10 +296,12 @@ LLAMA_SIZES = {  # as T5_SIZES
 
 
 def read_llama(hf: dict[str, Any]) -> LlamaConfig:
-    """Llama's settings from the content of config.json, what is absent as transformers fills it in.
+    """The settings of a Llama or its like from the content of config.json, what is absent as transformers fills it in.
 
     KeyError: a size is missing. ValueError: a value that is out of bounds or that we do not have.
     """
+    family = LLAMA_FAMILIES[hf["model_type"]]
+    hf = without_nulls(family.defaults | hf)
     if hf.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act {hf['hidden_act']!r} is not known; known: silu")
     sizes = read_sizes(hf, LLAMA_SIZES)
@@ -257,11 +315,9 @@ def read_llama(hf: dict[str, Any]) -> LlamaConfig:
     rope = hf.get("rope_parameters", hf.get("rope_scaling", {}))  # transformers 5 has all in the former
     if not isinstance(rope, dict):
         raise ValueError(f"rope_scaling is {rope!r}, an object is expected")
-    eos = hf.get("eos_token_id", 2)  # Llama-3.1 has a list of several
-    eos_ids = [
-        read_int({"eos_token_id": eos_id}, "eos_token_id", 0, last_id)
-        for eos_id in (eos if isinstance(eos, list) else [eos])
-    ]
+    max_positions = read_int(hf, "max_position_embeddings", 1, 2**30)
+    check_full_attention(hf, family, max_positions)
+    attention_bias = family.has_bias_settings and read_bool(hf, "attention_bias", False)
     return LlamaConfig(
         vocab_size=sizes["vocab_size"],
         d_model=sizes["d_model"],
@@ -273,14 +329,47 @@ def read_llama(hf: dict[str, Any]) -> LlamaConfig:
         norm_eps=read_float(hf, "rms_norm_eps", 0, 1, 1e-6),
         rope_theta=float(read_float(hf if "rope_theta" in hf else rope, "rope_theta", 1, 2**60, 10000.0)),
         rope_scaling=read_rope_scaling(rope),
-        max_positions=read_int(hf, "max_position_embeddings", 1, 2**30, 2048),
-        attention_bias=read_bool(hf, "attention_bias", False),
-        mlp_bias=read_bool(hf, "mlp_bias", False),
+        max_positions=max_positions,
+        qkv_bias=family.has_qkv_bias or attention_bias,
+        output_bias=attention_bias,
+        qk_norm=family.has_qk_norm,
+        mlp_bias=family.has_mlp_bias_setting and read_bool(hf, "mlp_bias", False),
         dropout=read_float(hf, "attention_dropout", 0, 1, 0.0),
         tied=read_bool(hf, "tie_word_embeddings", False),
-        bos_id=read_int(hf, "bos_token_id", 0, last_id, 1),
-        eos_id=tuple(eos_ids) if len(eos_ids) > 1 else eos_ids[0],
+        bos_id=read_int(hf, "bos_token_id", 0, last_id) if "bos_token_id" in hf else None,
+        eos_id=read_eos_id(hf, last_id),
+        family=hf["model_type"],
     )
+
+
+def read_eos_id(hf: dict[str, Any], last_id: int) -> int | tuple[int, ...] | None:
+    """The id that ends a text, several (Llama-3.1 has a list of them) or none; ValueError: no id of the vocabulary."""
+    if "eos_token_id" not in hf:
+        return None
+    given = hf["eos_token_id"]
+    ids = given if isinstance(given, list) and given else [given]
+    eos_ids = tuple(read_int({"eos_token_id": eos_id}, "eos_token_id", 0, last_id) for eos_id in ids)
+    return eos_ids if len(eos_ids) > 1 else eos_ids[0]
+
+
+def check_full_attention(hf: dict[str, Any], family: LlamaFamily, max_positions: int) -> None:
+    """ValueError where a position does not see all before it: a window of attention that slides along is not built.
+
+    A window as long as the longest sequence is none.
+    """
+    if family.may_have_sliding_window:
+        if read_bool(hf, "use_sliding_window", False):
+            raise ValueError("use_sliding_window is true: sliding windows are not supported, false is expected")
+        layer_types = hf.get("layer_types", [])  # transformers 5 says it layer by layer
+        if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+            raise ValueError(f"layer_types is {layer_types!r:.80}, a list of 'full_attention' is expected")
+    if family.has_sliding_window and "sliding_window" in hf:
+        window = read_int(hf, "sliding_window", 1, 2**30)
+        if window < max_positions:
+            raise ValueError(
+                f"sliding_window {window} is shorter than max_position_embeddings {max_positions}: sliding windows are "
+                "not supported, null is expected, or a max_position_embeddings within the window"
+            )
 
 
 def read_rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
@@ -322,12 +411,12 @@ def write_rope_scaling(config: LlamaConfig) -> dict[str, Any] | None:
 
 
 def write_llama(config: LlamaConfig) -> dict[str, Any]:
-    """Llama's settings as the content of config.json; `read_llama` of it gives them back."""
-    sizes = {theirs: vars(config)[ours] for ours, (theirs, _, _) in LLAMA_SIZES.items()}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **sizes,
+    """The settings of a Llama or its like as the content of config.json; `read_llama` of it gives them back."""
+    family = LLAMA_FAMILIES[config.family]
+    content = {
+        "architectures": [family.architecture],
+        "model_type": config.family,
+        **{theirs: vars(config)[ours] for ours, (theirs, _, _) in LLAMA_SIZES.items()},
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.d_head,
         "hidden_act": "silu",
@@ -335,26 +424,38 @@ def write_llama(config: LlamaConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rope_scaling": write_rope_scaling(config),
         "max_position_embeddings": config.max_positions,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
         "attention_dropout": config.dropout,
         "tie_word_embeddings": config.tied,
         "bos_token_id": config.bos_id,
         "eos_token_id": list(config.eos_id) if isinstance(config.eos_id, tuple) else config.eos_id,
     }
+    if family.has_bias_settings:
+        content["attention_bias"] = config.output_bias
+    if family.has_mlp_bias_setting:
+        content["mlp_bias"] = config.mlp_bias
+    if family.has_sliding_window:
+        content["sliding_window"] = None
+    if family.may_have_sliding_window:
+        content["use_sliding_window"] = False
+    return content
 
 
 def llama_names(config: LlamaConfig) -> Iterator[tuple[str, str]]:
-    """Every parameter of a Llama as (our name, their name)."""
-    attention_parts = ["weight", "bias"] if config.attention_bias else ["weight"]
+    """Every parameter of a Llama or its like as (our name, their name)."""
+    qkv_parts = ["weight", "bias"] if config.qkv_bias else ["weight"]
+    output_parts = ["weight", "bias"] if config.output_bias else ["weight"]
+    projections = (("query", "q", qkv_parts), ("key", "k", qkv_parts), ("value", "v", qkv_parts))
     feed_forward_parts = ["weight", "bias"] if config.mlp_bias else ["weight"]
     yield "embedding.weight", "model.embed_tokens.weight"
     for i in range(config.n_layers):
         ours = f"stack.layers.{i}"
         theirs = f"model.layers.{i}"
-        for our_name, their_name in (("query", "q"), ("key", "k"), ("value", "v"), ("output", "o")):
-            for part in attention_parts:
+        for our_name, their_name, parts in (*projections, ("output", "o", output_parts)):
+            for part in parts:
                 yield f"{ours}.attention.{our_name}.{part}", f"{theirs}.self_attn.{their_name}_proj.{part}"
+        if config.qk_norm:
+            yield f"{ours}.attention.query_norm.weight", f"{theirs}.self_attn.q_norm.weight"
+            yield f"{ours}.attention.key_norm.weight", f"{theirs}.self_attn.k_norm.weight"
         for name in ("gate", "up", "down"):
             for part in feed_forward_parts:
                 yield f"{ours}.feed_forward.{name}.{part}", f"{theirs}.mlp.{name}_proj.{part}"
@@ -370,7 +471,9 @@ def is_redundant_in_llama(name: str, config: LlamaConfig) -> bool:
     return name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tied)
 
 
-HF_MAPPINGS: dict[str, HFMapping[Any]] = {
-    "t5": HFMapping(T5, T5Config, read_t5, write_t5, t5_names, is_redundant_in_t5),
-    "llama": HFMapping(Llama, LlamaConfig, read_llama, write_llama, llama_names, is_redundant_in_llama),
+LLAMA_MAPPING = HFMapping(Llama, read_llama, write_llama, llama_names, is_redundant_in_llama)
+
+HF_MAPPINGS: dict[str, HFMapping[Any]] = {  # by config.json's model_type
+    "t5": HFMapping(T5, read_t5, write_t5, t5_names, is_redundant_in_t5),
+    **dict.fromkeys(LLAMA_FAMILIES, LLAMA_MAPPING),
 }

@@ -1,5 +1,10 @@
 """Llama (Touvron et al. 2023, arXiv 2302.13971; Llama-3: arXiv 2407.21783), for training and for cached decoding.
 
+Families of its kind are settings of the same model (`LLAMA_FAMILIES` in hf_config.py): Mistral (arXiv 2310.06825) is a
+Llama with another name, Qwen2 and Qwen2.5 (arXiv 2407.10671, 2412.15115) have biases on queries, keys and values, Qwen3
+(arXiv 2505.09388) an RMS norm over each head of the queries and keys instead. SmolLM2 and TinyLlama are Llamas by name
+too. Attention is full in all of them: sliding windows are refused.
+
 Ids in, logits out. Pre-norm residual layers with RMS norm, rotary positions in Hugging Face's mapping (a head's first
 half rotates against its second), SwiGLU, and query heads that share keys and values in groups. Llama-3.1 stretches the
 slow rotations (`RopeScaling`). Positions are per row, so a row's logits do not depend on its neighbours' lengths.
@@ -37,7 +42,10 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama; `n_heads * d_head` may differ from `d_model`. It has no start id: a prompt comes first."""
+    """The shape of a Llama or of a model of its kind; `n_heads * d_head` may differ from `d_model`.
+
+    It has no start id: a prompt comes first.
+    """
 
     vocab_size: int
     d_model: int
@@ -50,12 +58,15 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     max_positions: int = 2048  # carried from and to config.json; nothing here consults it
-    attention_bias: bool = False
+    qkv_bias: bool = False  # of queries, keys and values
+    output_bias: bool = False  # of the attention's output
+    qk_norm: bool = False  # an RMS norm over each head of queries and keys, before they are turned
     mlp_bias: bool = False
     dropout: float = 0.0  # a probability; what a Llama is trained with unless its `dropout` is set
     tied: bool = False
-    bos_id: int = 1
-    eos_id: int | tuple[int, ...] = 2
+    bos_id: int | None = 1
+    eos_id: int | tuple[int, ...] | None = 2
+    family: str = "llama"  # config.json's model_type
 
     @property
     def is_encoder_decoder(self) -> Literal[False]:
@@ -132,17 +143,22 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.d_head, bias = config.d_head, config.attention_bias
-        self.query = Linear(config.d_model, config.n_heads * config.d_head, bias=bias)
-        self.key = Linear(config.d_model, config.n_kv_heads * config.d_head, bias=bias)
-        self.value = Linear(config.d_model, config.n_kv_heads * config.d_head, bias=bias)
-        self.output = Linear(config.n_heads * config.d_head, config.d_model, bias=bias)
+        self.d_head = config.d_head
+        self.query = Linear(config.d_model, config.n_heads * config.d_head, bias=config.qkv_bias)
+        self.key = Linear(config.d_model, config.n_kv_heads * config.d_head, bias=config.qkv_bias)
+        self.value = Linear(config.d_model, config.n_kv_heads * config.d_head, bias=config.qkv_bias)
+        self.output = Linear(config.n_heads * config.d_head, config.d_model, bias=config.output_bias)
+        self.query_norm = RMSNorm(config.d_head, config.norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(config.d_head, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x_BTD: Tensor, rotation: Rotation, own: Attendable) -> Tensor:
         """What the positions of x read of `own`, (B, T, D) to (B, T, D)."""
         q_BTHK = self.query(x_BTD).unflatten(-1, (-1, self.d_head))
         k_BTGK = self.key(x_BTD).unflatten(-1, (-1, self.d_head))
         v_BTGK = self.value(x_BTD).unflatten(-1, (-1, self.d_head))
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BTHK = self.query_norm(q_BTHK)
+            k_BTGK = self.key_norm(k_BTGK)
         # Only what is compared is turned: scores then depend on the distance of two positions.
         y_BTHK = own.attend(rotate(q_BTHK, rotation), rotate(k_BTGK, rotation), v_BTGK)
         y_BTD: Tensor = self.output(y_BTHK.flatten(2))
@@ -191,7 +207,7 @@ class Stack(LayerStack):
 
 
 class Llama(nn.Module):
-    """The decoder-only model: `model(ids_BT, mask_BT) -> logits_BTV`.
+    """The decoder-only model, Llama or of its kind: `model(ids_BT, mask_BT) -> logits_BTV`.
 
     `dropout`, in training mode, is the probability with which an attention weight is dropped: a Llama has no dropout
     elsewhere. It is the config's until it is set; setting it leaves the config as it is.

@@ -42,6 +42,11 @@ class T5Config:
     start_id: int = 0
 
     @property
+    def family(self) -> Literal["t5"]:
+        """The model_type of config.json, which the versions share."""
+        return "t5"
+
+    @property
     def is_encoder_decoder(self) -> Literal[True]:
         """True: an encoder reads the prompt, and the decoder begins each target with `start_id`."""
         return True

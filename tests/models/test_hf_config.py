@@ -1,4 +1,4 @@
-"""Llama's directories there and back between transformers and us, and what is refused. T5's: test_weights."""
+"""Directories of Llama and its like, there and back between transformers and us, and what is refused."""
 
 import json
 import shutil
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from llama_oracle import LLAMA_SHAPES, hf_llama, ragged, random_llama
+from llama_oracle import HF_CLASSES, LLAMA_SHAPES, hf_llama, ragged, random_llama
 from safetensors.torch import load_file, save_file
 from t5_oracle import SHAPES, assert_same_model, random_t5
 
 from minidpost.errors import UserError
 from minidpost.models import weights
-from minidpost.models.hf_config import HF_MAPPINGS, model_type, read_config
+from minidpost.models.hf_config import HF_MAPPINGS, llama_names, model_type, read_config
 from minidpost.models.llama import LlamaConfig, RopeScaling
 from minidpost.models.weights import WEIGHTS, check_weights, load_model, load_template, save_model, tokenizer_files
 
@@ -61,7 +61,8 @@ def test_transformers_loads_what_we_save(shape, max_shard_bytes, tmp_path, monke
     model = random_llama(LLAMA_SHAPES[shape])
     save_model(model, tmp_path, [])
     assert (len(list(tmp_path.glob("*.safetensors"))) == 1) == (max_shard_bytes > 20_000)
-    twin, report = transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    twin, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(twin) is HF_CLASSES[model.config.family]
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     ids_BT = torch.tensor(ragged([90, 90], model.config.vocab_size))
     expected = twin.eval()(ids_BT).logits
@@ -110,6 +111,103 @@ def test_published_configs_are_understood(shared, name):
     assert config.rope_scaling == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *((f"smollm2-{size}", "llama") for size in ("135m", "360m", "1.7b")),
+        ("tinyllama-1.1b", "llama"),
+        *((f"qwen2.5-{size}", "qwen2") for size in ("0.5b", "1.5b")),
+        ("qwen3-0.6b", "qwen3"),
+    ],
+)
+def test_published_configs_of_the_like_are_understood(shared, name, family):
+    path = shared / "configs" / name
+    config, theirs = read_config(path), transformers.AutoConfig.from_pretrained(path)
+    assert model_type(path) == config.family == theirs.model_type == family
+    with torch.device("meta"):
+        twin = transformers.AutoModelForCausalLM.from_config(theirs)
+    expected = {name: tuple(weight.shape) for name, weight in twin.named_parameters()}
+    ours = {name: tuple(weight.shape) for name, weight in weights.empty_model(config).named_parameters()}
+    assert {theirs: ours[name] for name, theirs in llama_names(config)} == expected
+    assert (config.norm_eps, config.max_positions) == (theirs.rms_norm_eps, theirs.max_position_embeddings)
+    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert (config.bos_id, config.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert config.rope_scaling is None
+    assert (config.tied, config.dropout) == (theirs.tie_word_embeddings, theirs.attention_dropout)
+
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_absent_settings_have_the_defaults_of_the_family(tmp_path, family):
+    hf = {"model_type": family, **SIZES} | ({"sliding_window": None} if family == "mistral" else {})
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    ours, theirs = read_config(tmp_path), transformers.AutoConfig.for_model(**hf)
+    assert (ours.n_kv_heads, ours.max_positions) == (theirs.num_key_value_heads, theirs.max_position_embeddings)
+    assert ours.d_head == theirs.to_dict().get("head_dim", 2)
+    assert (ours.norm_eps, ours.rope_theta) == (theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"])
+    assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert (ours.qkv_bias, ours.output_bias, ours.qk_norm) == (family == "qwen2", False, family == "qwen3")
+    assert (ours.tied, ours.dropout) == (theirs.tie_word_embeddings, theirs.attention_dropout)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "words"),
+    [
+        ("mistral", {"max_position_embeddings": 32768, "sliding_window": 4096}, ("sliding_window 4096", "32768")),
+        ("mistral", {}, ("sliding_window 4096", "131072")),
+        ("mistral", {"sliding_window": 0}, ("sliding_window is 0",)),
+        ("mistral", {"sliding_window": "4096"}, ("sliding_window is '4096'",)),
+        ("qwen2", {"use_sliding_window": True}, ("use_sliding_window",)),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 28}, ("use_sliding_window",)),
+        ("qwen2", {"use_sliding_window": "no"}, ("use_sliding_window", "'no'")),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, ("layer_types", "sliding_attention")),
+        ("qwen3", {"layer_types": "full_attention"}, ("layer_types",)),
+    ],
+)
+def test_sliding_windows_are_refused(tmp_path, family, settings, words):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **SIZES, **settings}))
+    with pytest.raises(UserError) as refusal:
+        read_config(tmp_path)
+    for word in (str(tmp_path / "config.json"), *words):
+        assert word in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"max_position_embeddings": 4096, "sliding_window": 4096}),
+        ("mistral", {"max_position_embeddings": 2048}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 16, "max_window_layers": 1}),
+        ("qwen3", {"sliding_window": 16, "layer_types": ["full_attention"] * 2}),
+        ("llama", {"sliding_window": 16}),
+    ],
+)
+def test_windows_that_hide_nothing_are_accepted(tmp_path, family, settings):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **SIZES, **settings}))
+    config = read_config(tmp_path)
+    assert isinstance(config, LlamaConfig) and config.family == family
+
+
+@pytest.mark.parametrize("shape", ["qwen2", "qwen3", "mistral"])
+def test_biases_and_norms_of_another_family_are_refused(shape, tmp_path):
+    """Each family's tensors are its own: the same directory under another name does not load."""
+    save_model(random_llama(LLAMA_SHAPES[shape]), tmp_path / "model", [])
+    for other in ("llama", "qwen2", "qwen3"):
+        if other != shape and not (shape == "mistral" and other == "llama"):
+            rewrite_json(tmp_path / "model" / "config.json", model_type=other)
+            assert_refused(tmp_path / "model", "tensor")
+
+
 def test_absent_and_null_settings_have_transformers_defaults(saved):
     needed = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     hf = {key: value for key, value in json.loads((saved / "config.json").read_text()).items() if key in needed}
@@ -119,7 +217,8 @@ def test_absent_and_null_settings_have_transformers_defaults(saved):
     assert ours.n_kv_heads == theirs.num_key_value_heads == 4
     assert ours.d_head == theirs.head_dim == 8
     assert (ours.norm_eps, ours.rope_theta) == (theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"])
-    assert (ours.tied, ours.attention_bias, ours.mlp_bias) == (False, theirs.attention_bias, theirs.mlp_bias)
+    assert (ours.tied, ours.qkv_bias, ours.output_bias) == (False, theirs.attention_bias, theirs.attention_bias)
+    assert (ours.mlp_bias, ours.qk_norm) == (theirs.mlp_bias, False)
     assert ours.dropout == theirs.attention_dropout == 0
     assert (ours.max_positions, ours.bos_id, ours.eos_id) == (theirs.max_position_embeddings, 1, 2)
 
@@ -200,9 +299,10 @@ def test_tensors_that_are_missing_unexpected_or_of_another_shape(saved):
 def test_families_are_known_by_their_model_type(saved, tmp_path):
     save_model(random_t5(SHAPES["gated-untied"]), tmp_path / "t5", [])
     assert (model_type(saved), model_type(tmp_path / "t5")) == ("llama", "t5")
-    assert set(HF_MAPPINGS) == {"t5", "llama"}
-    rewrite_json(saved / "config.json", model_type="mistral")
-    with pytest.raises(UserError, match=r"model_type 'mistral' is not known; known: 't5', 'llama'"):
+    assert set(HF_MAPPINGS) == {"t5", "llama", "qwen2", "qwen3", "mistral"}
+    rewrite_json(saved / "config.json", model_type="gemma2")
+    known = "'t5', 'llama', 'qwen2', 'qwen3', 'mistral'"
+    with pytest.raises(UserError, match=rf"model_type 'gemma2' is not known; known: {known}"):
         model_type(saved)
 
 

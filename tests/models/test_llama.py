@@ -1,6 +1,7 @@
-"""Llama against transformers with random weights, and its cached decoding against its own full forward pass."""
+"""Llama and its like against transformers with random weights, and cached decoding against the full forward pass."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from llama_oracle import LLAMA_SHAPES, hf_llama, left_padded, ragged, random_lla
 from minidpost.models.hf_config import llama_names, read_config
 from minidpost.models.llama import CausalAttention, Llama, LlamaConfig
 from minidpost.models.weights import empty_model
+from minidpost.sampling.sampler import Request, SamplingSettings, sample
 from minidpost.training.batching import TokenizedExample, collate, pad
 from minidpost.training.losses import log_probabilities, sft_loss
 from minidpost.training.optim import enable_activation_checkpointing
@@ -130,6 +132,24 @@ def test_cached_decoding_of_ragged_prompts_equals_the_full_forward(shape):
             fed = [[*row, token_id] for row, token_id in zip(fed, next_ids, strict=True)]
 
 
+@every_shape
+def test_greedy_completions_equal_transformers_generate(shape):
+    model = random_llama(LLAMA_SHAPES[shape])
+    prompts = ragged([9, 1, 30, 2, 17, 5, 12, 3], model.config.vocab_size)
+    ids_BT, mask_BT = left_padded(prompts)
+    settings = {"do_sample": False, "num_beams": 1, "pad_token_id": 0, "eos_token_id": model.config.vocab_size}
+    twin = hf_llama(model)
+    generated = twin.generate(ids_BT, attention_mask=mask_BT.long(), max_new_tokens=20, **settings)
+    rows = generated[:, ids_BT.shape[1] :].tolist()
+    # What ends a row is the id that stands in most of them, so that some end early and some at the limit or late.
+    eos_id = Counter(token_id for row in rows for token_id in set(row)).most_common(1)[0][0]
+    expected = [row[: row.index(eos_id) + 1] if eos_id in row else row for row in rows]
+    assert len({len(row) for row in expected}) > 1
+    requests = [Request(tuple(prompt), str(i)) for i, prompt in enumerate(prompts)]
+    ours = sample(model, requests, SamplingSettings(max_new_tokens=20, slots=3), eos_id)
+    assert {row.request_index: row.token_ids for row in ours} == dict(enumerate(expected))
+
+
 @torch.no_grad()
 def test_samples_continue_copies_of_one_prefill():
     model = random_llama(LLAMA_SHAPES["grouped"]).double()
@@ -157,8 +177,9 @@ def test_prefill_multiplies_no_padding(monkeypatch):
 
 def test_parameter_counts_of_the_published_shapes(shared):
     counts = json.loads((shared / "configs" / "parameter_counts.json").read_text())
-    names = [name for name in counts if "lama" in name]
-    assert len(names) == 4
+    counts |= json.loads((shared / "configs" / "more_parameter_counts.json").read_text())
+    names = [name for name in counts if "t5" not in name]
+    assert len(names) == 4 + 7
     for name in names:
         model = empty_model(read_config(shared / "configs" / name))
         assert isinstance(model, Llama)
