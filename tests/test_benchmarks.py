@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from llama_oracle import LLAMA_SHAPES, random_llama
 from t5_oracle import SHAPES, random_t5
 
-from benchmarks import peers, profiling, sampling, scaling
+from benchmarks import logprob_gap, peers, profiling, sampling, scaling
 from benchmarks.profiling import profile
 from benchmarks.scaling import Clocked, Limits, Rates, least_seconds, recipe_seconds
 from benchmarks.scripted import ScriptedModel, Work, natural_work, scripted_work
@@ -271,3 +272,25 @@ def test_targets_are_held_against_the_best_of_the_peers(tiny_template):
         ["≥ 1.5×", "2.00×", "reached"],
         ["≤ 1%", "+0.5%", "reached"],
     ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_noted_log_probabilities_are_those_of_the_tokens_drawn(name):
+    """With refills, rows that end early and several samples of a prompt: each token's number is its own."""
+    model = MODELS[name]()
+    numbers = random.Random(0)
+    prompts = [tuple(numbers.randrange(3, 80) for _ in range(numbers.randint(1, 12))) for _ in range(6)]
+    requests = [Request(prompt, str(i), k) for i, prompt in enumerate(prompts) for k in range(2)]
+    settings = SamplingSettings(temperature=0.7, max_new_tokens=12, slots=5)
+    task = logprob_gap.Task(name, model, requests, settings, eos_id=-1)
+    unending, _ = logprob_gap.sample_noted(task, model)
+    task = replace(task, eos_id=unending[0].token_ids[4])  # so that a row ends there
+    rows, drawn = logprob_gap.sample_noted(task, model)
+    assert sorted(row.request_index for row in rows) == list(range(12))
+    assert len({len(row.token_ids) for row in rows}) > 1
+    trained = logprob_gap.trained_log_probabilities(model, rows, is_bf16=False)
+    for row, drawn_T, trained_T in zip(rows, drawn, trained, strict=True):
+        assert len(row.token_ids) == len(drawn_T)
+        torch.testing.assert_close(drawn_T, trained_T, rtol=0, atol=1e-4)
+    exact, rounded = (logprob_gap.measure(task, *precisions) for precisions in logprob_gap.PRECISIONS[:2])
+    assert float(exact[3]) < 1e-4 < float(rounded[3])
