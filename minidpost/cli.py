@@ -193,7 +193,8 @@ def default_checkpoint() -> Path:
     """The model of the newest run that was best on dev; without a run, the bundled one that has learnt the task."""
     for results in sorted(RUNS.glob("*/results.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            best: int = read_json(results)["best_iteration"]
+            content: Any = read_json(results)
+            best: int = content["best_iteration"]
         except (OSError, ValueError, KeyError, TypeError):
             continue  # of an older format, or not ours
         directory = results.parent / f"iteration-{best}" / "sft"

@@ -133,10 +133,10 @@ def written(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else f"{value}"
 
 
-def reader(name: str) -> Callable[[str], float | None]:
+def reader(name: str) -> Callable[[str], Any]:
     """A flag's type for argparse: reads and checks the value of one hyperparameter."""
 
-    def read(text: str) -> float | None:
+    def read(text: str) -> Any:
         value: Any = text
         if text.lower() == "none":
             value = None

@@ -73,6 +73,7 @@ class Preset:
             epochs=self.sft_epochs,
             examples_per_step=self.sft_examples_per_step,
             schedule=self.schedule(self.sft_learning_rate),
+            dropout=self.sft_dropout,
             micro_batch_tokens=self.micro_batch_tokens,
             activation_checkpointing=self.activation_checkpointing,
             seed=seed,
