@@ -87,7 +87,7 @@ def main() -> None:
     table = ""
     for _ in self_train(run):
         table = write_report(run, base.name)
-    print(f"\n{table}\n\n{run_dir}/results.json, report.md, figures/accuracy.png")
+    print(f"\n{table}\n\n{run_dir}/report.md, results.json, figures/")
 
 
 def parse_options() -> argparse.Namespace:

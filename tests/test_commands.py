@@ -279,7 +279,9 @@ def test_without_argument_the_newest_runs_best_model_answers(call, tiny_model_di
     for name, source in (("a/iteration-2", tiny_model_dir), ("b/iteration-1", knowing_model_dir)):
         shutil.copytree(source, Path("runs", name, "sft"))
     shutil.copytree(tiny_model_dir, "runs/b/iteration-2/sft")
-    for run, age, content in (("a", 50, {"best_iteration": 2}), ("b", 10, {"best_iteration": 1}), ("c", 5, {})):
+    entries = [{"checkpoint": f"iteration-{iteration}/sft"} for iteration in range(3)]
+    for run, age, best in (("a", 50, 2), ("b", 10, 1), ("c", 5, None)):  # c is not finished
+        content = {"best_iteration": best, "iterations": entries if best else []}
         Path("runs", run).mkdir(exist_ok=True)
         results = write_lines(Path("runs", run, "results.json"), content)
         os.utime(results, (time.time() - age,) * 2)
@@ -400,15 +402,19 @@ def test_a_whole_run_of_each_method(call, tiny_model_dir, my_data, method):
     assert results["settings"]["preset"]["max_new_tokens"] == 8
     assert [entry["iteration"] for entry in results["iterations"]] == iterations
     for entry in results["iterations"]:
-        assert entry["accuracy"] == {"mine/dev": 0.0}
+        assert {name: (score["value"], score["n"]) for name, score in entry["accuracy"].items()} == {"mine/dev": (0, 1)}
         assert entry["flops"] > 0
         assert isinstance(entry["seconds"], float) and entry["seconds"] >= 0
-        assert entry["pass_at_10"] == 0
+        assert [*entry["pass_at"]] == [str(k) for k in range(1, 11)]
+        assert entry["pass_at"]["10"]["value"] == 0
+        assert (entry["dpo"] is not None) == (method == "dpo-st" and entry["iteration"] == 1)
         assert (entry["pairs"] is not None) == (method == "dpo-st" and entry["iteration"] == 1)
         assert entry["pseudo_labels"] == (0 if entry["iteration"] else None)
     assert results_table(results) in outcome.out
     assert results_table(results) in (run / "report.md").read_text()
-    assert (run / "figures/accuracy.png").read_bytes().startswith(b"\x89PNG")
+    figures = {"accuracy.png", "pass_at_k.png"} if method == "dpo-st" else {"accuracy.png"}
+    assert {path.name for path in (run / "figures").iterdir()} == figures
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (run / "figures").iterdir())
     assert {path.name for path in run.iterdir()} == {
         *(f"iteration-{iteration}" for iteration in iterations),
         *(".lock", "config.json", "stages.jsonl", "log.txt", "results.json", "report.md", "figures"),
@@ -598,11 +604,14 @@ def test_fresh_renames_the_old_run(call, tiny_model_dir, my_data):
     assert not Path("run.2").exists()
 
 
-def test_an_exchanged_base_model_is_noticed(call, tiny_model_dir, knowing_model_dir, my_data):
+def test_an_exchanged_base_model_is_noticed(call, tiny_model_dir, my_data):
     base = shutil.copytree(tiny_model_dir, "base")
     flags = ["--model", base, "--data", my_data, "--run-dir", "run", "--method", "sft", *QUICK]
     assert call("train.py", *flags).status == 0
-    shutil.copyfile(knowing_model_dir / "model.safetensors", f"{base}/model.safetensors")
+    model = load_model(base)
+    with torch.no_grad():
+        model.embedding.weight[3, 0] += 1
+    save_model(model, base, [])
     outcome = call("train.py", *flags)
     assert outcome.status == 2
     assert "run was begun with weights = " in outcome.complaints[0]
@@ -704,8 +713,9 @@ def test_a_full_file_system(call, tiny_model_dir, kilobytes):
 
 
 def test_ctrl_c_ends_quietly_and_leaves_no_half_stage(tiny_model_dir, tmp_path):
-    process = start("train.py", "--model", tiny_model_dir, "--sft-epochs", 10_000, cwd=tmp_path)
-    stage = tmp_path / "runs/tiny-random-dpo-st-toy-42/iteration-0/sft"
+    flags = ["--model", tiny_model_dir, "--sft-epochs", 10_000, "--run-dir", "run"]
+    process = start("train.py", *flags, cwd=tmp_path)
+    stage = tmp_path / "run/iteration-0/sft"
     while not (stage.with_name("sft.unfinished") / "log.jsonl").is_file():
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
@@ -934,7 +944,7 @@ def test_a_reader_that_leaves_early_is_no_error(knowing_model_dir, tmp_path):
 def test_without_run_or_argument_the_bundled_model_answers(tmp_path, command, shown):
     outcome = finished(start(command, cwd=tmp_path))
     assert outcome.status == 0
-    assert outcome.complaints == []
+    assert [Path(line).name for line in outcome.complaints] == ["tiny-t5-dpo-st"]  # it is said which model
     assert shown in outcome.out and ("####" in outcome.out or command == "eval.py")
 
 
@@ -946,6 +956,6 @@ def test_train_without_argument_improves_the_bundled_model(tmp_path):
     assert process.returncode == 0
     results = json.loads((tmp_path / "runs/tiny-t5-dpo-st-toy-42/results.json").read_text())
     assert results_table(results) in out
-    accuracies = [entry["accuracy"]["toy/dev"] for entry in results["iterations"]]
+    accuracies = [entry["accuracy"]["toy/dev"]["value"] for entry in results["iterations"]]
     assert max(accuracies) > accuracies[0] > 0
     assert "####" in finished(start("sample.py", cwd=tmp_path)).out

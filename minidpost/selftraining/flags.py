@@ -74,7 +74,10 @@ GROUPS: dict[str, dict[str, Flag]] = {
         "label_cap": Flag("pseudo-labels of a question, at most so many; none: no such limit"),
     },
     "evaluation": {
-        "pass_at": Flag("samples for each dev question, before and after each DPO, for pass@1 up to this k"),
+        "pass_at": Flag(
+            "samples for each dev question, before and after each DPO, for pass@1 to this k and maj@k; 1: greedy "
+            "accuracy alone"
+        ),
         "pass_questions": Flag("take the first so many of dev for pass@k; none: all"),
         "test_questions": Flag("take the first so many of each test set; 0: no test sets, none: all", low=0),
     },

@@ -134,11 +134,14 @@ LLAMA = replace(
     activation_checkpointing=True,  # [ours]
 )
 
-# [ours] throughout, chosen on dev and fresh questions so that the default run shows the method within ten minutes on
-# two cores: models of less than a million weights need a higher learning rate than those of hundreds of millions, and
-# fewer steps; a larger β keeps them closer to the reference, without which DPO on a few hundred pairs makes them worse.
+# [ours] throughout, chosen on fresh questions (benchmarks/results/effect.md) so that the default run shows the method
+# within eight minutes on two cores: models of less than a million weights need a higher learning rate than those of
+# hundreds of millions, and fewer steps; a larger β keeps them closer to the reference, without which DPO on a few
+# hundred pairs makes them worse; and the more questions there are to make pairs of, the more the DPO step pays, so that
+# two iterations with many questions are better than three with few.
 TINY_T5 = replace(
     T5,
+    iterations=2,
     sft_epochs=10,
     sft_examples_per_step=16,
     sft_learning_rate=2e-3,
