@@ -58,8 +58,8 @@ N_FRESH_DEV = 1000
 N_FRESH_UNLABELLED = 1600  # beside those of the toy world
 N_SAMPLES = 10  # for pass@1 … pass@10
 
-# Variants of the first DPO step: what differs from the preset; how many unlabelled questions are sampled for, of the toy
-# world first and then fresh ones; and how a question's pairs are chosen.
+# Variants of the first DPO step: what differs from the preset; how many unlabelled questions are sampled for, the toy
+# world's first and then fresh ones; and how a question's pairs are chosen.
 VARIANTS: dict[str, dict[str, Any]] = {
     "preset": {},
     "400 unlabelled": {"n_unlabelled": 400},
