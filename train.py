@@ -106,7 +106,11 @@ def parse_options() -> argparse.Namespace:
         "--limit", type=POSITIVE, metavar="N", help="take only the first N examples of every set (default: all)"
     )
     parser.add_argument(
-        "--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where datasets lie or are fetched to"
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="where datasets lie or are fetched to (default: data)",
     )
     parser.add_argument(
         "--run-dir",

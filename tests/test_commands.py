@@ -550,7 +550,18 @@ def test_runs_that_differ_have_directories_of_their_own(call, tiny_model_dir, my
         assert call("train.py", *flags, *change).status == 0
         assert (Path("runs") / expected).is_dir()
     assert len([*Path("runs").iterdir()]) == 4
-    many = ["--beta", "0.3", "--warmup", "0.2", "--weight-decay", "0.5", "--max-grad-norm", "2", "--top-k", "7"]
+    many = [
+        "--beta",
+        "0.3",
+        "--learning-rate-warmup",
+        "0.2",
+        "--weight-decay",
+        "0.5",
+        "--max-grad-norm",
+        "2",
+        "--top-k",
+        "7",
+    ]
     assert call("train.py", *flags, *many).status == 0
     (long,) = Path("runs").glob("tiny-random-sft-mine-42-9-changes-*")
     assert len(long.name) < 60
@@ -765,7 +776,7 @@ MISTAKES = [
     ("train.py --data long.jsonl --limit 2", "tokens; the limit is 1,024"),
     ("train.py --unlabelled broken.jsonl", "broken.jsonl, line 3"),
     ("train.py --model HALF", "model.safetensors"),
-    ("train.py --model WIDE", "model.safetensors: tensor shared.weight has shape"),
+    ("train.py --model WIDE", "WIDE/model.safetensors: tensor lm_head.weight has shape"),
     ("train.py --model BARE", "BARE: no tokenizer here"),
     ("train.py --limit 0", "argument --limit: a whole number from 1 to 1,000,000 is expected, found '0'"),
     ("train.py --samples=-1", "argument --samples: a whole number from 1 to 1,000,000 is expected, found -1"),

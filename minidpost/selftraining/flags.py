@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from minidpost.errors import UserError
+from minidpost.selftraining.methods import METHODS
 from minidpost.selftraining.presets import LLAMA, T5, TINY_LLAMA, TINY_T5, Preset
 from minidpost.storage import read_json
 
@@ -50,7 +51,9 @@ GROUPS: dict[str, dict[str, Flag]] = {
         "beta": Flag("β of the DPO loss: how strongly the model is held to the reference", low=1e-6, high=1e3),
     },
     "optimizer and lengths, of SFT and DPO": {
-        "warmup": Flag("fraction of the optimizer steps in which the learning rate rises to its peak", 0, 1),
+        "learning_rate_warmup": Flag(
+            "fraction of the optimizer steps in which the learning rate rises to its peak", 0, 1
+        ),
         "learning_rate_floor": Flag("fraction of the peak that the learning rate falls to by the last step", 0, 1),
         "weight_decay": Flag("weight decay of AdamW, of matrices alone", 0, 1),
         "max_grad_norm": Flag("norm to which larger gradients are clipped", low=1e-6, high=1e6),
@@ -116,15 +119,20 @@ def add_hyperparameters(parser: argparse.ArgumentParser) -> None:
 
 
 def default_text(name: str) -> str:
-    """The default of a hyperparameter as --help shows it, by model where the models differ."""
+    """The default of a hyperparameter as --help shows it, by model where the models differ, and by method likewise."""
     by_model = {"T5": T5, "Llama": LLAMA, "tiny-t5": TINY_T5, "tiny-llama": TINY_LLAMA}
     values = {model: written(vars(preset)[name]) for model, preset in by_model.items()}
-    if len({*values.values()}) == 1:
-        return values["T5"]
     if values["tiny-t5"] == values["tiny-llama"]:
         values["tiny models"] = values.pop("tiny-t5")
         del values["tiny-llama"]
-    return ", ".join(f"{model} {value}" for model, value in values.items())
+    if len({*values.values()}) == 1:
+        text = values["T5"]
+    else:
+        text = ", ".join(f"{model} {value}" for model, value in values.items())
+    for method, rules in METHODS.items():
+        if name in rules.settings:
+            text += f"; with --method {method} {written(rules.settings[name])}"
+    return text
 
 
 def written(value: object) -> str:

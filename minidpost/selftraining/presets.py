@@ -40,7 +40,7 @@ class Preset:
     dpo_learning_rate: float = 7e-7  # [paper]
     beta: float = 0.1  # [paper]
     # both
-    warmup: float = 0.1  # [paper] fraction of the steps; [ours] the first step has rate 1/n of the peak, not 0
+    learning_rate_warmup: float = 0.1  # [paper] fraction of the steps; [ours] the first step's rate is not 0, see optim
     learning_rate_floor: float = 0.1  # [code] fraction of the peak
     weight_decay: float = 0.01  # [paper]
     max_grad_norm: float = 1.0  # [paper]
@@ -96,7 +96,7 @@ class Preset:
         """The optimizer's settings with this peak learning rate."""
         return Schedule(
             learning_rate=learning_rate,
-            warmup=self.warmup,
+            warmup=self.learning_rate_warmup,
             floor=self.learning_rate_floor,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
@@ -126,7 +126,7 @@ LLAMA = replace(
     dpo_steps=100,
     dpo_pairs_per_step=128,
     dpo_learning_rate=3e-7,
-    warmup=0.03,  # [paper] the published code has 0.1
+    learning_rate_warmup=0.03,  # [paper] the published code has 0.1
     max_source=256,
     max_target=384,
     samples=10,
