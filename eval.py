@@ -18,7 +18,7 @@ from minidpost import cli
 from minidpost.data import datasets, toy
 from minidpost.data.example import Example
 from minidpost.sampling.sampler import DecodingModel, SamplingSettings
-from minidpost.selftraining.evaluation import greedy_accuracy, sampled_scores
+from minidpost.selftraining.evaluation import greedy_accuracy, percent, sampled_scores
 from minidpost.storage import markdown_table, write_json
 from minidpost.text.templates import Template
 
@@ -128,7 +128,7 @@ def measure(
     accuracy = greedy_accuracy(model, template, examples, settings, calculator=calculator, label=label)
     result: dict[str, Any] = {"task": name, "calculator": calculator, "n": len(examples), "accuracy": asdict(accuracy)}
     if options.pass_at or options.maj_at:
-        passed, majority = sampled_scores(
+        sampled = sampled_scores(
             model,
             template,
             examples,
@@ -138,8 +138,8 @@ def measure(
             calculator=calculator,
             label=f"{label}, sampled",
         )
-        result["pass_at"] = {str(k): asdict(score) for k, score in passed.items()}
-        result["maj_at"] = {str(k): asdict(score) for k, score in majority.items()}
+        result["pass_at"] = {str(k): asdict(score) for k, score in sampled.pass_at.items()}
+        result["maj_at"] = {str(k): asdict(score) for k, score in sampled.maj_at.items()}
     return result
 
 
@@ -150,8 +150,15 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     lines = []
     for result in results:
         scores = [result["accuracy"], *(result[kind][k] for kind, k in sampled)]
-        cells = [f"{s['value']:.1%} ({100 * s['low']:.1f}–{100 * s['high']:.1f})" for s in scores]
-        lines.append([result["task"], "on" if result["calculator"] else "off", f"{result['n']:,}", *cells])
+        n_questions = f"{result['n']:,}"
+        lines.append(
+            [
+                result["task"],
+                "on" if result["calculator"] else "off",
+                n_questions,
+                *(percent(score) for score in scores),
+            ]
+        )
     return markdown_table(heads, lines)
 
 

@@ -87,7 +87,7 @@ def main() -> None:
     table = ""
     for _ in self_train(run):
         table = write_report(run, base.name)
-    print(f"\n{table}\n\n{run_dir}/results.json, report.md, figures/accuracy.png")
+    print(f"\n{table}\n\n{run_dir}/report.md, results.json, figures/")
 
 
 def parse_options() -> argparse.Namespace:
@@ -106,7 +106,11 @@ def parse_options() -> argparse.Namespace:
         "--limit", type=POSITIVE, metavar="N", help="take only the first N examples of every set (default: all)"
     )
     parser.add_argument(
-        "--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where datasets lie or are fetched to"
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="where datasets lie or are fetched to (default: data)",
     )
     parser.add_argument(
         "--run-dir",

@@ -39,7 +39,9 @@ AGREE = (SAME, SPELT)
 FORCED_EQUAL = "forced ids are the ids that stand there"
 FORCED_OTHER = "forced ids differ: "  # + a verdict
 NOT_FORCED = f"nothing forced: {NO_VALUE}"
-OUTCOMES = (FORCED_EQUAL, *(FORCED_OTHER + reason for reason in VERDICTS if reason != NO_VALUE), NOT_FORCED)
+NOT_WRITTEN = "not in the target: nothing is calculated (`5=5`)"
+FORCED_OTHERS = tuple(FORCED_OTHER + reason for reason in VERDICTS if reason != NO_VALUE)
+OUTCOMES = (FORCED_EQUAL, *FORCED_OTHERS, NOT_FORCED, NOT_WRITTEN)
 
 
 def annotations(rationale: str) -> list[tuple[str, str]]:
@@ -82,7 +84,9 @@ def measure(rationales: list[str], template: Template) -> tuple[Counter[str], Co
             verdicts[found] += 1
             if found not in AGREE:
                 disagreements.append(f"`{expression}={human}`: {evaluate_expression(expression)} ({found})")
-            if found == NO_VALUE:
+            if not template.target(f"<<{expression}={human}>>"):
+                walked[NOT_WRITTEN] += 1
+            elif found == NO_VALUE:
                 walked[NOT_FORCED] += 1
             else:
                 forced, standing = next(triggers)
@@ -124,7 +128,7 @@ def section(name: str, tokenizer: Tokenizer, rationales: dict[str, list[str]]) -
     template = template_for(TOKENIZERS[name], tokenizer)
     walked = [measure(rationales[split], template)[1] for split in SPLITS]
     counts = sum(walked, Counter())
-    n_triggered, n_equal = counts.total() - counts[NOT_FORCED], counts[FORCED_EQUAL]
+    n_triggered, n_equal = counts.total() - counts[NOT_FORCED] - counts[NOT_WRITTEN], counts[FORCED_EQUAL]
     lines = [
         f"## {name}\n",
         f"Triggered by {n_triggered:,} of {counts.total():,} annotations; equal {n_equal:,} times.",

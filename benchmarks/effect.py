@@ -55,32 +55,27 @@ MODELS = {"tiny-t5": "t5", "tiny-llama": "llama"}
 METHODS = ("st", "dpo-st", "rft", "rest-em")  # each with the warm-up, sft, as iteration 0
 N_TEST = {"test": 2500, "longer": 500, "words": 500, "distractors": 500}  # fresh questions of each kind
 N_FRESH_DEV = 1000
-N_FRESH_UNLABELLED = 2400  # beside the 800 of the toy world
+N_FRESH_UNLABELLED = 1600  # beside those of the toy world
 N_SAMPLES = 10  # for pass@1 … pass@10
 
-# Variants of the first DPO step: what differs from the preset, the fresh questions sampled for beside the toy world's,
-# and how a question's pairs are chosen.
+# Variants of the first DPO step: what differs from the preset; how many unlabelled questions are sampled for, the toy
+# world's first and then fresh ones; and how a question's pairs are chosen.
 VARIANTS: dict[str, dict[str, Any]] = {
     "preset": {},
-    "learning rate 2e-4": {"dpo_learning_rate": 2e-4},
-    "learning rate 2e-5": {"dpo_learning_rate": 2e-5},
-    "β 0.1": {"beta": 0.1},
-    "10 samples": {"dpo_samples": 10},
+    "400 unlabelled": {"n_unlabelled": 400},
+    "800 unlabelled": {"n_unlabelled": 800},
+    "800 unlabelled, 10 samples": {"n_unlabelled": 800, "dpo_samples": 10},
     "3,200 unlabelled": {"n_unlabelled": 3200},
-    "3,200 unlabelled, 150 steps": {"n_unlabelled": 3200, "dpo_steps": 150},
-    "3,200 unlabelled, 150 steps, learning rate 2e-4": {
-        "n_unlabelled": 3200,
-        "dpo_steps": 150,
-        "dpo_learning_rate": 2e-4,
-    },
-    "3,200 unlabelled, 150 steps, 10 samples": {"n_unlabelled": 3200, "dpo_steps": 150, "dpo_samples": 10},
-    "3,200 unlabelled, 150 steps, most similar pairs": {
-        "n_unlabelled": 3200,
-        "dpo_steps": 150,
-        "pairs": "most similar",
-    },
-    "3,200 unlabelled, 150 steps, random pairs": {"n_unlabelled": 3200, "dpo_steps": 150, "pairs": "random"},
-    "3,200 unlabelled, 150 steps, β 0.3": {"n_unlabelled": 3200, "dpo_steps": 150, "beta": 0.3},
+    "3,200 unlabelled, 90 steps": {"n_unlabelled": 3200, "dpo_steps": 90},
+    "10 samples": {"dpo_samples": 10},
+    "15 steps": {"dpo_steps": 15},
+    "90 steps": {"dpo_steps": 90},
+    "β 0.1": {"beta": 0.1},
+    "β 0.3": {"beta": 0.3},
+    "learning rate 2e-5": {"dpo_learning_rate": 2e-5},
+    "learning rate 2e-4": {"dpo_learning_rate": 2e-4},
+    "most similar pairs": {"pairs": "most similar"},
+    "random pairs": {"pairs": "random"},
 }
 
 
@@ -202,7 +197,7 @@ def explore(name: str, seed: int) -> None:
         if variant in found:
             continue
         print(f"{name}, seed {seed}: {variant}", flush=True)
-        options = {"n_unlabelled": 800, "pairs": "least similar"} | differing
+        options = {"n_unlabelled": toy.SIZES["unlabelled"], "pairs": "least similar"} | differing
         n_questions = len(labelled) + options.pop("n_unlabelled")
         rule = options.pop("pairs")
         changed = replace(preset, **options, dpo_max_epochs=100)

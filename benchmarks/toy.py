@@ -13,6 +13,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from minidpost.sampling.generate import generate  # noqa: E402
 from minidpost.sampling.sampler import SamplingSettings  # noqa: E402
 from minidpost.selftraining.evaluation import pass_at_k  # noqa: E402
 from minidpost.selftraining.presets import TINY_T5  # noqa: E402
+from minidpost.selftraining.report import results_table  # noqa: E402
 from minidpost.storage import markdown_table  # noqa: E402
 
 METHODS = ("st", "dpo-st")
@@ -130,9 +132,13 @@ def report(directories: dict[RunName, Path], seeds: list[int], model: str, comma
 
 def best_iteration(directory: Path) -> int:
     """The iteration with the best accuracy on dev, the earliest in a tie."""
-    iterations = json.loads((directory / "results.json").read_text(encoding="utf-8"))["iterations"]
-    best = max(iterations, key=lambda entry: (entry["accuracy"]["toy/dev"], -entry["iteration"]))
-    return int(best["iteration"])
+    return int(run_results(directory)["best_iteration"])
+
+
+def run_results(directory: Path) -> dict[str, Any]:
+    """A run's results.json."""
+    results: dict[str, Any] = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+    return results
 
 
 def greedy_outcomes(directory: Path, split: str, calculator: bool) -> np.ndarray:
@@ -192,8 +198,7 @@ def every_run(directories: dict[RunName, Path]) -> list[str]:
     """The runs' own tables."""
     lines = []
     for (method, seed), directory in directories.items():
-        _, table, _ = (directory / "report.md").read_text(encoding="utf-8").split("\n\n")
-        lines += [f"### {method}, seed {seed}", "", table, ""]
+        lines += [f"### {method}, seed {seed}", "", results_table(run_results(directory)), ""]
     return lines
 
 

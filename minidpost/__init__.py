@@ -10,7 +10,7 @@ from minidpost.models.hub import find_model
 from minidpost.models.weights import load_model, load_template, save_model, tokenizer_files
 from minidpost.sampling.generate import Sample, generate
 from minidpost.sampling.token_choice import SamplingSettings
-from minidpost.selftraining.evaluation import greedy_accuracy, sampled_scores
+from minidpost.selftraining.evaluation import SampledScores, Score, greedy_accuracy, sampled_scores
 from minidpost.selftraining.methods import METHODS, Method
 from minidpost.selftraining.presets import Preset, preset_for
 from minidpost.selftraining.selection import Candidates, preference_pairs, pseudo_labels
@@ -33,8 +33,10 @@ __all__ = [
     "Preset",
     "SFTSettings",
     "Sample",
+    "SampledScores",
     "SamplingSettings",
     "Schedule",
+    "Score",
     "TokenizedExample",
     "UserError",
     "__version__",

@@ -193,10 +193,12 @@ def default_checkpoint() -> Path:
     """The model of the newest run that was best on dev; without a run, the bundled one that has learnt the task."""
     for results in sorted(RUNS.glob("*/results.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            best: int = read_json(results)["best_iteration"]
-        except (OSError, ValueError, KeyError, TypeError):
+            content: Any = read_json(results)
+            checkpoint = content["iterations"][content["best_iteration"]]["checkpoint"]
+            # Without a warm-up the base itself may be the best one; the run does not say where that lies.
+            directory = find_model(content["model"]) if checkpoint is None else results.parent / checkpoint
+        except (OSError, ValueError, LookupError, TypeError, UserError):
             continue  # of an older format, or not ours
-        directory = results.parent / f"iteration-{best}" / "sft"
         if (directory / "config.json").is_file():
             return directory
     return find_model("tiny-t5-dpo-st")

@@ -88,9 +88,12 @@ def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Write indented JSON, atomically."""
+    """Write indented JSON, atomically; a list of numbers is one line, however long."""
+    indented = json.dumps(value, indent=2, ensure_ascii=False)
+    # A string holds no line break as such, so that only lists of numbers match.
+    compact = re.sub(r"\[\n([-+.,\s\deE]+)\n *\]", lambda match: f"[{' '.join(match[1].split())}]", indented)
     with staged_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(compact + "\n", encoding="utf-8")
 
 
 @contextmanager

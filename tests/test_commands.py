@@ -279,7 +279,9 @@ def test_without_argument_the_newest_runs_best_model_answers(call, tiny_model_di
     for name, source in (("a/iteration-2", tiny_model_dir), ("b/iteration-1", knowing_model_dir)):
         shutil.copytree(source, Path("runs", name, "sft"))
     shutil.copytree(tiny_model_dir, "runs/b/iteration-2/sft")
-    for run, age, content in (("a", 50, {"best_iteration": 2}), ("b", 10, {"best_iteration": 1}), ("c", 5, {})):
+    entries = [{"checkpoint": f"iteration-{iteration}/sft"} for iteration in range(3)]
+    for run, age, best in (("a", 50, 2), ("b", 10, 1), ("c", 5, None)):  # c is not finished
+        content = {"best_iteration": best, "iterations": entries if best else []}
         Path("runs", run).mkdir(exist_ok=True)
         results = write_lines(Path("runs", run, "results.json"), content)
         os.utime(results, (time.time() - age,) * 2)
@@ -400,15 +402,19 @@ def test_a_whole_run_of_each_method(call, tiny_model_dir, my_data, method):
     assert results["settings"]["preset"]["max_new_tokens"] == 8
     assert [entry["iteration"] for entry in results["iterations"]] == iterations
     for entry in results["iterations"]:
-        assert entry["accuracy"] == {"mine/dev": 0.0}
+        assert {name: (score["value"], score["n"]) for name, score in entry["accuracy"].items()} == {"mine/dev": (0, 1)}
         assert entry["flops"] > 0
         assert isinstance(entry["seconds"], float) and entry["seconds"] >= 0
-        assert entry["pass_at_10"] == 0
+        assert [*entry["pass_at"]] == [str(k) for k in range(1, 11)]
+        assert entry["pass_at"]["10"]["value"] == 0
+        assert (entry["dpo"] is not None) == (method == "dpo-st" and entry["iteration"] == 1)
         assert (entry["pairs"] is not None) == (method == "dpo-st" and entry["iteration"] == 1)
         assert entry["pseudo_labels"] == (0 if entry["iteration"] else None)
     assert results_table(results) in outcome.out
     assert results_table(results) in (run / "report.md").read_text()
-    assert (run / "figures/accuracy.png").read_bytes().startswith(b"\x89PNG")
+    figures = {"accuracy.png", "pass_at_k.png"} if method == "dpo-st" else {"accuracy.png"}
+    assert {path.name for path in (run / "figures").iterdir()} == figures
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (run / "figures").iterdir())
     assert {path.name for path in run.iterdir()} == {
         *(f"iteration-{iteration}" for iteration in iterations),
         *(".lock", "config.json", "stages.jsonl", "log.txt", "results.json", "report.md", "figures"),
@@ -544,7 +550,18 @@ def test_runs_that_differ_have_directories_of_their_own(call, tiny_model_dir, my
         assert call("train.py", *flags, *change).status == 0
         assert (Path("runs") / expected).is_dir()
     assert len([*Path("runs").iterdir()]) == 4
-    many = ["--beta", "0.3", "--warmup", "0.2", "--weight-decay", "0.5", "--max-grad-norm", "2", "--top-k", "7"]
+    many = [
+        "--beta",
+        "0.3",
+        "--learning-rate-warmup",
+        "0.2",
+        "--weight-decay",
+        "0.5",
+        "--max-grad-norm",
+        "2",
+        "--top-k",
+        "7",
+    ]
     assert call("train.py", *flags, *many).status == 0
     (long,) = Path("runs").glob("tiny-random-sft-mine-42-9-changes-*")
     assert len(long.name) < 60
@@ -598,11 +615,14 @@ def test_fresh_renames_the_old_run(call, tiny_model_dir, my_data):
     assert not Path("run.2").exists()
 
 
-def test_an_exchanged_base_model_is_noticed(call, tiny_model_dir, knowing_model_dir, my_data):
+def test_an_exchanged_base_model_is_noticed(call, tiny_model_dir, my_data):
     base = shutil.copytree(tiny_model_dir, "base")
     flags = ["--model", base, "--data", my_data, "--run-dir", "run", "--method", "sft", *QUICK]
     assert call("train.py", *flags).status == 0
-    shutil.copyfile(knowing_model_dir / "model.safetensors", f"{base}/model.safetensors")
+    model = load_model(base)
+    with torch.no_grad():
+        model.embedding.weight[3, 0] += 1
+    save_model(model, base, [])
     outcome = call("train.py", *flags)
     assert outcome.status == 2
     assert "run was begun with weights = " in outcome.complaints[0]
@@ -704,8 +724,9 @@ def test_a_full_file_system(call, tiny_model_dir, kilobytes):
 
 
 def test_ctrl_c_ends_quietly_and_leaves_no_half_stage(tiny_model_dir, tmp_path):
-    process = start("train.py", "--model", tiny_model_dir, "--sft-epochs", 10_000, cwd=tmp_path)
-    stage = tmp_path / "runs/tiny-random-dpo-st-toy-42/iteration-0/sft"
+    flags = ["--model", tiny_model_dir, "--sft-epochs", 10_000, "--run-dir", "run"]
+    process = start("train.py", *flags, cwd=tmp_path)
+    stage = tmp_path / "run/iteration-0/sft"
     while not (stage.with_name("sft.unfinished") / "log.jsonl").is_file():
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
@@ -755,7 +776,7 @@ MISTAKES = [
     ("train.py --data long.jsonl --limit 2", "tokens; the limit is 1,024"),
     ("train.py --unlabelled broken.jsonl", "broken.jsonl, line 3"),
     ("train.py --model HALF", "model.safetensors"),
-    ("train.py --model WIDE", "model.safetensors: tensor shared.weight has shape"),
+    ("train.py --model WIDE", "WIDE/model.safetensors: tensor lm_head.weight has shape"),
     ("train.py --model BARE", "BARE: no tokenizer here"),
     ("train.py --limit 0", "argument --limit: a whole number from 1 to 1,000,000 is expected, found '0'"),
     ("train.py --samples=-1", "argument --samples: a whole number from 1 to 1,000,000 is expected, found -1"),
@@ -934,7 +955,7 @@ def test_a_reader_that_leaves_early_is_no_error(knowing_model_dir, tmp_path):
 def test_without_run_or_argument_the_bundled_model_answers(tmp_path, command, shown):
     outcome = finished(start(command, cwd=tmp_path))
     assert outcome.status == 0
-    assert outcome.complaints == []
+    assert [Path(line).name for line in outcome.complaints] == ["tiny-t5-dpo-st"]  # it is said which model
     assert shown in outcome.out and ("####" in outcome.out or command == "eval.py")
 
 
@@ -946,6 +967,6 @@ def test_train_without_argument_improves_the_bundled_model(tmp_path):
     assert process.returncode == 0
     results = json.loads((tmp_path / "runs/tiny-t5-dpo-st-toy-42/results.json").read_text())
     assert results_table(results) in out
-    accuracies = [entry["accuracy"]["toy/dev"] for entry in results["iterations"]]
+    accuracies = [entry["accuracy"]["toy/dev"]["value"] for entry in results["iterations"]]
     assert max(accuracies) > accuracies[0] > 0
     assert "####" in finished(start("sample.py", cwd=tmp_path)).out

@@ -121,6 +121,15 @@ def test_json_is_indented_and_not_escaped(tmp_path):
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "text": "ü"\n}\n'
 
 
+def test_a_list_of_numbers_is_one_line_of_json(tmp_path):
+    value = {"a": [1, -2.5, 1e-7], "b": [], "c": ["[\n 1 ]", 1], "d": [[1], [2, 3]], "e": "[ 1 ]\n[\n1\n]"}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    lines = (tmp_path / "a.json").read_text(encoding="utf-8").splitlines()
+    assert '  "a": [1, -2.5, 1e-07],' in lines
+    assert "    [2, 3]" in lines
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     def rows():
         yield {"a": 1}

@@ -67,8 +67,8 @@ def read_run(run: Path, example_index: int) -> dict:
     all_pairs = [record for _, record in read_jsonl(iteration / "pairs.jsonl")]
     all_labels = [record for _, record in read_jsonl(iteration / "pseudo-labels.jsonl")]
     pairs = [record for record in all_pairs if record["question"] == question]
-    before = read_json(run / "iteration-0" / "evaluation.json")["greedy"]["toy/dev"]
-    after = read_json(iteration / "evaluation.json")["greedy"]["toy/dev"]
+    before = read_json(run / "iteration-0" / "evaluation.json")["sft"]["greedy"]["toy/dev"]
+    after = read_json(iteration / "evaluation.json")["sft"]["greedy"]["toy/dev"]
     pair = preference_pair(load_template(run / "iteration-0" / "sft"), pairs[0])
     return {
         "command": "python train.py --seed 1 --iterations 1",

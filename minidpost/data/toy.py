@@ -15,7 +15,7 @@ from random import Random
 from minidpost.data.example import Example
 
 WORLD_SEED = 2024
-SIZES = {"train": 400, "unlabelled": 800, "dev": 200, "test": 500, "longer": 150, "words": 150, "distractors": 150}
+SIZES = {"train": 400, "unlabelled": 1600, "dev": 200, "test": 500, "longer": 150, "words": 150, "distractors": 150}
 SPLITS = tuple(SIZES)
 TEST_SPLITS = ("test", "longer", "words", "distractors")
 EVENTS_A_PROBLEM = (1, 1, 2)  # numbers of events to choose from: two thirds of the problems have one

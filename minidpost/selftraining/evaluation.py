@@ -1,9 +1,10 @@
-"""Greedy accuracy, pass@k and maj@k, each with its 95 % interval."""
+"""Greedy accuracy, pass@k and maj@k, each with its 95 % interval, and differences over the same questions."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import comb, sqrt
+from typing import Any
 
 from minidpost.data.example import Example
 from minidpost.sampling.generate import Sample, generate
@@ -16,12 +17,27 @@ Z = 1.96  # standard deviations to either side that hold 95 % of a normal distri
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over n questions, in [0, 1], and its 95 % interval."""
+    """A mean over n questions and its 95 % interval; within [0, 1], or [−1, 1] for a difference."""
 
     value: float
     n: int
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class SampledScores:
+    """pass@k and maj@k by k, and the outcomes of each question that they are means of.
+
+    `n_correct` counts a question's correct samples, of `n_samples`; `majority` says whether the commonest answer of its
+    first k samples is correct, as 1 or 0.
+    """
+
+    n_samples: int
+    n_correct: list[int]
+    majority: dict[int, list[int]]
+    pass_at: dict[int, Score]
+    maj_at: dict[int, Score]
 
 
 def greedy_accuracy(
@@ -34,10 +50,22 @@ def greedy_accuracy(
     label: str = "greedy",
 ) -> Score:
     """The fraction of questions whose greedy completion ends in the correct answer (Wilson interval)."""
+    return mean_score(greedy_outcomes(model, template, examples, settings, calculator=calculator, label=label))
+
+
+def greedy_outcomes(
+    model: DecodingModel,
+    template: Template,
+    examples: Sequence[Example],
+    settings: SamplingSettings,
+    *,
+    calculator: bool = True,
+    label: str = "greedy",
+) -> list[int]:
+    """1 for each question whose greedy completion ends in the correct answer, 0 for each other."""
     greedy = replace(settings, temperature=0.0)
     samples = samples_by_question(model, template, examples, greedy, n_samples=1, calculator=calculator, label=label)
-    n_correct = sum(bool(sample.is_correct) for (sample,) in samples)
-    return wilson(n_correct, len(examples))
+    return [int(bool(sample.is_correct)) for (sample,) in samples]
 
 
 def sampled_scores(
@@ -50,8 +78,8 @@ def sampled_scores(
     maj_at: Sequence[int] = (),
     calculator: bool = True,
     label: str = "pass@k",
-) -> tuple[dict[int, Score], dict[int, Score]]:
-    """pass@k and maj@k for each k, from max(k) samples a question at the settings' temperature.
+) -> SampledScores:
+    """pass@k and maj@k for each k, all from the same max(k) samples a question at the settings' temperature.
 
     pass@k is the unbiased estimate 1 − C(n−c, k)/C(n, k) (Chen et al. 2021); maj@k takes the commonest answer of the
     first k samples, the earliest one in a tie. Intervals are those of a mean over questions.
@@ -61,13 +89,18 @@ def sampled_scores(
         model, template, examples, settings, n_samples=n_samples, calculator=calculator, label=label
     )
     n_correct = [sum(bool(sample.is_correct) for sample in row) for row in samples]
-    passed = {k: mean_score([pass_at_k(n_samples, c, k) for c in n_correct]) for k in pass_at}
     majority = {}
     for k in maj_at:
         completions = [[sample.completion for sample in row[:k]] for row in samples]
         pairs = zip(completions, examples, strict=True)
-        majority[k] = mean_score([float(majority_is_correct(texts, example.answer)) for texts, example in pairs])
-    return passed, majority
+        majority[k] = [int(majority_is_correct(texts, example.answer)) for texts, example in pairs]
+    return SampledScores(
+        n_samples=n_samples,
+        n_correct=n_correct,
+        majority=majority,
+        pass_at={k: mean_score([pass_at_k(n_samples, c, k) for c in n_correct]) for k in pass_at},
+        maj_at={k: mean_score(outcomes) for k, outcomes in majority.items()},
+    )
 
 
 def samples_by_question(
@@ -125,7 +158,29 @@ def mean_score(values: Sequence[float]) -> Score:
     n = len(values)
     if {*values} <= {0.0, 1.0}:
         return wilson(int(sum(values)), n)
+    mean, half = mean_and_half_width(values)
+    return Score(mean, n, max(0.0, mean - half), min(1.0, mean + half))
+
+
+def paired_difference(before: Sequence[float], after: Sequence[float]) -> Score:
+    """The mean of after − before over the same questions, in their order, and its normal interval.
+
+    It is narrower than what the two scores' own intervals suggest, as questions that are easy or hard for both models
+    drop out. Where all differences are equal it is empty.
+    """
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    mean, half = mean_and_half_width(differences)
+    return Score(mean, len(differences), max(-1.0, mean - half), min(1.0, mean + half))
+
+
+def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of at least one value, and half the width of its normal interval."""
+    n = len(values)
     mean = sum(values) / n
     variance = sum((value - mean) ** 2 for value in values) / max(1, n - 1)
-    half = Z * sqrt(variance / n)
-    return Score(mean, n, max(0.0, mean - half), min(1.0, mean + half))
+    return mean, Z * sqrt(variance / n)
+
+
+def percent(score: Mapping[str, Any]) -> str:
+    """A score, given by its fields as in a JSON file, as tables show it: `46.4% (43.2–49.6)`."""
+    return f"{score['value']:.1%} ({100 * score['low']:.1f}–{100 * score['high']:.1f})"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from minidpost.errors import UserError
+from minidpost.selftraining.methods import METHODS
 from minidpost.selftraining.presets import LLAMA, T5, TINY_LLAMA, TINY_T5, Preset
 from minidpost.storage import read_json
 
@@ -50,7 +51,9 @@ GROUPS: dict[str, dict[str, Flag]] = {
         "beta": Flag("β of the DPO loss: how strongly the model is held to the reference", low=1e-6, high=1e3),
     },
     "optimizer and lengths, of SFT and DPO": {
-        "warmup": Flag("fraction of the optimizer steps in which the learning rate rises to its peak", 0, 1),
+        "learning_rate_warmup": Flag(
+            "fraction of the optimizer steps in which the learning rate rises to its peak", 0, 1
+        ),
         "learning_rate_floor": Flag("fraction of the peak that the learning rate falls to by the last step", 0, 1),
         "weight_decay": Flag("weight decay of AdamW, of matrices alone", 0, 1),
         "max_grad_norm": Flag("norm to which larger gradients are clipped", low=1e-6, high=1e6),
@@ -74,7 +77,10 @@ GROUPS: dict[str, dict[str, Flag]] = {
         "label_cap": Flag("pseudo-labels of a question, at most so many; none: no such limit"),
     },
     "evaluation": {
-        "pass_at": Flag("samples for each dev question, before and after each DPO, for pass@1 up to this k"),
+        "pass_at": Flag(
+            "samples for each dev question, before and after each DPO, for pass@1 to this k and maj@k; 1: greedy "
+            "accuracy alone"
+        ),
         "pass_questions": Flag("take the first so many of dev for pass@k; none: all"),
         "test_questions": Flag("take the first so many of each test set; 0: no test sets, none: all", low=0),
     },
@@ -113,15 +119,20 @@ def add_hyperparameters(parser: argparse.ArgumentParser) -> None:
 
 
 def default_text(name: str) -> str:
-    """The default of a hyperparameter as --help shows it, by model where the models differ."""
+    """The default of a hyperparameter as --help shows it, by model where the models differ, and by method likewise."""
     by_model = {"T5": T5, "Llama": LLAMA, "tiny-t5": TINY_T5, "tiny-llama": TINY_LLAMA}
     values = {model: written(vars(preset)[name]) for model, preset in by_model.items()}
-    if len({*values.values()}) == 1:
-        return values["T5"]
     if values["tiny-t5"] == values["tiny-llama"]:
         values["tiny models"] = values.pop("tiny-t5")
         del values["tiny-llama"]
-    return ", ".join(f"{model} {value}" for model, value in values.items())
+    if len({*values.values()}) == 1:
+        text = values["T5"]
+    else:
+        text = ", ".join(f"{model} {value}" for model, value in values.items())
+    for method, rules in METHODS.items():
+        if name in rules.settings:
+            text += f"; with --method {method} {written(rules.settings[name])}"
+    return text
 
 
 def written(value: object) -> str:
@@ -133,10 +144,10 @@ def written(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else f"{value}"
 
 
-def reader(name: str) -> Callable[[str], float | None]:
+def reader(name: str) -> Callable[[str], Any]:
     """A flag's type for argparse: reads and checks the value of one hyperparameter."""
 
-    def read(text: str) -> float | None:
+    def read(text: str) -> Any:
         value: Any = text
         if text.lower() == "none":
             value = None

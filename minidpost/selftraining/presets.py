@@ -40,7 +40,7 @@ class Preset:
     dpo_learning_rate: float = 7e-7  # [paper]
     beta: float = 0.1  # [paper]
     # both
-    warmup: float = 0.1  # [paper] fraction of the steps; [ours] the first step has rate 1/n of the peak, not 0
+    learning_rate_warmup: float = 0.1  # [paper] fraction of the steps; [ours] the first step's rate is not 0, see optim
     learning_rate_floor: float = 0.1  # [code] fraction of the peak
     weight_decay: float = 0.01  # [paper]
     max_grad_norm: float = 1.0  # [paper]
@@ -73,6 +73,7 @@ class Preset:
             epochs=self.sft_epochs,
             examples_per_step=self.sft_examples_per_step,
             schedule=self.schedule(self.sft_learning_rate),
+            dropout=self.sft_dropout,
             micro_batch_tokens=self.micro_batch_tokens,
             activation_checkpointing=self.activation_checkpointing,
             seed=seed,
@@ -95,7 +96,7 @@ class Preset:
         """The optimizer's settings with this peak learning rate."""
         return Schedule(
             learning_rate=learning_rate,
-            warmup=self.warmup,
+            warmup=self.learning_rate_warmup,
             floor=self.learning_rate_floor,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
@@ -125,7 +126,7 @@ LLAMA = replace(
     dpo_steps=100,
     dpo_pairs_per_step=128,
     dpo_learning_rate=3e-7,
-    warmup=0.03,  # [paper] the published code has 0.1
+    learning_rate_warmup=0.03,  # [paper] the published code has 0.1
     max_source=256,
     max_target=384,
     samples=10,
@@ -133,11 +134,14 @@ LLAMA = replace(
     activation_checkpointing=True,  # [ours]
 )
 
-# [ours] throughout, chosen on dev and fresh questions so that the default run shows the method within ten minutes on
-# two cores: models of less than a million weights need a higher learning rate than those of hundreds of millions, and
-# fewer steps; a larger β keeps them closer to the reference, without which DPO on a few hundred pairs makes them worse.
+# [ours] throughout, chosen on fresh questions (benchmarks/results/effect.md) so that the default run shows the method
+# within eight minutes on two cores: models of less than a million weights need a higher learning rate than those of
+# hundreds of millions, and fewer steps; a larger β keeps them closer to the reference, without which DPO on a few
+# hundred pairs makes them worse; and the more questions there are to make pairs of, the more the DPO step pays, so that
+# two iterations with many questions are better than three with few.
 TINY_T5 = replace(
     T5,
+    iterations=2,
     sft_epochs=10,
     sft_examples_per_step=16,
     sft_learning_rate=2e-3,

@@ -28,6 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from minidpost.errors import UserError
@@ -162,7 +163,13 @@ class RunDirectory:
 
     def _write_config(self, config: Path) -> None:
         versions = {"minidpost": __version__, "python": platform.python_version(), "torch": version("torch")}
-        write_json(config, {"format": FORMAT, "settings": self.settings, "versions": versions})
+        content = {
+            "format": FORMAT,
+            "settings": self.settings,
+            "versions": versions,
+            "threads": torch.get_num_threads(),  # on a CPU also how many processes sample side by side
+        }
+        write_json(config, content)
 
     def _check_config(self, config: Path, may_change: Collection[str]) -> None:
         """UserError where the run that is here was begun by another format or with other settings.
@@ -173,6 +180,7 @@ class RunDirectory:
             content = json_object(config)
             old_format = content.get("format", 1)  # the first format was not numbered
             old_torch = content.get("versions", {}).get("torch")
+            old_threads = content.get("threads")
             old_settings = flat(content["settings"])
             new_settings = flat(self.settings)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -198,6 +206,8 @@ class RunDirectory:
             write_json(config, content)
         if old_torch != version("torch"):
             self.log(f"begun with torch {old_torch}, continued with {version('torch')}: rounding may differ")
+        if old_threads != torch.get_num_threads():
+            self.log(f"begun with {old_threads} threads, continued with {torch.get_num_threads()}: rounding may differ")
 
     def _finished_stages(self) -> dict[str, dict[str, Any]]:
         """The metadata of every stage that has its final name; UserError where a file of one was changed."""

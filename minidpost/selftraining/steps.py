@@ -32,10 +32,8 @@ from minidpost.models.hf_config import Model
 from minidpost.models.weights import load_model, open_tensors, save_model, save_tensors, tokenizer_files
 from minidpost.sampling import sampler
 from minidpost.sampling.generate import Sample, generate
-from minidpost.sampling.sampler import SamplingSettings
 from minidpost.selftraining.estimates import forward_flops, model_size, sampling_flops, training_flops
-from minidpost.selftraining.evaluation import greedy_accuracy, sampled_scores
-from minidpost.selftraining.methods import METHODS
+from minidpost.selftraining.evaluation import greedy_outcomes, mean_score, sampled_scores
 from minidpost.selftraining.run import Run
 from minidpost.selftraining.run_directory import Chunks, json_object, model_hash
 from minidpost.selftraining.selection import Candidates, jaccard, preference_pairs, pseudo_labels
@@ -44,9 +42,6 @@ from minidpost.training.batching import TokenizedExample, drop_too_long, token_c
 from minidpost.training.dpo import PreferencePair, reference_log_probabilities, train_dpo
 from minidpost.training.optim import derived_seed
 from minidpost.training.sft import train_sft
-
-PASS_AT = 10  # samples for a dev question, before and after each DPO
-PASS_QUESTIONS = 100  # dev questions that are sampled for it
 
 TrainingItem = TypeVar("TrainingItem", TokenizedExample, PreferencePair)
 
@@ -306,7 +301,7 @@ def build_pseudo_labels(run: Run, iteration: int) -> Path:
     if run.directory.is_finished(name):
         return path
     with run.directory.stage(name) as stage:
-        method = METHODS[run.method]
+        method = run.rules
         questions = candidates(run, iteration, "samples-sft", merges_iterations=method.merges_iterations)
         seed = derived_seed(run.seed, f"{iteration}/pseudo-labels")
         labels = pseudo_labels(questions, method, run.preset, seed=seed)
@@ -336,48 +331,72 @@ def question_and_answer(example: Example) -> dict[str, Any]:
 
 
 def evaluate(run: Run, iteration: int) -> float:
-    """Greedy accuracy on dev and all test sets, pass@1 and pass@10 on the first of dev. Returns dev's, in [0, 1]."""
+    """Score f_θ' on dev and the test sets, and f_θd, where the iteration has one, on dev.
+
+    Returns the greedy accuracy of f_θ' on dev, in [0, 1]. evaluation.json has "sft" and "dpo", one `evaluate_model`
+    each. f_θ' as it was before this iteration's DPO is in the evaluation of the iteration before (figure 6).
+    """
     name = f"iteration-{iteration}/evaluation.json"
     path = run.directory.path / name
+    dev = {run.data.dev_name: run.data.dev}
     if not run.directory.is_finished(name):
-        with run.directory.stage(name) as stage:
-            settings = run.sampling_settings(f"{iteration}/evaluation")
-            model = load_for_sampling(run, run.path(iteration) / "sft")
-            greedy = {}
-            for set_name, examples in run.data.evaluation_sets().items():
-                score = greedy_accuracy(
-                    model,
-                    run.template,
-                    examples,
-                    settings,
-                    calculator=run.calculator,
-                    label=f"{iteration}/{set_name}",
-                )
-                greedy[set_name] = asdict(score)
-
-            sampled = {"sft": pass_at_k(run, iteration, model, settings)}
+        with run.directory.stage(name) as stage, when_memory_runs_out(sampling_advice(run, name)):
+            sets = dev | limited_test_sets(run)
+            evaluation = {"sft": evaluate_model(run, run.model(iteration), sets, label=f"{iteration}/sft")}
             if (run.path(iteration) / "dpo").is_dir():
-                model = load_for_sampling(run, run.path(iteration) / "dpo")
-                sampled["dpo"] = pass_at_k(run, iteration, model, settings)
-            write_json(stage.path, {"greedy": greedy, "sampled": sampled})
+                evaluation["dpo"] = evaluate_model(run, run.path(iteration) / "dpo", dev, label=f"{iteration}/dpo")
+            write_json(stage.path, evaluation)
 
-    evaluation: Any = read_json(path)
-    accuracy: float = evaluation["greedy"][run.data.dev_name]["value"]
+    content: Any = read_json(path)
+    accuracy: float = content["sft"]["greedy"][run.data.dev_name]["value"]
     return accuracy
 
 
-def pass_at_k(run: Run, iteration: int, model: Model, settings: SamplingSettings) -> dict[str, Any]:
-    """pass@1 and pass@10 on the first PASS_QUESTIONS of dev, from ten samples for each question."""
-    passed, _ = sampled_scores(
-        model,
-        run.template,
-        run.data.dev[:PASS_QUESTIONS],
-        settings,
-        pass_at=(1, PASS_AT),
-        calculator=run.calculator,
-        label=f"{iteration}/pass@{PASS_AT}",
+def limited_test_sets(run: Run) -> dict[str, Sequence[Example]]:
+    """The first `test_questions` of each test set, by name; none at all for 0."""
+    n_questions = run.preset.test_questions
+    if n_questions == 0:
+        return {}
+    return {name: examples[:n_questions] for name, examples in run.data.tests.items()}
+
+
+def evaluate_model(run: Run, directory: Path, sets: dict[str, Sequence[Example]], *, label: str) -> dict[str, Any]:
+    """The scores of one model, each with what it is a mean of, so that models can be compared question by question.
+
+    "greedy" has the accuracy on each set and, as "correct", 1 or 0 for each question; "sampled" the fields of a
+    SampledScores, for pass@1 to pass@`pass_at` and maj@`pass_at` on dev. It is None for pass_at = 1: greedy accuracy is
+    the paper's pass@1.
+    """
+    model = load_for_sampling(run, directory)
+    # Every model gets the same random numbers, so that less of the difference between two is chance.
+    settings = run.sampling_settings("evaluation")
+
+    # All sets in one go: at the end of each, slots would stand empty.
+    all_examples = [example for examples in sets.values() for example in examples]
+    outcomes = greedy_outcomes(
+        model, run.template, all_examples, settings, calculator=run.calculator, label=f"{label}, greedy"
     )
-    return {f"pass_at_{k}": asdict(score) for k, score in passed.items()}
+    remaining = iter(outcomes)
+    greedy = {}
+    for name, examples in sets.items():
+        correct = list(islice(remaining, len(examples)))
+        greedy[name] = {**asdict(mean_score(correct)), "correct": correct}
+
+    sampled = None
+    pass_at = run.preset.pass_at
+    if pass_at > 1:
+        scores = sampled_scores(
+            model,
+            run.template,
+            run.data.dev[: run.preset.pass_questions],
+            settings,
+            pass_at=range(1, pass_at + 1),
+            maj_at=(pass_at,),
+            calculator=run.calculator,
+            label=f"{label}, pass@{pass_at}",
+        )
+        sampled = asdict(scores)
+    return {"greedy": greedy, "sampled": sampled}
 
 
 # -- convergence ------------------------------------------------------------------------------------------------------

@@ -6,12 +6,25 @@ one line, as in the published code:
 
     Natalia sold 48 / 2 = [ 48 / 2 = 24] 24 clips in May. Natalia sold 48 + 24 = [ 48 + 24 = 72] 72 clips. #### 72
 
-Llama's vocabularies have all of it, so that its targets are GSM8K's own form, after an Alpaca-style prompt.
+As there, `$ 110` is written apart, so that `▁110` is the piece that it is everywhere else, a space follows the colon of
+`Total:5`, and annotations that calculate nothing (`<<5=5>>`) are left out. Llama's vocabularies have all characters, so
+that its targets are GSM8K's own form, annotations that calculate nothing included, after an Alpaca-style prompt.
 
-Departures from the published code: operators are spaced evenly (there `a+b+c` became `a + b+c`); what has been
-formatted once stays as it is (there `#### 9` became `#### 9.` from the second round on); an annotation's result is
-written as the calculator writes it, so that forced ids are the training text's; characters outside the
-vocabulary are replaced by what comes nearest, not lost. Llama's BOS stands in front of every prompt, in training too.
+Departures from the published code, for T5 (benchmarks/results/targets.md counts them on GSM8K):
+
+- operators and annotations are spaced evenly: `a + b + c`, `= [`, `x = 5` (there `a + b+c`, `=[`, `x= 5`);
+- what is no operator stays as it is: `pull-ups`, `miles/hour`, `>=` (there `pull - ups`, `miles / hour`, `> =`);
+- `$` is parted from amounts and annotations (there from whatever follows: `97$,` became `97$ ,`);
+- an annotation's result is written as the calculator writes it, so that forced ids are the training text's, in Llama's
+  targets too; `<<28=28.00>>` then calculates nothing and is left out;
+- characters outside the vocabulary, those of questions too, are replaced by what comes nearest, not lost;
+- brackets of the prose become parentheses, since `[` opens an annotation;
+- a line that ends in another mark gets no full stop (there `Is it?.`, `gumballs,.`);
+- single spaces, none inside parentheses, no blank lines;
+- what has been formatted once stays as it is (there `#### 9` became `#### 9.` from the second round on).
+
+For Llama: lines are tidied; BOS stands in front of every prompt (there in training, not in evaluation); a completion
+is tokenised apart from its prompt, and in segments where the calculator's ids begin and end (see `LlamaTemplate`).
 """
 
 import re
@@ -83,6 +96,8 @@ class Template(Protocol):
 
 
 _ANNOTATION = re.compile(r"<<([^<>]*)>>")
+_BRACKETED = re.compile(r"\[([^\[\]]*)\]")
+_TRIVIAL = re.compile(r"\[\s*[0-9]+\s*=\s*[0-9]+\s*\]")  # nothing is calculated: `<<5=5>>`
 _BRACKETS = re.compile(r"\[([^\[\]<>]*)\]\s*")
 _ANSWER_MARK = re.compile(r"\s?####[\s#]*")  # one space, not all: a search that begins at each of many is slow
 _SENTENCE_MARKS = (".", "!", "?", ":", ";", ",")
@@ -91,6 +106,8 @@ _SENTENCE_MARKS = (".", "!", "?", ":", ";", ",")
 _LEFT = r"(?<=[0-9)%])\s*"
 _RIGHT = r"\s*(?=[-+]?[$€£]?\s?[-+]?\.?[0-9(\[])"
 _SPACING = [
+    (re.compile(r"\$\s*(?=[-+]?\.?[0-9(])"), "$ "),  # `▁110` is one piece everywhere; `$110` would be `▁$1`, `10`
+    (re.compile(r"(?<=[^0-9]):(?=[0-9])"), ": "),
     (re.compile(rf"{_LEFT}([-+*/]){_RIGHT}"), r" \1 "),
     (re.compile(r"\s*(?<![<>=!])=(?![=>])\s*"), " = "),
     (re.compile(r"\["), " [ "),
@@ -98,6 +115,8 @@ _SPACING = [
     (re.compile(r"\(\s+"), "("),
     (re.compile(r"\s+\)"), ")"),
 ]
+# The way back: `$ 110` is `$110`, and of any currency `€ <<2*3=6>>6` is `€<<2*3=6>>6`; `5$ 3 times` stays.
+_SPACE_AFTER_CURRENCY = re.compile(r"(?<=\$)(?<![0-9]\$)\s(?=[-+]?\.?[0-9])|(?<=[$€£])\s(?=<<)")
 
 # What replaces a character that the vocabulary lacks, as (character, pattern, replacement). They are applied in this
 # order: a replacement may hold a character that is replaced further down.
@@ -152,18 +171,15 @@ class T5Template:
 
     def target(self, rationale: str) -> str:
         """The training text of a canonical rationale; `target(canonical(t)) == t` for every target t."""
-        # 1) Each line becomes a sentence, the answer goes to the end.
-        prose, *answers = _ANSWER_MARK.split(rationale)
-        parts = []
-        for line in prose.split("\n"):
-            if line.strip():
-                parts.append(_sentence(self._replace_unknown_characters(_bracketed(line))))
-        for answer in answers:
-            written = self._replace_unknown_characters(_bracketed(answer)).rstrip(" .")
-            if written:
-                parts.append(f"#### {written}")
-        text = " ".join(parts)
-        # 2) Spaces around operators and brackets, as T5's pieces want them.
+        # 1) Annotations in brackets, characters of the vocabulary; the answer's mark begins a line.
+        lines = _ANSWER_MARK.sub("\n#### ", rationale).split("\n")
+        text = "\n".join(self._plain_line(line) for line in lines)
+        # 2) Each line becomes a sentence, the answer goes to the end.
+        prose, *answers = _ANSWER_MARK.split(text)
+        sentences = [_sentence(line) for line in prose.split("\n") if line]
+        final = [f"#### {answer}" for answer in (_one_line(answer).rstrip(" .") for answer in answers) if answer]
+        text = " ".join([*sentences, *final])
+        # 3) Spaces around operators, brackets and currency, as T5's pieces want them.
         for pattern, replacement in _SPACING:
             text = pattern.sub(replacement, text)
         return _one_line(text)
@@ -171,7 +187,7 @@ class T5Template:
     def canonical(self, text: str) -> str:
         """The way back from T5's text to GSM8K's form; line breaks before the answer's are gone for good."""
         text = _BRACKETS.sub(lambda match: f"<<{_unspaced(match[1])}>>", _one_line(text))
-        text = re.sub(r"(?<=[$€£])\s(?=<<)", "", text)
+        text = _SPACE_AFTER_CURRENCY.sub("", text)
         return _ANSWER_MARK.sub("\n#### ", text).strip()
 
     def prompt_ids(self, question: str) -> list[int]:
@@ -197,6 +213,13 @@ class T5Template:
     def _result_ids(self, result: str) -> list[int]:
         # No piece of T5's vocabulary reaches across a space, so these are the ids of ` 24]` wherever a target holds it.
         return self._tokenizer.encode(f" {result}]")
+
+    def _plain_line(self, line: str) -> str:
+        """One line of a rationale with its annotations in brackets and nothing outside the vocabulary."""
+        line = _ANNOTATION.sub(r"[\1]", line.replace("[", "(").replace("]", ")"))
+        line = self._replace_unknown_characters(line)
+        line = _BRACKETED.sub(lambda match: f"[{_with_printed_result(match[1])}]", line)
+        return _one_line(_TRIVIAL.sub("", line))
 
     def _lacks(self, character: str) -> bool:
         """Whether the vocabulary cannot write a character."""
@@ -315,12 +338,6 @@ def _tidy(text: str) -> str:
 def _sentence(line: str) -> str:
     """The line with a full stop, unless it has a mark of its own or nothing at all."""
     return line if not line or line.rstrip(" )\"'”’").endswith(_SENTENCE_MARKS) else line + "."
-
-
-def _bracketed(text: str) -> str:
-    """Annotations in brackets instead of `<<` `>>`; other brackets become parentheses."""
-    text = text.replace("[", "(").replace("]", ")")
-    return _ANNOTATION.sub(lambda match: f"[{_with_printed_result(match[1])}]", text)
 
 
 def _with_printed_result(annotation: str) -> str:

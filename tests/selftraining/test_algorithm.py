@@ -18,12 +18,14 @@ from minidpost.errors import UserError
 from minidpost.models.weights import load_model
 from minidpost.sampling import sampler
 from minidpost.sampling.generate import Sample
+from minidpost.selftraining import evaluation as evaluation_module
 from minidpost.selftraining import steps
 from minidpost.selftraining.algorithm import self_train
 from minidpost.selftraining.estimates import forward_flops, model_size, training_flops
-from minidpost.selftraining.evaluation import wilson
+from minidpost.selftraining.evaluation import SampledScores, wilson
 from minidpost.selftraining.methods import METHODS
 from minidpost.selftraining.presets import Preset
+from minidpost.selftraining.report import collect_results, write_report
 from minidpost.selftraining.run import Data, Run, tokenize
 from minidpost.selftraining.run_directory import RunDirectory
 from minidpost.selftraining.selection import Candidates
@@ -110,14 +112,14 @@ def script(monkeypatch) -> Callable:
                         finish_reason=finish_reason,
                     )
 
-        def greedy_accuracy(model, template, examples, settings, *, calculator=True, label="greedy"):
-            return wilson(round(1000 * accuracies[int(label.split("/")[0])]), 1000)
+        def greedy_outcomes(model, template, examples, settings, *, calculator=True, label="greedy"):
+            return [accuracies[int(label.split("/")[0])]] * len(examples)
 
         def sampled_scores(model, template, examples, settings, *, pass_at=(), maj_at=(), calculator=True, label=""):
-            return {k: wilson(k, 20) for k in pass_at}, {}
+            return SampledScores(10, [1] * len(examples), {}, {k: wilson(k, 20) for k in pass_at}, {})
 
         monkeypatch.setattr(steps, "generate", generate)
-        monkeypatch.setattr(steps, "greedy_accuracy", greedy_accuracy)
+        monkeypatch.setattr(steps, "greedy_outcomes", greedy_outcomes)
         monkeypatch.setattr(steps, "sampled_scores", sampled_scores)
 
     return install
@@ -428,6 +430,115 @@ def test_rft_has_each_list_of_equations_once(new_run, script):
     assert run.directory.stages["iteration-1/pseudo-labels.jsonl"]["pseudo_labels"] == 12 + 1
 
 
+# -- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def evaluation(run: Run, iteration: int) -> dict:
+    return json.loads((run.path(iteration) / "evaluation.json").read_text())
+
+
+@pytest.fixture
+def noted(monkeypatch) -> list[tuple]:
+    """What evaluation samples: (model's place, questions, temperature, samples, seed), a row a call."""
+    calls, loaded = [], []
+    load, original = steps.load_for_sampling, evaluation_module.generate
+
+    def load_for_sampling(run, directory):
+        loaded.append(f"{directory.parent.name[-1]}/{directory.name}")
+        return load(run, directory)
+
+    def generate(model, template, questions, settings, *, n_samples, **rest):
+        calls.append((loaded[-1], list(questions), settings.temperature, n_samples, settings.seed))
+        return original(model, template, questions, settings, n_samples=n_samples, **rest)
+
+    monkeypatch.setattr(steps, "load_for_sampling", load_for_sampling)
+    monkeypatch.setattr(evaluation_module, "generate", generate)
+    return calls
+
+
+def test_dev_is_evaluated_before_and_after_dpo(new_run, noted):
+    """Both models greedily and sampled, over all of dev; test sets for f_θ' alone, in the same call; nothing twice."""
+    run = new_run()
+    list(self_train(run))
+    dev = [example.question for example in DEV]
+    with_tests = [*dev, DEV[0].question]
+    assert [call[:4] for call in noted] == [
+        ("0/sft", with_tests, 0.0, 1),
+        ("0/sft", dev, 0.7, 10),
+        ("1/sft", with_tests, 0.0, 1),
+        ("1/sft", dev, 0.7, 10),
+        ("1/dpo", dev, 0.0, 1),
+        ("1/dpo", dev, 0.7, 10),
+    ]
+    content = evaluation(run, 1)
+    assert {model: [*content[model]["greedy"]] for model in content} == {
+        "sft": ["toy/dev", "toy/test"],
+        "dpo": ["toy/dev"],
+    }
+    for model in ("sft", "dpo"):
+        score = content[model]["greedy"]["toy/dev"]
+        assert (score["n"], len(score["correct"])) == (2, 2)
+        sampled = content[model]["sampled"]
+        assert [*sampled["pass_at"]] == [str(k) for k in range(1, 11)]
+        assert [*sampled["maj_at"]] == [*sampled["majority"]] == ["10"]
+        assert (sampled["n_samples"], len(sampled["n_correct"]), len(sampled["majority"]["10"])) == (10, 2, 2)
+        assert {score["n"] for score in sampled["pass_at"].values()} == {2}
+    assert evaluation(run, 0).keys() == {"sft"}
+
+
+def test_greedy_outcomes_go_to_their_sets(new_run, script, monkeypatch):
+    script({})
+    monkeypatch.setattr(steps, "greedy_outcomes", lambda model, template, examples, *rest, **more: [0, 1, 1, 0, 1])
+    tests = {"toy/test": [*DEV, TOM][:2], "other/test": [TOM]}
+    run = new_run("sft", data=replace(DATA, tests=tests))
+    assert list(self_train(run)) == [0]
+    greedy = evaluation(run, 0)["sft"]["greedy"]
+    assert {name: score["correct"] for name, score in greedy.items()} == {
+        "toy/dev": [0, 1],
+        "toy/test": [1, 0],
+        "other/test": [1],
+    }
+    assert [(score["value"], score["n"]) for score in greedy.values()] == [(0.5, 2), (0.5, 2), (1.0, 1)]
+    assert steps.evaluate(run, 0) == 0.5
+
+
+def test_models_are_compared_under_the_same_random_numbers(new_run, noted):
+    """A DPO without pairs changes nothing, and then nothing in the scores either."""
+    run = new_run(data=replace(DATA, labelled=[TOM], pool=[BEN, TOM]), dpo_learning_rate=0.0)
+    list(self_train(run))
+    assert len({call[4] for call in noted if call[2] > 0}) == 1
+    assert evaluation(run, 1)["dpo"]["sampled"] == evaluation(run, 0)["sft"]["sampled"]
+
+
+@pytest.mark.parametrize(("limit", "sets"), [(0, {"toy/dev": 2}), (1, {"toy/dev": 2, "toy/test": 1}), (None, None)])
+def test_questions_of_each_test_set_can_be_fewer(new_run, noted, limit, sets):
+    run = new_run("sft", data=replace(DATA, tests={"toy/test": DEV}), test_questions=limit)
+    list(self_train(run))
+    greedy = evaluation(run, 0)["sft"]["greedy"]
+    assert {name: score["n"] for name, score in greedy.items()} == (sets or {"toy/dev": 2, "toy/test": 2})
+    assert len(noted[0][1]) == sum(score["n"] for score in greedy.values())
+
+
+def test_dev_questions_that_are_sampled_can_be_fewer(new_run, noted):
+    """And the samples of each; greedy accuracy is of all of dev nevertheless."""
+    run = new_run("sft", pass_questions=1, pass_at=3)
+    list(self_train(run))
+    assert [(len(call[1]), call[3]) for call in noted] == [(3, 1), (1, 3)]
+    content = evaluation(run, 0)["sft"]
+    assert content["greedy"]["toy/dev"]["n"] == 2
+    assert [*content["sampled"]["pass_at"]] == ["1", "2", "3"]
+
+
+def test_pass_at_1_is_greedy_accuracy_alone(new_run, noted):
+    run = new_run(pass_at=1)
+    list(self_train(run))
+    assert {call[2] for call in noted} == {0.0}
+    assert evaluation(run, 1)["dpo"]["sampled"] is None
+    results = collect_results(run, "tiny")
+    assert results["iterations"][1]["dpo"]["difference"]["accuracy"].keys() == {"toy/dev"}
+    write_report(run, "tiny")
+
+
 # -- the end of a run, and its continuation ---------------------------------------------------------------------------
 
 
@@ -527,7 +638,7 @@ def test_a_finished_run_does_nothing_again(new_run, monkeypatch):
     def never(*arguments, **options):
         raise AssertionError("this stage was finished")
 
-    functions = "train_sft reference_log_probabilities train_dpo generate greedy_accuracy sampled_scores load_model"
+    functions = "train_sft reference_log_probabilities train_dpo generate greedy_outcomes sampled_scores load_model"
     for name in functions.split():
         monkeypatch.setattr(steps, name, never)
     again = new_run()
@@ -579,7 +690,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(new_run, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    for name in ("train_sft", "greedy_accuracy", "reference_log_probabilities", "train_dpo", "sampled_scores"):
+    for name in ("train_sft", "greedy_outcomes", "reference_log_probabilities", "train_dpo", "sampled_scores"):
         with monkeypatch.context() as patch:
             patch.setattr(steps, name, interrupted)
             with pytest.raises(KeyboardInterrupt):
@@ -640,7 +751,7 @@ def test_the_reference_outlives_a_kill_of_dpo(new_run, script, monkeypatch):
 
 def test_each_sampling_has_its_own_seed(new_run):
     run = new_run()
-    purposes = ("1/samples-dpo", "1/samples-sft", "2/samples-dpo", "1/evaluation")
+    purposes = ("1/samples-dpo", "1/samples-sft", "2/samples-dpo", "evaluation")
     assert len({run.sampling_settings(purpose).seed for purpose in purposes}) == 4
     assert run.sampling_settings("1/samples-dpo") == new_run(name="other").sampling_settings("1/samples-dpo")
     assert run.sampling_settings("1/samples-dpo") != new_run(name="another", seed=2).sampling_settings("1/samples-dpo")

@@ -1,5 +1,7 @@
 """Scores against brute force and published values, and what is sampled to get them."""
 
+import statistics
+from dataclasses import asdict
 from itertools import combinations
 
 import pytest
@@ -11,9 +13,12 @@ from minidpost.selftraining import evaluation
 from minidpost.selftraining.evaluation import (
     Score,
     greedy_accuracy,
+    greedy_outcomes,
     majority_is_correct,
     mean_score,
+    paired_difference,
     pass_at_k,
+    percent,
     sampled_scores,
     wilson,
 )
@@ -119,6 +124,12 @@ def test_accuracy_is_greedy_whatever_the_settings(script):
     assert (call["n_samples"], call["calculator"], call["label"]) == (1, False, "dev")
 
 
+def test_greedy_outcomes_stand_in_the_order_of_questions(script):
+    calls = script({"first": ["#### 1"], "second": ["#### 3"], "third": ["#### 3"]})
+    assert greedy_outcomes(None, None, EXAMPLES, SETTINGS) == [1, 0, 1]
+    assert calls[0]["settings"].temperature == 0
+
+
 def test_pass_and_majority_come_from_the_same_samples(script):
     calls = script(
         {
@@ -127,15 +138,18 @@ def test_pass_and_majority_come_from_the_same_samples(script):
             "third": ["#### 9", "", "#### 3", "#### 3"],
         }
     )
-    passed, majority = sampled_scores(None, None, EXAMPLES, SETTINGS, pass_at=(1, 2, 4), maj_at=(1, 3, 4))
+    scores = sampled_scores(None, None, EXAMPLES, SETTINGS, pass_at=(1, 2, 4), maj_at=(1, 3, 4))
     assert len(calls) == 1
     assert (calls[0]["settings"], calls[0]["n_samples"], calls[0]["calculator"]) == (SETTINGS, 4, True)
-    assert {k: score.value for k, score in passed.items()} == pytest.approx(
+    assert {k: score.value for k, score in scores.pass_at.items()} == pytest.approx(
         {1: (2 / 4 + 1 / 4 + 2 / 4) / 3, 2: (5 / 6 + 3 / 6 + 5 / 6) / 3, 4: 1.0}
     )
-    assert {k: score.value for k, score in majority.items()} == pytest.approx({1: 1 / 3, 3: 0.0, 4: 2 / 3})
-    assert majority[4] == wilson(2, 3)
-    assert passed[4] == wilson(3, 3)
+    assert {k: score.value for k, score in scores.maj_at.items()} == pytest.approx({1: 1 / 3, 3: 0.0, 4: 2 / 3})
+    assert scores.maj_at[4] == wilson(2, 3)
+    assert scores.pass_at[4] == wilson(3, 3)
+    # What they are means of, by question.
+    assert (scores.n_samples, scores.n_correct) == (4, [2, 1, 2])
+    assert scores.majority == {1: [1, 0, 0], 3: [0, 0, 0], 4: [1, 0, 1]}
 
 
 @pytest.mark.parametrize(("pass_at", "maj_at"), [((1,), (3,)), ((3,), (1,))])
@@ -147,7 +161,33 @@ def test_as_many_are_sampled_as_the_largest_k_needs(script, pass_at, maj_at):
 
 def test_only_what_is_asked_for_is_scored(script):
     calls = script({"first": ["#### 1"] * 8})
-    passed, majority = sampled_scores(None, None, EXAMPLES[:1], SETTINGS, maj_at=(8,))
-    assert passed == {}
-    assert majority.keys() == {8}
+    scores = sampled_scores(None, None, EXAMPLES[:1], SETTINGS, maj_at=(8,))
+    assert scores.pass_at == {}
+    assert scores.maj_at.keys() == scores.majority.keys() == {8}
     assert calls[0]["n_samples"] == 8
+
+
+def test_a_difference_is_of_the_same_questions_in_pairs():
+    """Questions that are hard or easy for both models add nothing to its interval, unlike to those of the scores."""
+    before = [0.0, 0.1, 0.9, 1.0] * 25
+    after = [0.2, 0.3, 1.0, 1.0] * 25
+    difference = paired_difference(before, after)
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    half = 1.96 * statistics.stdev(differences) / 100**0.5
+    assert (difference.value, difference.n) == (pytest.approx(0.125), 100)
+    assert (difference.low, difference.high) == pytest.approx((0.125 - half, 0.125 + half))
+    assert difference.low > 0
+    assert mean_score(after).low < mean_score(before).high  # the scores' own intervals overlap
+
+
+def test_a_difference_may_be_negative_or_nothing():
+    worse = paired_difference([1, 1, 0, 1], [0, 1, 0, 0])
+    assert (worse.value, worse.n) == (-0.5, 4)
+    assert -1.0 <= worse.low < -0.5 < worse.high
+    assert paired_difference([0.3, 0.7], [0.3, 0.7]) == Score(0.0, 2, 0.0, 0.0)
+    with pytest.raises(ValueError):
+        paired_difference([0.3, 0.7], [0.3])
+
+
+def test_a_score_is_shown_with_its_interval():
+    assert percent(asdict(wilson(81, 263))) == "30.8% (25.5–36.6)"

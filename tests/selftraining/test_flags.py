@@ -107,6 +107,7 @@ def test_help_has_a_sentence_and_a_default_for_each():
         assert flag_name(name) in text
     assert text.count("(default: ") == len(NAMES)
     assert "β of the DPO loss" in text and "(default: T5 0.1, Llama 0.1, tiny models 1)" in text
+    assert "(default: T5 3, Llama 10, tiny models 3; with --method rft 100; with --method rest-em 32)" in text
     for title in GROUPS:
         assert f"{title}:" in text
     assert len({flag.text for flag in FLAGS.values()}) == len(NAMES)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from minidpost.errors import UserError
 from minidpost.selftraining import run_directory
@@ -41,6 +42,7 @@ def test_config_has_settings_and_versions(tmp_path):
     assert config["settings"] == SETTINGS | {"data": "my.jsonl"}
     assert config["format"] == FORMAT
     assert config["versions"].keys() == {"minidpost", "python", "torch"}
+    assert config["threads"] == torch.get_num_threads()
 
 
 def test_an_empty_directory_becomes_a_run(tmp_path):
@@ -225,6 +227,15 @@ def test_another_torch_is_logged(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_directory, "version", lambda name: "9.9")
     RunDirectory(tmp_path, SETTINGS)
     assert "continued with 9.9: rounding may differ" in capsys.readouterr().out
+
+
+def test_another_number_of_threads_is_logged(tmp_path, monkeypatch, capsys):
+    RunDirectory(tmp_path, SETTINGS)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    RunDirectory(tmp_path, SETTINGS)
+    expected = f"begun with {threads} threads, continued with {threads + 1}: rounding may differ"
+    assert expected in capsys.readouterr().out
 
 
 def finished_run(path: Path) -> RunDirectory:

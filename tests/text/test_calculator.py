@@ -323,14 +323,20 @@ def test_every_annotation_of_gsm8k_train(shared, each_template):
     verdicts, walked, disagreements = gsm8k.measure(rationales, each_template)
     assert verdicts == Counter({gsm8k.SAME: 23_046, gsm8k.SPELT: 662, gsm8k.DECIMALS: 6, gsm8k.NO_VALUE: 2})
     differing = gsm8k.FORCED_OTHER + gsm8k.DECIMALS
-    assert walked == Counter({gsm8k.FORCED_EQUAL: 23_046 + 662, differing: 6, gsm8k.NOT_FORCED: 2})
+    n_trivial = 339 if isinstance(each_template, T5Template) else 0  # T5's targets leave `5=5` out
+    n_equal = 23_046 + 662 - n_trivial
+    expected = {gsm8k.FORCED_EQUAL: n_equal, differing: 6, gsm8k.NOT_FORCED: 2, gsm8k.NOT_WRITTEN: n_trivial}
+    assert walked == Counter(expected)  # Counters are equal where a count is 0 or absent
     assert len(disagreements) == 8
 
 
 def test_every_annotation_of_gsm8k_test(shared, each_template):
     verdicts, walked, disagreements = gsm8k.measure(gsm8k.read_rationales(shared / "data", "test"), each_template)
     assert verdicts == Counter({gsm8k.SAME: 4_126, gsm8k.SPELT: 155, gsm8k.NO_NUMBER: 1})
-    assert walked == Counter({gsm8k.FORCED_EQUAL: 4_126 + 155, gsm8k.FORCED_OTHER + gsm8k.NO_NUMBER: 1})
+    n_trivial = 71 if isinstance(each_template, T5Template) else 0
+    n_equal = 4_126 + 155 - n_trivial
+    differing = gsm8k.FORCED_OTHER + gsm8k.NO_NUMBER
+    assert walked == Counter({gsm8k.FORCED_EQUAL: n_equal, differing: 1, gsm8k.NOT_WRITTEN: n_trivial})
     assert len(disagreements) == 1
 
 
@@ -338,7 +344,10 @@ def test_forced_ids_stand_in_the_target_where_the_human_agrees(shared, each_temp
     """The same walk, rationale by rationale and without the benchmark's own bookkeeping."""
     for line in (shared / "data" / "gsm8k" / "test.jsonl").open():
         rationale = json.loads(line)["answer"]
-        agreeing = [gsm8k.verdict(*pair) in gsm8k.AGREE for pair in gsm8k.annotations(rationale)]
+        written = gsm8k.annotations(rationale)
+        if isinstance(each_template, T5Template):  # `5=5` is left out
+            written = [pair for pair in written if not pair[0].isdigit()]
+        agreeing = [gsm8k.verdict(*pair) in gsm8k.AGREE for pair in written]
         walked = [forced == standing for forced, standing in gsm8k.walk(each_template, rationale)]
         assert walked == agreeing
 
