@@ -294,7 +294,7 @@ def test_every_number_of_the_metadata_arrives(llama_file, tmp_path):
     untied = convert(model_file(tmp_path / "untied.gguf", "llama-untied"), tmp_path / "untied")
     assert read_config(untied) == replace(config, tied=False, d_head=32, rope_theta=1e4)
     biases = read_config(convert(model_file(tmp_path / "biases.gguf", "llama-biases"), tmp_path / "biases"))
-    assert (biases.attention_bias, biases.mlp_bias) == (True, True)
+    assert (biases.qkv_bias, biases.output_bias, biases.mlp_bias) == (True, True, True)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
