@@ -343,10 +343,15 @@ def percent(values_SN: np.ndarray) -> str:
 
 def points(values_SN: np.ndarray) -> list[str]:
     """A difference in points, its interval over the questions, its interval over seeds as well."""
-    mean, questions, both = interval(100 * values_SN)
-    cells = [f"{mean:+.2f}"]
+    return with_intervals(100 * values_SN, 2)
+
+
+def with_intervals(values_SN: np.ndarray, n_digits: int) -> list[str]:
+    """A difference, its interval over the questions, its interval over seeds as well."""
+    mean, questions, both = interval(values_SN)
+    cells = [f"{mean:+.{n_digits}f}"]
     for half in (questions, both):
-        cells.append("–" if np.isnan(half) else f"[{mean - half:+.2f}, {mean + half:+.2f}]")
+        cells.append("–" if np.isnan(half) else f"[{mean - half:+.{n_digits}f}, {mean + half:+.{n_digits}f}]")
     return cells
 
 
@@ -374,7 +379,7 @@ def report() -> None:
         *([findings.read_text(encoding="utf-8").strip(), ""] if findings.is_file() else []),
         "## Protocol",
         "",
-        *(__doc__ or "").partition("Protocol, ")[2].strip().split("\n"),
+        "Fixed" + (__doc__ or "").partition("Protocol, fixed")[2].rstrip(),
         "",
     ]
     for name, family in MODELS.items():
@@ -467,9 +472,10 @@ def before_and_after(before: Sequence[dict[str, Any]], after: Sequence[dict[str,
     for k in range(1, N_SAMPLES + 1):
         passed = [np.stack([pass_at(entry["n_correct"], k) for entry in entries]) for entries in (before, after)]
         rows.append([f"pass@{k}", *(percent(values) for values in passed), *points(passed[1] - passed[0])])
-    distinct = [np.stack([np.array(entry["n_distinct"]) / 100 for entry in entries]) for entries in (before, after)]
-    means = [f"{100 * values.mean():.3f}" for values in distinct]
-    rows.append([f"distinct correct rationales of {N_SAMPLES} samples", *means, *points(distinct[1] - distinct[0])])
+    distinct = [np.stack([np.array(entry["n_distinct"]) for entry in entries]) for entries in (before, after)]
+    means = [f"{values.mean():.3f}" for values in distinct]
+    change = with_intervals(distinct[1] - distinct[0], 3)
+    rows.append([f"distinct correct rationales of {N_SAMPLES} samples", *means, *change])
     return rows
 
 
@@ -539,7 +545,7 @@ def plot_pass_at_k(before: Sequence[dict[str, Any]], after: Sequence[dict[str, A
         axes.axhline(greedy, color=colour, linestyle="--", linewidth=1, label=f"greedy, {label}")
     axes.set_xticks(ks)
     axes.set_xlabel("k")
-    axes.set_ylabel("% of fresh questions")
+    axes.set_ylabel(f"% of {N_FRESH_DEV:,} fresh questions, 95 % intervals")
     axes.set_title(f"{name}: the first DPO step, {len(before)} seeds")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
