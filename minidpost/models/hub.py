@@ -206,6 +206,8 @@ def _alone_in(directory: Path) -> Iterator[None]:
         except BlockingIOError:
             print(f"waiting for another process that fetches or converts a model into {directory}", file=sys.stderr)
             fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: as if this process were alone
+            pass
         yield
     finally:
         os.close(handle)  # which unlocks
@@ -379,10 +381,12 @@ def _explain_failure(error: Exception, source: _Source) -> str:
         )
     reason = str(error).partition("\n")[0] or type(error).__name__
     licence = "accept its licence there and set HF_TOKEN, then " if is_gated else ""
+    is_by_id = source.tokenizer_file is None
+    no_directory = f"no directory {source.repository} is here, and " if is_by_id else ""
     return (
-        f"{source.directory.name} could not be fetched from {address} ({reason:.200}); {licence}run the command again, "
-        f"or download config.json, {source.tokenizer_file or 'tokenizer.json'}, *.safetensors (and {SHARDS}, if there) "
-        f"and put them in {source.directory}"
+        f"{no_directory}{source.directory.name} could not be fetched from {address} ({reason:.200}); {licence}"
+        f"run the command again, or download config.json, {source.tokenizer_file or 'tokenizer.json'}, *.safetensors "
+        f"(and {SHARDS}, if there) and put them in {source.directory}"
     )
 
 

@@ -372,7 +372,8 @@ def test_what_a_repository_lacks_is_said_before_anything_is_fetched(server, tmp_
 def test_a_gated_repository_says_how_to_get_in(server, tmp_path):
     server.gated = {OTHER}
     line = user_error(find_in_new_process(address(server), tmp_path, OTHER))
-    assert f"some.one--a_Model-1 could not be fetched from {address(server)}/{OTHER} (401 Client Error" in line
+    assert line.startswith(f"no directory {OTHER} is here, and some.one--a_Model-1 could not be fetched from ")
+    assert f"{address(server)}/{OTHER} (401 Client Error" in line
     assert "accept its licence there and set HF_TOKEN, then run the command again" in line
     assert "download config.json, tokenizer.json, *.safetensors" in line
     assert server.served == []
