@@ -95,7 +95,11 @@ def parse_options() -> argparse.Namespace:
     """The command line's flags; UserError where one is unknown or out of range."""
     models = ", ".join([*BUNDLED, *PUBLISHED])
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny-t5", help=f"{models}, or a directory (default: tiny-t5)")
+    parser.add_argument(
+        "--model",
+        default="tiny-t5",
+        help=f"{models}; a directory; a .gguf file; OWNER/NAME[@REVISION] of the hub (default: tiny-t5)",
+    )
     parser.add_argument("--method", default="dpo-st", choices=METHODS, help="what to train by (default: dpo-st)")
     parser.add_argument(
         "--data", default="toy", help="toy, gsm8k, or a JSONL file of question, rationale, answer (default: toy)"
