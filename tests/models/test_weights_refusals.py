@@ -50,14 +50,18 @@ def sharded(saved) -> Path:
 
 
 def assert_refused(directory: Path, *words: str) -> None:
-    """load_model and check_weights answer with the same line, which has all the words in it."""
+    """load_model and check_weights answer with the same line, which has all the words in it.
+
+    Of two tensors that lie, safetensors names now one, now the other, so its own words are not compared.
+    """
     lines = []
     for refusing in (check_weights, load_model):
         with pytest.raises(UserError) as refusal:
             refusing(directory)
         lines.append(str(refusal.value))
     line = lines[0]
-    assert lines == [line, line]
+    ours = [line.partition(" (Error while deserializing")[0] for line in lines]
+    assert ours == [ours[0], ours[0]]
     assert "\n" not in line and len(line) < 500
     for word in words:
         assert word in line, f"{word!r} not in {line!r}"
