@@ -30,7 +30,7 @@ def main() -> None:
     options = parse_options()
     cli.check_output(options.output)
     sets = load_sets(options)
-    directory, model, template = cli.open_model(options.checkpoint, options.device, options.dtype)
+    directory, model, template = cli.open_model(options)
     results = [
         measure(model, template, name, examples, calculator=calculator, options=options)
         for name, examples in sets.items()

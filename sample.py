@@ -38,7 +38,7 @@ def main() -> None:
         questions = datasets.load_questions(options.input)
     else:
         questions = options.questions or [example.question for example in datasets.load("toy", "dev")[:N_SHOWN]]
-    _, model, template = cli.open_model(options.checkpoint, options.device, options.dtype)
+    _, model, template = cli.open_model(options)
     settings = SamplingSettings(
         temperature=options.temperature,
         top_k=options.top_k,

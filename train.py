@@ -19,13 +19,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from minidpost.cli import DTYPE_TEXT, MINUTES, POSITIVE, Parser, device, run_command
+from minidpost.cli import DTYPE_TEXT, MINUTES, POSITIVE, TEMPLATE_TEXT, Parser, device, run_command
 from minidpost.data import datasets, toy
 from minidpost.data.example import Example
 from minidpost.errors import UserError
 from minidpost.models.hf_config import read_config
 from minidpost.models.hub import BUNDLED, PUBLISHED, find_model
-from minidpost.models.weights import check_weights, empty_model, load_template
+from minidpost.models.weights import TEMPLATES, check_weights, empty_model, load_template
 from minidpost.precision import DTYPES, default_device, sampling_dtype
 from minidpost.selftraining.algorithm import self_train
 from minidpost.selftraining.estimates import check_memory
@@ -54,7 +54,7 @@ def main() -> None:
     preset = resolve_preset(options, base)
     check_weights(base)
     data = load_data(options)
-    template = load_template(base)
+    template = load_template(base, options.template)
     tokens = tokenize(data, template, base)
     dtype = DTYPES[options.dtype] if options.dtype else sampling_dtype(options.device)
     memory = check_memory(empty_model(read_config(base)), preset, dtype=dtype, device=options.device)
@@ -75,6 +75,7 @@ def main() -> None:
         preset=preset,
         data=data,
         template=template,
+        template_name=options.template,
         tokens=tokens,
         seed=options.seed,
         calculator=not options.no_calculator,
@@ -130,6 +131,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--no-calculator", action="store_true", help="let the model do its own arithmetic")
     parser.add_argument("--device", type=device, default=default_device(), help="cpu, cuda, … (default: cuda if any)")
     parser.add_argument("--dtype", choices=DTYPES, help=f"of sampling and evaluation: {DTYPE_TEXT}")
+    parser.add_argument("--template", choices=TEMPLATES, help=TEMPLATE_TEXT)
     parser.add_argument(
         "--config",
         type=Path,
@@ -155,7 +157,7 @@ def fingerprint(options: argparse.Namespace, data: Data, *, preset: Preset, base
 
     A few hyperparameters may change (flags.MAY_CHANGE).
     """
-    names = ("method", "data", "unlabelled", "limit", "seed", "no_calculator", "dtype")
+    names = ("method", "data", "unlabelled", "limit", "seed", "no_calculator", "dtype", "template")
     return {
         "model": base.name,
         **{name: vars(options)[name] for name in names},
@@ -177,8 +179,9 @@ def run_name(options: argparse.Namespace, data: Data, *, preset: Preset, base: P
         parts.append(f"limit={options.limit}")
     if options.no_calculator:
         parts.append("no-calculator")
-    if options.dtype:
-        parts.append(f"dtype={options.dtype}")
+    for name in ("dtype", "template"):
+        if vars(options)[name]:
+            parts.append(f"{name}={vars(options)[name]}")
     for name, value in changes(preset_for(base, options.method), preset).items():
         parts.append(f"{name.replace('_', '-')}={written(value)}")
     differences = "-".join(parts)

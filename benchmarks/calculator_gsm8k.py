@@ -1,4 +1,4 @@
-"""The calculator against every annotation of GSM8K, and its automaton along every target of T5 and of Llama-2 and -3.
+"""The calculator against every annotation of GSM8K, and its automaton along every target in five vocabularies.
 
     python -m benchmarks.calculator_gsm8k --data-dir ../shared/data --tokenizers ../shared/tokenizers
 
@@ -24,7 +24,8 @@ from minidpost.text.templates import Template, Tokenizer, template_for
 from minidpost.text.tokenizer import load_tokenizer
 
 SPLITS = ("train", "test")
-TOKENIZERS = {"t5": "t5", "llama2": "llama", "llama3": "llama"}  # directory: model type
+# directory: model type
+TOKENIZERS = {"t5": "t5", "llama2": "llama", "llama3": "llama", "smollm2": "llama", "qwen3": "qwen3"}
 RESULTS = Path(__file__).parent / "results" / "calculator.md"
 
 SAME = "same characters"
@@ -133,7 +134,7 @@ def section(name: str, tokenizer: Tokenizer, rationales: dict[str, list[str]]) -
         f"## {name}\n",
         f"Triggered by {n_triggered:,} of {counts.total():,} annotations; equal {n_equal:,} times.",
     ]
-    if TOKENIZERS[name] == "llama":
+    if TOKENIZERS[name] != "t5":
         everything = [rationale for split in SPLITS for rationale in rationales[split]]
         differing = n_seams(everything, template, tokenizer)
         n_all = f"{len(everything):,} rationales"
@@ -160,7 +161,7 @@ def main() -> None:
     report = f"""# The calculator on GSM8K
 
 `python -m benchmarks.calculator_gsm8k --data-dir {arguments.data_dir} --tokenizers {arguments.tokenizers}`
-(sentencepiece {version("sentencepiece")}, tiktoken {version("tiktoken")})
+(sentencepiece {version("sentencepiece")}, tokenizers {version("tokenizers")})
 
 What `evaluate_expression` makes of each annotation's left side, against the result the human wrote:
 

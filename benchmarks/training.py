@@ -27,7 +27,7 @@ share depends on how many others there are.
 The environment, apart from the tests', as TRL 0.28.0 cannot be imported with transformers later than 5.2.0:
 
     python -m venv trl-env && . trl-env/bin/activate
-    pip install torch==2.13.0 numpy==2.4.6 sentencepiece==0.2.3 tiktoken==0.14.0 safetensors==0.8.0 tqdm matplotlib
+    pip install torch==2.13.0 numpy==2.4.6 sentencepiece==0.2.3 tokenizers==0.23.3 safetensors==0.8.0 tqdm matplotlib
     pip install trl==0.28.0 transformers==5.2.0 accelerate==1.15.0 datasets==5.2.0
 """
 

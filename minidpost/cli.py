@@ -20,7 +20,7 @@ import torch
 from minidpost.errors import UserError, is_out_of_memory
 from minidpost.models.hf_config import Model
 from minidpost.models.hub import find_model
-from minidpost.models.weights import load_model, load_template
+from minidpost.models.weights import TEMPLATES, load_model, load_template
 from minidpost.precision import DTYPES, default_device, sampling_dtype
 from minidpost.storage import no_room, read_json
 from minidpost.text.templates import Template
@@ -28,6 +28,10 @@ from minidpost.training.state import Terminated, interrupt
 
 RUNS = Path("runs")
 MAX_MESSAGE = 1000  # characters in a message
+TEMPLATE_TEXT = (
+    "how a decoder-only model is asked: the paper's Alpaca frame, or the checkpoint's own chat format (default: as the "
+    "checkpoint was trained here, else alpaca)"
+)
 DTYPE_TEXT = "bf16 pays on a GPU or on a CPU with AMX (default: bf16 on CUDA, else fp32)"
 MAX_COUNT = 10**6  # of rows, tokens, samples …: what is larger must be a typing error
 
@@ -116,6 +120,7 @@ def model_parser(description: str) -> Parser:
         metavar="DIR",
         help="a directory or a model's name (default: the newest run's best on dev under runs/, else tiny-t5-dpo-st)",
     )
+    parser.add_argument("--template", choices=TEMPLATES, help=TEMPLATE_TEXT)
     parser.add_argument("--max-new-tokens", type=POSITIVE, default=300, metavar="N", help="default: 300")
     parser.add_argument("--slots", type=POSITIVE, default=64, metavar="N", help="rows decoded at once (default: 64)")
     parser.add_argument("--seed", type=int, default=42)
@@ -171,21 +176,20 @@ def check_output(path: Path | None) -> None:
         raise UserError(f"--output {path}: {parent} is no directory that can be written to")
 
 
-def open_model(checkpoint: str | None, device: str, dtype: str | None = None) -> tuple[Path, Model, Template]:
-    """The directory, the model and the template that --checkpoint, --device and --dtype ask for.
+def open_model(options: argparse.Namespace) -> tuple[Path, Model, Template]:
+    """The directory, the model and the template that --checkpoint, --template, --device and --dtype ask for.
 
-    `checkpoint` is a directory or a model's name, None the newest run's model that was best on dev, which is then said
-    on standard error; `dtype` is one of DTYPES, None the one that samples fastest on the device. UserError: no such
-    model, or a broken one.
+    Without a checkpoint it is the newest run's model that was best on dev, which is then said on standard error;
+    without a dtype the one that samples fastest on the device. UserError: no such model, or a broken one.
     """
-    if checkpoint is not None:
-        directory = find_model(checkpoint)
+    if options.checkpoint is not None:
+        directory = find_model(options.checkpoint)
     else:
         directory = default_checkpoint()
         print(f"model: {directory}", file=sys.stderr)
-    template = load_template(directory)  # before the weights, which take longer to read
-    precision = DTYPES[dtype] if dtype else sampling_dtype(device)
-    model = load_model(directory, precision, device)
+    template = load_template(directory, options.template)  # before the weights, which take longer to read
+    precision = DTYPES[options.dtype] if options.dtype else sampling_dtype(options.device)
+    model = load_model(directory, precision, options.device)
     return directory, model, template
 
 

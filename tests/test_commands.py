@@ -29,7 +29,7 @@ from minidpost.cli import MAX_MESSAGE, one_line
 from minidpost.data import toy
 from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.t5 import T5, T5Config
-from minidpost.models.weights import load_model, save_model, tokenizer_files
+from minidpost.models.weights import load_model, load_template, save_model, tokenizer_files
 from minidpost.sampling.generate import Sample
 from minidpost.selftraining.presets import TINY_T5, Preset
 from minidpost.selftraining.report import results_table
@@ -370,6 +370,28 @@ def test_a_whole_run_of_a_llama(call, my_data):
     for row in read_rows("run/iteration-1/pairs.jsonl"):
         assert tokenizer.decode(row["chosen_ids"]) == row["chosen"]
     assert call("sample.py", TOM, "--max-new-tokens", 4, "--checkpoint", "run/iteration-1/sft").out.startswith(TOM)
+
+
+def test_a_chat_format_is_trained_recorded_and_read_back(call, shared, my_data):
+    """SmolLM2's vocabulary in a random Llama: --template chat in training; sample.py knows without being told."""
+    tokenizer = load_tokenizer(shared / "tokenizers" / "smollm2")
+    torch.manual_seed(0)
+    config = LlamaConfig(tokenizer.vocab_size, 8, 8, 1, n_heads=1, n_kv_heads=1, d_head=8, tied=True)
+    save_model(Llama(config).initialise(), "llama", tokenizer.files)
+    flags = ["--model", "llama", "--data", my_data, "--method", "sft", *QUICK, "--limit", 4]
+    outcome = call("train.py", *flags, "--template", "chat")
+    assert (outcome.status, outcome.complaints) == (0, [])
+    (run,) = Path("runs").iterdir()
+    assert "template=chat" in run.name
+    assert json.loads((run / "config.json").read_text())["settings"]["template"] == "chat"
+    trained = load_template(run / "iteration-0/sft")
+    assert trained.prompt_ids(TOM) == load_template("llama", "chat").prompt_ids(TOM)
+    assert trained.prompt_ids(TOM) != load_template("llama").prompt_ids(TOM)
+    sampled = [
+        call("sample.py", TOM, "--checkpoint", run / "iteration-0/sft", "--max-new-tokens", 6, *flags).out
+        for flags in ([], ["--template", "chat"], ["--template", "alpaca"])
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
 
 
 @pytest.mark.parametrize("flags", [[], ["--activation-checkpointing"]])
@@ -786,6 +808,8 @@ MISTAKES = [
     ("train.py --sft-learning-rate inf", "argument --sft-learning-rate: a number from 1e-09 to 1 is expected"),
     ("train.py --beta none", "argument --beta: a number from 1e-06 to 1,000.0 is expected, found None"),
     ("train.py --label-cap 0", "--label-cap: a whole number from 1 to 1,000,000, or none is expected, found 0"),
+    ("train.py --template chat", "a t5 has just one, none can be chosen"),
+    ("train.py --template vicuna", "argument --template: invalid choice: 'vicuna' (choose from"),
     ("train.py --dtype fp16", "argument --dtype: invalid choice: 'fp16' (choose from"),
     ("train.py --config none.json", "--config none.json: no such file"),
     ("train.py --config old.jsonl", "--config old.jsonl: not readable as JSON"),

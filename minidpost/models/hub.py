@@ -1,20 +1,31 @@
-"""From a model's name to its directory: our own weights lie in the repository, published ones are fetched on demand.
+"""From a model's name to its directory: our own weights lie in the repository, others are fetched or converted once.
 
 A fetched model has the files that weights.py and tokenizer.py read (config.json, safetensors, the vocabulary), never
 a pickle. It lies under `NAME.unfinished` until it is complete; a fetch that was broken off goes on with the files that
-had arrived whole.
+had arrived whole. What a repository holds, and whether its config.json is of a family that we have, is looked at before
+the first weight is fetched.
 """
 
 import difflib
+import fcntl
+import glob
 import hashlib
 import os
 import re
 import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from minidpost.errors import UserError
-from minidpost.storage import read_json
+from minidpost.models.gguf import convert_gguf, source_of
+from minidpost.models.hf_config import read_config
+from minidpost.storage import read_json, sha256_of
 from minidpost.text.tokenizer import FILE_NAMES
 
 WEIGHTS_DIR = Path(__file__).resolve().parents[2] / "weights"
@@ -29,82 +40,350 @@ PUBLISHED: dict[str, tuple[str, str]] = {  # name: repository, and its tokenizer
     "llama-2-7b": ("meta-llama/Llama-2-7b-hf", "tokenizer.model"),
     "llama-3-8b": ("meta-llama/Meta-Llama-3-8B", "original/tokenizer.model"),
     "llama-3.2-1b": ("meta-llama/Llama-3.2-1B", "original/tokenizer.model"),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "tokenizer.json"),
+    "smollm2-360m": ("HuggingFaceTB/SmolLM2-360M-Instruct", "tokenizer.json"),
+    "smollm2-1.7b": ("HuggingFaceTB/SmolLM2-1.7B-Instruct", "tokenizer.json"),
+    "tinyllama-1.1b": ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "tokenizer.model"),
+    "qwen2.5-0.5b": ("Qwen/Qwen2.5-0.5B", "tokenizer.json"),
+    "qwen2.5-1.5b": ("Qwen/Qwen2.5-1.5B", "tokenizer.json"),
+    "qwen3-0.6b": ("Qwen/Qwen3-0.6B-Base", "tokenizer.json"),
+    "mistral-7b": ("mistralai/Mistral-7B-v0.3", "tokenizer.model"),  # of the three, the one without sliding window
 }
+SINGLE = "model.safetensors"
 SHARDS = "model.safetensors.index.json"
+BROKEN_INDEX = (OSError, ValueError, KeyError, AttributeError, TypeError)  # what reading one may raise
+ADAPTER = "adapter_config.json"
+SETTINGS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)  # fetched where they are there
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+_PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"  # of a repository's id: neither `.` nor `-` at its ends
+_HUB_ID = re.compile(rf"({_PART}/{_PART})(?:@(.+))?", re.ASCII)
 
 
-def find_model(name_or_directory: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
-    """Return the directory of a model given by directory or by name, after fetching it if it is a published one.
+@dataclass(frozen=True)
+class _Source:
+    """Where a model is fetched from, and the directory it gets; `tokenizer_file` None: whichever the repository has."""
 
-    UserError: a directory without config.json, an unknown name, an incomplete model, a fetch that fails.
+    repository: str
+    revision: str
+    tokenizer_file: str | None
+    directory: Path
+
+
+def find_model(name_or_path: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
+    """Return the directory of a model, after fetching or converting it where that has not been done yet.
+
+    `name_or_path` is the first of these that it can be:
+
+    1. a directory with a config.json, in Hugging Face's layout. An existing relative directory `a/b` wins over a
+       repository of that name, and one called `tiny-t5` over the bundled model;
+    2. a `.gguf` file: converted into `weights_dir/NAME` the first time; later calls know by its sha256 that it is the
+       same file. Where NAME is another model's, the directory's name ends in the first digits of the sha256;
+    3. the name of a bundled or a published model;
+    4. a repository of the Hugging Face hub, as `OWNER/NAME` or `OWNER/NAME@REVISION` (a branch, a tag or a commit):
+       fetched into `weights_dir/OWNER--NAME[@REVISION]`, once: where a branch moves on, the directory stays as it is.
+       A published model's repository without a revision is that model.
+
+    UserError: nothing of the kind, a broken or an incomplete model, one that cannot be read here (pickles alone, an
+    adapter, GGUF files alone, another family), a fetch that fails.
     """
-    directory = Path(name_or_directory)
-    if (directory / "config.json").is_file():
-        return directory
-    name = name_or_directory
-    if name not in (*BUNDLED, *PUBLISHED):
-        raise UserError(_explain_unknown(name))
-    found = Path(weights_dir) / name
-    if not found.exists():
-        if name in BUNDLED:
+    path = Path(name_or_path)
+    weights_dir = Path(weights_dir)
+    if (path / "config.json").is_file():
+        return path
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
+        return _converted(path, weights_dir)
+    if name_or_path in BUNDLED:
+        found = weights_dir / name_or_path
+        if not found.exists():
             raise UserError(f"{found} is missing, though it is part of the repository; restore it with git checkout")
+        _check_complete(found, FILE_NAMES[0])
+        return found
+    source = _source_of(name_or_path, weights_dir)
+    if source is None:
+        raise UserError(_explain_unknown(name_or_path))
+    if not source.directory.exists():
+        with _alone_in(weights_dir):
+            if not source.directory.exists():  # another process may have fetched it while this one waited
+                _fetch(source)
+    _check_complete(source.directory, source.tokenizer_file)
+    return source.directory
+
+
+def _source_of(name: str, weights_dir: Path) -> _Source | None:
+    """What a published name or a repository's id stands for; None where it is neither, or an existing directory's."""
+    if name in PUBLISHED:
         repository, tokenizer_file = PUBLISHED[name]
-        _fetch(repository, tokenizer_file, found)
-    tokenizer_file = PUBLISHED[name][1] if name in PUBLISHED else FILE_NAMES[0]
-    missing = _missing_files(found, tokenizer_file)
-    if missing:
-        raise UserError(f"{found}: lacks {', '.join(missing)}; put it there, or remove the directory and start again")
-    return found
+        return _Source(repository, "main", tokenizer_file, weights_dir / name)
+    hub_id = _HUB_ID.fullmatch(name)
+    if hub_id is None or Path(name).is_dir() or "--" in hub_id[1] or ".." in hub_id[1]:
+        return None
+    repository, revision = hub_id.groups()
+    for published_name, (published_repository, _) in PUBLISHED.items():
+        if repository == published_repository and revision is None:
+            return _source_of(published_name, weights_dir)
+    # No repository has `--` in its id, so that no two of them share a directory.
+    directory = repository.replace("/", "--") + (f"@{quote(revision, safe='')}" if revision else "")
+    return _Source(repository, revision or "main", None, weights_dir / directory)
 
 
 def _explain_unknown(name: str) -> str:
     """Say what is wrong with a name that is no model's, nor a directory with one."""
-    if Path(name).is_dir():
+    path = Path(name)
+    if path.is_dir():
+        if (path / ADAPTER).is_file():
+            return _explain_adapter(name, path / ADAPTER)
+        files = sorted(path.glob("*.gguf"))
+        if files:
+            return f"{name}: this directory holds GGUF files and no config.json; give the path of one, as {files[0]}"
         return f"{name}: this directory holds no config.json, so it is no model in Hugging Face's format"
     known = (*BUNDLED, *PUBLISHED)
     closest = difflib.get_close_matches(name.rpartition("/")[2].lower(), known, n=1)
     hint = f" (did you mean {closest[0]}?)" if closest else ""
-    return f"no model and no directory is called {name!r}{hint}; known models: {', '.join(known)}"
+    return (
+        f"no model and no directory is called {name!r}{hint}; known models: {', '.join(known)}; any other is given as "
+        "a directory, a .gguf file, or OWNER/NAME on the hub"
+    )
 
 
-def _missing_files(directory: Path, tokenizer_file: str) -> list[str]:
+def _explain_adapter(where: str, file: Path) -> str:
+    """Say that an adapter is no model, and which model it belongs to."""
+    try:
+        content: Any = read_json(file)
+        base = f"{content['base_model_name_or_path']:.200}"
+    except (OSError, ValueError, KeyError, TypeError):
+        base = "a model that it does not name"
+    return (
+        f"{where}: a LoRA adapter of {base}, and adapters are not merged here; merge it where peft is installed "
+        "(merge_and_unload, then save_pretrained) and give the new directory, or give the base model alone"
+    )
+
+
+def _missing_files(directory: Path, tokenizer_file: str | None) -> list[str]:
     """Name the files that a model still lacks; shards are those that its index names, any tokenizer file will do."""
-    weights = ["model.safetensors"]
+    weights = [SINGLE]
     index = directory / SHARDS
     if index.is_file():
         try:
-            content: Any = read_json(index)
-            weights = sorted(map(os.fspath, set(content["weight_map"].values())))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            weights = sorted(map(os.fspath, _shards(index)))
+        except BROKEN_INDEX:
             weights = [f"a readable {SHARDS}"]
     has_tokenizer = any((directory / name).is_file() for name in FILE_NAMES)
-    tokenizer = [] if has_tokenizer else [tokenizer_file]
+    tokenizer = [] if has_tokenizer else [tokenizer_file or "tokenizer.json"]
     return [file for file in ("config.json", *tokenizer, *weights) if not (directory / file).is_file()]
 
 
-def _fetch(repository: str, tokenizer_file: str, directory: Path) -> None:
-    """Download the files of a repository that are read; `directory` appears only when nothing is missing."""
-    from huggingface_hub import constants, snapshot_download  # here: reads HF_ENDPOINT now, and is slow to import
+def _shards(index: Path) -> set[str]:
+    """The files that an index of shards names; an error of BROKEN_INDEX where it is none."""
+    content: Any = read_json(index)
+    return set(content["weight_map"].values())
 
-    unfinished = directory.with_name(f"{directory.name}.unfinished")
-    files = ("config.json", tokenizer_file)
+
+def _check_complete(directory: Path, tokenizer_file: str | None) -> None:
+    """UserError where a directory under weights/ lacks files that a model needs."""
+    missing = _missing_files(directory, tokenizer_file)
+    if missing:
+        raise UserError(
+            f"{directory}: lacks {', '.join(missing)}; put it there, or remove the directory and start again"
+        )
+
+
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Wait until no other process fetches or converts a model into a directory, and have others wait meanwhile.
+
+    The processes of a training on several GPUs all ask for its model: the first one fetches it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY)
     try:
-        snapshot_download(repository, local_dir=unfinished, allow_patterns=[*files, "*.safetensors", SHARDS])
-        # Offline, snapshot_download is content with whatever an earlier call left here.
-        missing = _missing_files(unfinished, tokenizer_file)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that fetches or converts a model into {directory}", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # which unlocks
+
+
+# -- GGUF files --------------------------------------------------------------------------------------------------------
+
+
+def _converted(path: Path, weights_dir: Path) -> Path:
+    """The directory that a GGUF file was converted into, now or before; UserError where it cannot be."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a GGUF file is given by its path")
+    sha256 = sha256_of(path)
+    with _alone_in(weights_dir):
+        directory, exists = gguf_directory(path, sha256, weights_dir)
+        if not exists:
+            convert_gguf(path, directory, sha256=sha256)
+    return directory
+
+
+def gguf_directory(path: Path, sha256: str, weights_dir: Path = WEIGHTS_DIR) -> tuple[Path, bool]:
+    """Which directory under weights/ is a GGUF file's, and whether it exists, made from a file of this sha256.
+
+    It has the file's name without `.gguf`; where another model has that name, or may get it, the first digits of the
+    sha256 follow.
+    """
+    name = path.stem
+    is_reserved = name in (*BUNDLED, *PUBLISHED) or "--" in name or name.endswith(".unfinished")
+    candidates = [weights_dir / f"{name}-{sha256[:12]}"]
+    if not is_reserved:
+        candidates.insert(0, weights_dir / name)
+    for directory in candidates:
+        if source_of(directory) == sha256:
+            return directory, True
+    for directory in candidates:
+        if not directory.exists():
+            return directory, False
+    raise UserError(f"{candidates[-1]}: was not made from {path}, though its name says so; remove it and start again")
+
+
+# -- the hub -----------------------------------------------------------------------------------------------------------
+
+
+def _fetch(source: _Source) -> None:
+    """Download the files of a repository that are read; the directory appears only when nothing is missing.
+
+    UserError: the repository is not there or may not be read, it holds no model that can be read here, a broken line.
+    """
+    from huggingface_hub import snapshot_download  # here: reads HF_ENDPOINT now, and is slow to import
+
+    unfinished = source.directory.with_name(f"{source.directory.name}.unfinished")
+
+    def download(names: list[str]) -> None:
+        patterns = [glob.escape(name) for name in names]
+        snapshot_download(source.repository, revision=commit, local_dir=unfinished, allow_patterns=patterns)
+
+    try:
+        # 1) What is there? Later requests name the commit, so that all files are of one.
+        commit, files = _list_files(source)
+        _check_readable(files, commit, source)
+
+        # 2) The small files, and whether we have the model that they describe.
+        tokenizer_files = FILE_NAMES if source.tokenizer_file is None else (source.tokenizer_file,)
+        index = [] if SINGLE in files else [SHARDS]
+        download([name for name in ("config.json", *tokenizer_files, *SETTINGS, *index) if name in files])
+        _check_arrived(unfinished)
+        _check_config(unfinished, source)
+
+        # 3) The weights: one file, or the shards of the index. Repositories may hold them twice, in other formats.
+        download([SINGLE] if SINGLE in files else _shards_there(unfinished / SHARDS, files))
+        # The index may name shards that are not there, and a broken line may leave snapshot_download content with less.
+        missing = _missing_files(unfinished, source.tokenizer_file)
         if missing:
             raise FileNotFoundError(f"{', '.join(missing)} did not arrive")
         _check_arrived(unfinished)
         shutil.rmtree(unfinished / ".cache", ignore_errors=True)  # its records of the download
-        os.replace(unfinished, directory)
+        os.replace(unfinished, source.directory)
+    except UserError:
+        raise
     except Exception as error:  # huggingface_hub's errors, its HTTP client's and its Rust part's share no other base
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        licence = "accept its licence there and set HF_TOKEN, then " if repository.startswith("meta-llama/") else ""
+        raise UserError(_explain_failure(error, source)) from None
+
+
+def _list_files(source: _Source) -> tuple[str, set[str]]:
+    """The commit that a revision stands for now, and the names of its files.
+
+    Raises huggingface_hub's error for what the hub refuses, ConnectionError where no hub answers.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        info = HfApi().model_info(source.repository, revision=source.revision)
+        return str(info.sha), {file.rfilename for file in info.siblings or []}
+    except HfHubHTTPError:
+        raise
+    except Exception as error:  # no network, HF_HUB_OFFLINE, or an answer that is no hub's
+        raise ConnectionError(f"no hub answers: {error}") from None
+
+
+def _check_readable(files: set[str], commit: str, source: _Source) -> None:
+    """UserError where the files of a repository are no model that can be read here, with what to do instead."""
+    from huggingface_hub import constants, snapshot_download
+
+    where = f"{constants.ENDPOINT}/{source.repository}"
+    if SINGLE in files or SHARDS in files:
+        tokenizer_files = {source.tokenizer_file} if source.tokenizer_file else set(FILE_NAMES)
+        missing = ["config.json"] if "config.json" not in files else []
+        if not files & tokenizer_files:
+            missing.append(" or ".join(sorted(tokenizer_files)))
+        if missing:
+            raise UserError(f"{where}: lacks {' and '.join(missing)}, so its model cannot be used here")
+        return
+    if ADAPTER in files:
+        with tempfile.TemporaryDirectory() as folder:
+            snapshot_download(source.repository, revision=commit, local_dir=folder, allow_patterns=[ADAPTER])
+            raise UserError(_explain_adapter(where, Path(folder) / ADAPTER))
+    gguf_files = sorted(name for name in files if name.endswith(".gguf"))
+    if gguf_files:
+        url = f"{where}/resolve/{quote(source.revision, safe='')}/{gguf_files[0]}"
+        raise UserError(f"{where}: holds GGUF files alone; download one, as {url}, and give the path of the file")
+    pickles = sorted(name for name in files if name.endswith(PICKLES))
+    if pickles:
         raise UserError(
-            f"{directory.name} could not be fetched from {constants.ENDPOINT}/{repository} ({reason:.200}); {licence}"
-            f"run the command again, or download {', '.join(files)}, *.safetensors (and {SHARDS}, if there) and put "
-            f"them in {directory}"
-        ) from None
+            f"{where}: holds its weights as a pickle alone ({pickles[0]}), which can run code and is not read; give a "
+            f"revision that has safetensors ({source.repository}@refs/pr/N: see its pull requests), or convert it once "
+            "where transformers is installed: AutoModel….from_pretrained(NAME).save_pretrained(DIR)"
+        )
+    raise UserError(f"{where}: holds neither {SINGLE} nor {SHARDS}, so it is no model that can be read here")
+
+
+def _check_config(unfinished: Path, source: _Source) -> None:
+    """UserError where config.json is of a family or has a setting that we do not have; then nothing is left."""
+    from huggingface_hub import constants
+
+    try:
+        read_config(unfinished)
+    except UserError as error:
+        shutil.rmtree(unfinished)
+        reason = str(error).replace(os.fspath(unfinished), f"{constants.ENDPOINT}/{source.repository}")
+        raise UserError(reason) from None
+
+
+def _shards_there(index: Path, files: set[str]) -> list[str]:
+    """The shards that an index names, those that the repository has; none where the index is broken."""
+    try:
+        return sorted(_shards(index) & files)
+    except BROKEN_INDEX:
+        return []
+
+
+def _explain_failure(error: Exception, source: _Source) -> str:
+    """Say in one line why a fetch failed and what to do about it."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    address = f"{constants.ENDPOINT}/{source.repository}"
+    if isinstance(error, RevisionNotFoundError):
+        return (
+            f"{address} has no revision {source.revision!r:.200}; its branches and tags are listed there, and without "
+            "@REVISION its main branch is taken"
+        )
+    is_gated = isinstance(error, GatedRepoError) or source.repository.startswith("meta-llama/")
+    if isinstance(error, RepositoryNotFoundError) and not is_gated:
+        known = {repository.lower(): repository for repository, _ in PUBLISHED.values()}
+        closest = difflib.get_close_matches(source.repository.lower(), known, n=1)
+        hint = f" (did you mean {known[closest[0]]}?)" if closest else ""
+        return (
+            f"there is no repository {address}{hint}, and no directory {source.repository} here; if the repository is "
+            "private, set HF_TOKEN and run the command again"
+        )
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    licence = "accept its licence there and set HF_TOKEN, then " if is_gated else ""
+    return (
+        f"{source.directory.name} could not be fetched from {address} ({reason:.200}); {licence}run the command again, "
+        f"or download config.json, {source.tokenizer_file or 'tokenizer.json'}, *.safetensors (and {SHARDS}, if there) "
+        f"and put them in {source.directory}"
+    )
 
 
 def _check_arrived(unfinished: Path) -> None:

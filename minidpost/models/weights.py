@@ -22,12 +22,15 @@ from minidpost.errors import UserError
 from minidpost.models.hf_config import Config, Model, config_json, mapping_for, model_type, read_config
 from minidpost.models.t5 import T5Config
 from minidpost.storage import read_json, write_json
+from minidpost.text.chat import CHAT_FILES, ChatTemplate, chat_format_of
 from minidpost.text.templates import Template, Tokenizer, template_for
 from minidpost.text.tokenizer import FILE_NAMES, load_tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = (*FILE_NAMES, "tokenizer_config.json")
+RECORD = "minidpost.json"  # how the model of a directory writes: {"template": "chat"}
+TOKENIZER_FILES = (*FILE_NAMES, *CHAT_FILES, "generation_config.json", RECORD)
+TEMPLATES = ("alpaca", "chat")  # of decoder-only models
 READABLE_DTYPES = ("F32", "BF16", "F16")  # in the words of safetensors
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -110,11 +113,40 @@ def empty_model(config: Config) -> Model:
     return model
 
 
-def load_template(directory: str | Path) -> Template:
-    """The template of a directory's model; UserError: no tokenizer there, or one that does not fit the model."""
+def load_template(directory: str | Path, template: str | None = None) -> Template:
+    """The template of a directory's model.
+
+    `template` is "alpaca" or "chat", the checkpoint's own chat format; None: what the directory records, else "alpaca".
+    T5 has just one, so that only None will do. UserError: no tokenizer there, or one that does not fit the model; a
+    template that there is not; a chat format that we do not know.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    family = model_type(directory)
+    if template is not None and (family == "t5" or template not in TEMPLATES):
+        known = "a t5 has just one, none can be chosen" if family == "t5" else f"known are {' and '.join(TEMPLATES)}"
+        raise UserError(f"{directory}: no template {template!r:.40}; {known}")
     tokenizer = load_tokenizer(directory)
-    check_vocabulary(tokenizer, read_config(directory).vocab_size, Path(directory))
-    return template_for(model_type(directory), tokenizer)
+    check_vocabulary(tokenizer, config.vocab_size, directory)
+    if family != "t5" and (template or recorded_template(directory)) == "chat":
+        return ChatTemplate(tokenizer, chat_format_of(directory, tokenizer.special_ids))
+    return template_for(family, tokenizer)
+
+
+def recorded_template(directory: str | Path) -> str:
+    """The template that a directory's record names, "alpaca" where it has none; UserError where it is broken."""
+    path = Path(directory) / RECORD
+    if not path.is_file():
+        return TEMPLATES[0]
+    try:
+        content: Any = read_json(path)
+        template: str = content["template"]
+        if template not in TEMPLATES:
+            raise ValueError
+    except (OSError, ValueError, LookupError, TypeError):
+        names = " or ".join(f'"{name}"' for name in TEMPLATES)
+        raise UserError(f'{path}: {{"template": {names}}} is expected') from None
+    return template
 
 
 def check_vocabulary(tokenizer: Tokenizer, n_embeddings: int, directory: Path) -> None:
@@ -134,11 +166,14 @@ def tokenizer_files(directory: str | Path) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def save_model(model: Model, directory: str | Path, tokenizer_files: Sequence[Path]) -> None:
+def save_model(
+    model: Model, directory: str | Path, tokenizer_files: Sequence[Path], template: str | None = None
+) -> None:
     """Write config.json, safetensors (shards above 5 GB) and the tokenizer's files, as transformers reads them.
 
     `tokenizer_files` are those of the model this one was made from (see the function of that name); an empty sequence
-    gives a directory without a tokenizer.
+    gives a directory without a tokenizer. `template`, "alpaca" or "chat", is recorded for `load_template`; with None a
+    record among `tokenizer_files` stays.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -156,6 +191,8 @@ def save_model(model: Model, directory: str | Path, tokenizer_files: Sequence[Pa
         target = directory / path.name
         if path.resolve() != target.resolve():
             shutil.copyfile(path, target)
+    if template is not None:
+        write_json(directory / RECORD, {"template": template})
 
 
 def tensor_files(directory: Path) -> dict[Path, list[str]]:

@@ -58,7 +58,7 @@ def generate(
         model,
         requests,
         settings,
-        template.eos_id,
+        template.stop_ids,
         new_override=template.new_calculator if calculator else None,
         first_chunk=first_chunk,
     )

@@ -24,7 +24,7 @@ are CUDA graphs (see cuda_graphs).
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -116,7 +116,7 @@ class Job:
 
     model: DecodingModel
     settings: SamplingSettings
-    eos_id: int
+    eos_ids: frozenset[int]
     new_override: Callable[[], Override] | None
     use_cuda_graphs: bool
     max_prompt: int  # tokens of the longest prompt
@@ -131,7 +131,7 @@ def sample(
     model: DecodingModel,
     requests: Sequence[Request],
     settings: SamplingSettings,
-    eos_id: int,
+    eos_id: int | Collection[int],
     *,
     new_override: Callable[[], Override] | None = None,
     first_chunk: int = 0,
@@ -139,13 +139,15 @@ def sample(
 ) -> Iterator[Row]:
     """Yield the rows of all requests as they end, each request's once; those before `first_chunk` not at all.
 
-    All rows of a chunk are yielded before any of the next. `new_override` makes the override of one row. Samples of one
-    question should stand together in `requests`: those of one chunk share a prefill. Prompts must not be empty.
+    A row ends at the end token `eos_id`, or at any of several. All rows of a chunk are yielded before any of the next.
+    `new_override` makes the override of one row. Samples of one question should stand together in `requests`: those of
+    one chunk share a prefill. Prompts must not be empty.
     """
     chunks = chunked(requests, first_chunk)
     # The longest of all prompts, worked off or not, so that a run that continues has caches of the same shape.
     max_prompt = max((len(request.prompt_ids) for request in requests), default=0)
-    job = Job(model, settings, eos_id, new_override, use_cuda_graphs, max_prompt)
+    eos_ids = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
+    job = Job(model, settings, eos_ids, new_override, use_cuda_graphs, max_prompt)
     n_workers = n_workers_for(model, settings.slots, chunks)
     if n_workers > 1:
         return sample_in_workers(partial(sample_chunks, job), chunks, settings.slots, n_workers)
@@ -186,7 +188,7 @@ def sample_chunk(
     """Work off one chunk: the loop of continuous batching. `step` feeds ids_B to the cache's first rows; logits_BV."""
     device = job.device
     is_greedy = job.settings.temperature == 0
-    eos_id = job.eos_id
+    eos_ids = job.eos_ids
     max_new_tokens = job.settings.max_new_tokens
 
     # The rows at work: row i has slot i, which is row i of the cache.
@@ -218,7 +220,7 @@ def sample_chunk(
             row.token_ids.append(token_id)
             row.forced.append(is_forced)
             row.next_id = token_id
-            is_end = token_id == eos_id and not is_forced
+            is_end = token_id in eos_ids and not is_forced
             override = row.override
             if override is not None and not is_end:
                 if is_forced or not override.is_idle or token_id in override.trigger_ids:

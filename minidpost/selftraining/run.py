@@ -93,8 +93,9 @@ def tokenize(data: Data, template: Template, base: Path) -> TokenizedData:
 class Run:
     """A method, a base model, data and settings, and the directory in which the steps of the method leave their files.
 
-    `base` is f_θ's directory; `dtype` (one of DTYPES) is that of the weights in sampling and evaluation, None the one
-    that the device is fastest with; `checkpoint_minutes` says how often a training in progress is saved.
+    `base` is f_θ's directory. `template_name` (one of models.weights.TEMPLATES) is what fine-tuned models record of how
+    they write, None what the base does. `dtype` (one of DTYPES) is that of the weights in sampling and evaluation, None
+    the one that the device is fastest with. `checkpoint_minutes` says how often a training in progress is saved.
     """
 
     directory: RunDirectory
@@ -105,6 +106,7 @@ class Run:
     template: Template
     tokens: TokenizedData
     seed: int = 42
+    template_name: str | None = None
     calculator: bool = True
     dtype: str | None = None
     device: str = "cpu"

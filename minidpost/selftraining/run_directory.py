@@ -32,6 +32,7 @@ import torch
 from tqdm import tqdm
 
 from minidpost.errors import UserError
+from minidpost.models.weights import tokenizer_files
 from minidpost.storage import (
     read_json,
     read_jsonl,
@@ -271,10 +272,8 @@ def lock_directory(path: Path) -> None:
 
 
 def model_hash(directory: Path) -> str:
-    """A short hash that identifies a model: of its configuration, weights and vocabulary."""
-    paths: list[Path] = []
-    for pattern in ("config.json", "*.safetensors", "**/*.model"):
-        paths.extend(directory.glob(pattern))
+    """A short hash that identifies a model: of its configuration, weights and tokenizer."""
+    paths = [directory / "config.json", *directory.glob("*.safetensors"), *tokenizer_files(directory)]
     names_and_hashes = [(str(path.relative_to(directory)), sha256_of(path)) for path in sorted(paths)]
     return hashlib.sha256(repr(names_and_hashes).encode()).hexdigest()[:16]
 

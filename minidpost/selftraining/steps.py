@@ -67,7 +67,7 @@ def fine_tune(run: Run, iteration: int, labels: Path | None = None) -> None:
             stage=f"{iteration}/sft",
             state=run.training_state(name),
         )
-        save_model(model, stage.path, tokenizer_files(run.base))
+        save_model(model, stage.path, tokenizer_files(run.base), run.template_name)
 
         n_source, n_target = token_counts(examples)
         stage.metadata["flops"] = settings.epochs * training_flops(model_size(model), n_source, n_target)

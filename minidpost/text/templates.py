@@ -1,4 +1,4 @@
-"""How a model family writes a question and a rationale, and the way back.
+"""How a model family writes a question and a rationale, and the way back; a checkpoint's chat format is in chat.py.
 
 Between the stages a rationale is in GSM8K's own form, called canonical here: lines, `<<48/2=24>>24` annotations
 and `#### 72` at the end. T5's vocabulary has no `<`, no newline and few mathematical symbols, so that its targets are
@@ -29,7 +29,7 @@ is tokenised apart from its prompt, and in segments where the calculator's ids b
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
@@ -53,6 +53,14 @@ class Tokenizer(Protocol):
     def eos_id(self) -> int | None: ...
 
     @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids of which any ends a completion, `eos_id` included."""
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """The ids of special tokens by their names."""
+
+    @property
     def token_texts(self) -> Sequence[str]:
         """What each id adds to a text."""
 
@@ -68,7 +76,8 @@ class Tokenizer(Protocol):
 class Template(Protocol):
     """What a template is to the rest of the code: canonical texts on one side, a model's texts and ids on the other."""
 
-    eos_id: int
+    eos_id: int  # what a target ends in
+    stop_ids: frozenset[int]  # what ends a completion: any of them
 
     def prompt(self, question: str) -> str:
         """The text that the model is given for a question."""
@@ -156,6 +165,7 @@ class T5Template:
         if tokenizer.eos_id is None:
             raise UserError(f"{tokenizer.files[0]}: T5's template needs an end id")
         self.eos_id = tokenizer.eos_id
+        self.stop_ids = tokenizer.stop_ids
         self._tokenizer = tokenizer
         self._is_unknown: dict[str, bool] = {}  # by character, filled as they come
         self._replacements = [
@@ -247,7 +257,7 @@ _CALCULATED = re.compile(r"(<<[^<>=]*=)([^<>]*>>)")
 
 
 class LlamaTemplate:
-    """Llama's way: an Alpaca-style prompt, and the canonical rationale as it is.
+    """The way of Llama, Qwen and Mistral: an Alpaca-style prompt, and the canonical rationale as it is.
 
     The prompt ends in a line break. It belongs to the prompt, and the completion is tokenised as what continues it, so
     that the completion's first piece is the same in training, in sampling and in the whole text tokenised at once: none
@@ -257,30 +267,35 @@ class LlamaTemplate:
     `>>.`), so training text is tokenised in segments that end there, and forced ids are always those of training.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        """Bind the template to a vocabulary; UserError if it is none of Llama's kind."""
+    def __init__(self, tokenizer: Tokenizer, eos_id: int | None = None):
+        """Bind the template to a vocabulary; UserError if it is none of Llama's kind.
+
+        Targets end in `eos_id`, or else in the tokenizer's own; a completion ends at any of both.
+        """
         self._tokenizer = tokenizer
-        if tokenizer.bos_id is None or tokenizer.eos_id is None or not self.round_trips("<<\n>>"):
-            raise UserError(f"{tokenizer.files[0]}: Llama's template needs begin and end ids, <<, >> and line breaks")
-        self.eos_id = tokenizer.eos_id
-        self._bos_id = tokenizer.bos_id
+        own_or_given = tokenizer.eos_id if eos_id is None else eos_id
+        if own_or_given is None or not self.round_trips("<<\n>>"):
+            raise UserError(f"{tokenizer.files[0]}: Llama's template needs an end id, <<, >> and line breaks")
+        self.eos_id = own_or_given
+        self.stop_ids = tokenizer.stop_ids | {own_or_given}
+        self._bos_ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         self._automaton = Automaton(tokenizer.token_texts, self._result_ids, "<<", ">>")
 
     def prompt(self, question: str) -> str:
         """The question in its Alpaca-style frame."""
-        return LLAMA_PROMPT.format(question=_tidy(question))
+        return LLAMA_PROMPT.format(question=tidy(question))
 
     def target(self, rationale: str) -> str:
         """The training text of a canonical rationale; `target(canonical(t)) == t` for every target t."""
-        return _ANNOTATION.sub(lambda match: f"<<{_with_printed_result(match[1])}>>", _tidy(rationale))
+        return _ANNOTATION.sub(lambda match: f"<<{_with_printed_result(match[1])}>>", tidy(rationale))
 
     def canonical(self, text: str) -> str:
         """The way back: Llama's text, tidied."""
-        return _tidy(text)
+        return tidy(text)
 
     def prompt_ids(self, question: str) -> list[int]:
-        """The ids in front of a completion, BOS first."""
-        return [self._bos_id, *self._tokenizer.encode(self.prompt(question))]
+        """The ids in front of a completion, BOS first where the checkpoint has one."""
+        return [*self._bos_ids, *self._tokenizer.encode(self.prompt(question))]
 
     def target_ids(self, rationale: str) -> list[int]:
         """The completion's ids for a canonical rationale, EOS included."""
@@ -315,13 +330,16 @@ class LlamaTemplate:
         return self._tokenizer.encode(f"{result}>>", continued=True)
 
 
-_TEMPLATES: dict[str, Callable[[Tokenizer], Template]] = {"t5": T5Template, "llama": LlamaTemplate}
+_TEMPLATES: dict[str, Callable[[Tokenizer], Template]] = {
+    "t5": T5Template,
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral"), LlamaTemplate),
+}
 
 
 def template_for(model_type: str, tokenizer: Tokenizer) -> Template:
     """The template of a model family, named as in Hugging Face's config.json; UserError if the family is unknown."""
     if model_type not in _TEMPLATES:
-        raise UserError(f"model_type {model_type!r}: only {' and '.join(map(repr, _TEMPLATES))} are supported")
+        raise UserError(f"model_type {model_type!r}: only {', '.join(map(repr, _TEMPLATES))} are supported")
     return _TEMPLATES[model_type](tokenizer)
 
 
@@ -330,7 +348,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _tidy(text: str) -> str:
+def tidy(text: str) -> str:
     """Lines with single spaces inside and none around; blank lines and unusual kinds of breaks and spaces go."""
     return "\n".join(line for line in map(_one_line, text.splitlines()) if line)
 

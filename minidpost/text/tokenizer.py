@@ -1,26 +1,41 @@
-"""Text to token ids and back: SentencePiece, as T5 and Llama-1 and -2 use it, and tiktoken, as Llama-3 does.
+"""Text to token ids and back: SentencePiece models and every tokenizer.json.
 
-The ids equal those of Hugging Face's tokenizers without special tokens. Departures: the name of a special token in a
-text (`</s>`, `<|end_of_text|>`) is ordinary text, never the special id; ids that stand for no text (specials, and those
-beyond the vocabulary, which a model can emit: T5 pads its 32,000 pieces to 32,128 rows) decode to nothing.
+The `sentencepiece` library reads spiece.model (T5) and tokenizer.model (Llama-1 and -2, Mistral), the `tokenizers`
+library reads tokenizer.json (Llama-3, Qwen, SmolLM2 and others) and what is made of Llama-3's tokenizer.model, which
+lists byte-level pieces by rank. The ids equal those of Hugging Face's tokenizers without special tokens.
 
-Both kinds have `vocab_size`; `pad_id`, `eos_id`, `bos_id` and `unk_id`, None where the vocabulary has none;
-`token_texts`, what each id adds to a text; and `files`, what a model directory must contain for `load_tokenizer`.
+What begins and ends a text is the checkpoint's own choice, not the family's: tokenizer_config.json has the word, else
+the tokenizer's post-processor (BOS) and config.json (EOS).
+
+Departures: the name of a special token in a text (`</s>`, `<|im_end|>`, `<think>`) is ordinary text, never the special
+id, for all tokens that a tokenizer.json lists as added; ids that stand for no text (specials, and those beyond the
+vocabulary, which a model can emit: T5 pads its 32,000 pieces to 32,128 rows) decode to nothing; a tokenizer.json that
+cuts or pads texts, or drops merges at random, does so no longer.
+
+Both kinds have `vocab_size`; `bos_id`, what stands in front of every text, None where nothing does; `eos_id`, what ends
+a text that is trained on, None where nothing does; `stop_ids`, any of which ends a completion; `pad_id` and `unk_id`,
+None where the vocabulary has none; `special_ids`, the ids of special tokens by their names; `token_texts`, what each id
+adds to a text; and `files`, what a model directory must contain for `load_tokenizer`.
 """
 
 import base64
+import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
-import tiktoken
+import tokenizers
 
 from minidpost.errors import UserError
 from minidpost.storage import read_json
 
 FILE_NAMES = ("spiece.model", "tokenizer.model", "original/tokenizer.model", "tokenizer.json")
+MAX_IDS = 2**20  # in a vocabulary
 
 # Llama-3: how a text is split into words, how many pieces of words there are, and how many special ids after them.
 SPLIT_PATTERN = (
@@ -29,16 +44,38 @@ SPLIT_PATTERN = (
 )
 N_PIECES = 128_000
 N_SPECIALS = 256
+SPECIAL_NAMES = {  # those that have a use, by their place after the pieces
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    9: "<|eot_id|>",
+}
+# The end of a text where no file of the checkpoint names it: Llama-1 and -2, Llama-3, SmolLM2 and Qwen.
+COMMON_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>")
 
 _RANKED_PIECE = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\s")
 _VARINT = re.compile(rb"[\x80-\xff]*[\x00-\x7f]")
+_PROBES = ("a", "", " ", "\n", "\n24>>", "24>>", "Tom’s 3 + 4\n\n= 7. é猫🦜 ½\x00\u0301<s>#### \t\r\n")
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What the files beside a tokenizer say of its special tokens; None where they are silent."""
+
+    path: Path  # of tokenizer_config.json
+    bos: str | None = None
+    eos: str | None = None
+    pad: str | None = None
+    adds_bos: bool | None = None
+    end_ids: tuple[int, ...] = ()  # `eos_token_id` of config.json and of generation_config.json
 
 
 class SentencePieceTokenizer:
     """A SentencePiece vocabulary."""
 
-    def __init__(self, path: Path):
-        """Read a SentencePiece model file; UserError if it is not one."""
+    def __init__(self, path: Path, said: SpecialTokens | None = None):
+        """Read a SentencePiece model file; UserError if it is not one, or if `said` does not fit it."""
         model = sentencepiece.SentencePieceProcessor()
         try:
             content = path.read_bytes()
@@ -54,10 +91,14 @@ class SentencePieceTokenizer:
         self._n_line_break_ids = len(model.encode("\n"))
         self.files = [path]
         self.vocab_size = model.get_piece_size()
-        self.pad_id = _id_or_none(model.pad_id())
-        self.eos_id = _id_or_none(model.eos_id())
-        self.bos_id = _id_or_none(model.bos_id())
+        self.special_ids: dict[str, int] = {model.id_to_piece(i): i for i in ids if model.is_control(i)}
         self.unk_id = _id_or_none(model.unk_id())
+        self.pad_id = _id_or_none(model.pad_id())
+        own_bos_id = _id_or_none(model.bos_id())
+        self.bos_id, self.eos_id, self.stop_ids = _begin_and_end(
+            self.special_ids, said, own_bos_id=own_bos_id, own_eos_id=_id_or_none(model.eos_id())
+        )
+        self._silent_ids = {self.pad_id, self.eos_id, own_bos_id, *self.stop_ids}
         self.token_texts = [self._token_text(token_id) for token_id in range(self.vocab_size)]
 
     def encode(self, text: str, continued: bool = False) -> list[int]:
@@ -74,8 +115,8 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; pad, EOS and BOS ids and ids outside the vocabulary contribute nothing."""
-        skipped = (self.pad_id, self.eos_id, self.bos_id)
-        text: str = self._model.decode([int(i) for i in ids if 0 <= i < self.vocab_size and i not in skipped])
+        shown = [int(i) for i in ids if 0 <= i < self.vocab_size and i not in self._silent_ids]
+        text: str = self._model.decode(shown)
         return text
 
     def _token_text(self, token_id: int) -> str:
@@ -96,102 +137,316 @@ def _id_or_none(token_id: int) -> int | None:
     return token_id if token_id >= 0 else None
 
 
-class TiktokenTokenizer:
-    """Llama-3's vocabulary: byte-level pieces, of which an earlier one merges first, and special ids without text."""
+class FastTokenizer:
+    """A vocabulary that the `tokenizers` library computes: the content of a tokenizer.json."""
 
-    pad_id: int | None = None
-    unk_id: int | None = None
+    def __init__(self, path: Path, content: Any, said: SpecialTokens):
+        """Take what was read from `path`; UserError if it is no tokenizer, or if `said` does not fit it.
 
-    def __init__(self, path: Path, pieces: dict[bytes, int], n_specials: int, bos_id: int, eos_id: int):
-        """Take what was read from `path`; ValueError if ids are missing, or bytes that some text would need."""
-        if sorted(pieces.values()) != [*range(len(pieces))] or not all(bytes([b]) in pieces for b in range(256)):
-            raise ValueError
-        self._encoding = tiktoken.Encoding("Llama-3", pat_str=SPLIT_PATTERN, mergeable_ranks=pieces, special_tokens={})
-        self._pieces = {token_id: piece for piece, token_id in pieces.items()}
-        self.files = [path]
-        self.vocab_size = len(pieces) + n_specials
-        self.bos_id: int | None = bos_id
-        self.eos_id: int | None = eos_id
-        self.token_texts = [self.decode([token_id]) for token_id in range(self.vocab_size)]
+        The library is not told of added tokens, so that their names in a text are ordinary text to it.
+        """
+        with _one_line_for_any_fault(path):
+            self.special_ids = {str(token["content"]): int(token["id"]) for token in content["added_tokens"]}
+            model = _without_names(content["model"], self.special_ids)
+            unpadded: dict[str, Any] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+            self._backend = tokenizers.Tokenizer.from_str(json.dumps(content | unpadded | {"model": model}))
+            pieces = self._backend.get_vocab(with_added_tokens=False)
+            ids = {*pieces.values(), *self.special_ids.values()}
+            self.vocab_size = max(ids) + 1
+            if min(ids) < 0 or self.vocab_size > MAX_IDS:
+                raise ValueError
+            own_bos_id = _first_of_template(content.get("post_processor"))
+            if own_bos_id is not None and own_bos_id not in ids:
+                raise ValueError
+            self.unk_id = _unknown_id(model)
+            self.files = [path]
+            self._unspeakable = frozenset(self.special_ids.values()) - {self.unk_id}
+            self._lead = ""
+            # Whatever a text can do to the library should happen here, not while sampling.
+            for text in _PROBES:
+                self.decode(self.encode(text))
+            self.token_texts = self._read_token_texts()
+            # Where a text's first piece differs from the same piece after other text, a line break goes in front.
+            line_break_ids = self.encode("\n")
+            if self.encode("\n24>>") != [*line_break_ids, *self.encode("24>>")]:
+                self._lead = "\n"
+            self._n_lead_ids = len(line_break_ids) if self._lead else 0
+        named = [self.special_ids[name] for name in COMMON_EOS if name in self.special_ids]
+        ends = [end_id for end_id in said.end_ids if end_id in self._unspeakable]
+        self.bos_id, self.eos_id, self.stop_ids = _begin_and_end(
+            self.special_ids, said, own_bos_id=own_bos_id, own_eos_id=next(iter([*ends, *named]), None)
+        )
+        self.pad_id = self.special_ids.get(said.pad) if said.pad else None
 
     def encode(self, text: str, continued: bool = False) -> list[int]:
-        """The ids of `text`, no special ids added; they are the same where it continues another text."""
-        return self._encoding.encode_ordinary(text)
+        """The ids of `text`, no special ids added.
+
+        `continued`: as they are after other text, that is, without the space that some vocabularies put in front (only
+        for those that keep newlines, as Llama's do).
+        """
+        lead = self._lead if continued else ""
+        text = (lead + text).encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair is no text
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        if not self._unspeakable.isdisjoint(ids):
+            ids = [token_id for token_id in ids if token_id not in self._unspeakable]
+        return ids[self._n_lead_ids :] if lead else ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, U+FFFD for bytes that are no character; ids that stand for no text contribute nothing."""
-        return b"".join(self._pieces.get(int(i), b"") for i in ids).decode("utf-8", "replace")
+        special_ids = self._unspeakable
+        shown = [int(i) for i in ids if 0 <= i < self.vocab_size and i not in special_ids]
+        return self._backend.decode(shown, skip_special_tokens=False)
+
+    def _read_token_texts(self) -> list[str]:
+        """Each id's text: what it adds to that of an `a` in front of it."""
+        first_id = self.encode("a")[-1]
+        n_first = len(self.decode([first_id]))
+        texts = []
+        for token_id in range(self.vocab_size):
+            text = self._backend.decode([first_id, token_id], skip_special_tokens=False)
+            texts.append("" if token_id in self._unspeakable else text[n_first:])
+        if self.unk_id is not None:
+            texts[self.unk_id] = "\ufffd"
+        return texts
 
 
-def load_tokenizer(directory: str | Path) -> SentencePieceTokenizer | TiktokenTokenizer:
+@contextmanager
+def _one_line_for_any_fault(path: Path) -> Iterator[None]:
+    """UserError for whatever goes wrong inside the block, while a tokenizer.json is taken apart.
+
+    A Rust library can panic on hostile input: that raises a BaseException of no public name, after a message on the
+    file descriptor of standard error, which therefore points nowhere meanwhile.
+    """
+    try:
+        standard_error = os.dup(2)
+    except OSError:  # closed
+        standard_error = None
+    else:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException:
+        raise UserError(f"{path}: not a tokenizer that the `tokenizers` library can read, or a broken file") from None
+    finally:
+        if standard_error is not None:
+            os.dup2(standard_error, 2)
+            os.close(standard_error)
+
+
+def _without_names(model: Any, special_ids: Mapping[str, int]) -> Any:
+    """The `model` of a tokenizer.json in which no text can become a special token's id; no merges dropped at random.
+
+    The pieces that are named as special tokens get names that no text has, and merges that make them go.
+    """
+    model = model | {"dropout": None} if "dropout" in model else dict(model)
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):  # Unigram's: pairs of piece and score, where an id is a place
+        id_of = {piece: token_id for token_id, (piece, _) in enumerate(vocabulary)}
+    else:
+        id_of = vocabulary
+    piece_of = {token_id: piece for piece, token_id in id_of.items()}
+    for name, token_id in special_ids.items():
+        if id_of.get(name, token_id) != token_id or piece_of.get(token_id, name) != name:
+            raise ValueError  # one name with two ids, or one id with two names
+    names = special_ids.keys() & id_of.keys()
+    if not names:
+        return model
+    if isinstance(vocabulary, list):
+        model["vocab"] = [[_hidden(piece) if piece in names else piece, score] for piece, score in vocabulary]
+        return model
+    model["vocab"] = {_hidden(piece) if piece in names else piece: i for piece, i in vocabulary.items()}
+    if model.get("unk_token") in names:
+        model["unk_token"] = _hidden(model["unk_token"])
+    if "merges" in model:
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [pair for pair in merges if names.isdisjoint([*pair, "".join(pair)])]
+    return model
+
+
+def _hidden(name: str) -> str:
+    """A piece's name that no text has: U+FFFF is no character."""
+    return f"\uffff{name}\uffff"
+
+
+def _unknown_id(model: Any) -> int | None:
+    """The id of what the vocabulary cannot write, if it has one."""
+    if isinstance(model["vocab"], list):
+        unknown_id: int | None = model.get("unk_id")
+        return unknown_id
+    token_id: int | None = model["vocab"].get(model.get("unk_token"))
+    return token_id
+
+
+def _first_of_template(post_processor: Any) -> int | None:
+    """The id that a tokenizer.json's post-processor puts in front of a text, if any."""
+    if post_processor is None:
+        return None
+    if post_processor["type"] == "Sequence":
+        found = [_first_of_template(processor) for processor in post_processor["processors"]]
+        return next((token_id for token_id in found if token_id is not None), None)
+    if post_processor["type"] != "TemplateProcessing" or "SpecialToken" not in post_processor["single"][0]:
+        return None
+    name = post_processor["single"][0]["SpecialToken"]["id"]
+    return int(post_processor["special_tokens"][name]["ids"][0])
+
+
+def _begin_and_end(
+    special_ids: Mapping[str, int], said: SpecialTokens | None, *, own_bos_id: int | None, own_eos_id: int | None
+) -> tuple[int | None, int | None, frozenset[int]]:
+    """What begins a text, what ends one, and all ids of which any ends a completion.
+
+    What a checkpoint's files say goes before the tokenizer's own ids. UserError: they name a token that it lacks.
+    """
+    if said is None:
+        return own_bos_id, own_eos_id, frozenset([] if own_eos_id is None else [own_eos_id])
+    for key, name in (("bos_token", said.bos), ("eos_token", said.eos)):
+        if name is not None and name not in special_ids:
+            raise UserError(f"{said.path}: {key} is {name!r:.60}, which the tokenizer beside it does not have")
+    bos_id = own_bos_id
+    if said.adds_bos is False:
+        bos_id = None
+    elif said.adds_bos and said.bos is not None:
+        bos_id = special_ids[said.bos]
+    elif said.adds_bos and own_bos_id is None:
+        raise UserError(f"{said.path}: add_bos_token is true, but bos_token names none")
+    eos_id = own_eos_id if said.eos is None else special_ids[said.eos]
+    speechless = {*special_ids.values()}  # an id that stands for text ends nothing, whatever config.json has
+    stop_ids = {end_id for end_id in (eos_id, *said.end_ids) if end_id in speechless}
+    return bos_id, eos_id, frozenset(stop_ids)
+
+
+def load_tokenizer(directory: str | Path) -> SentencePieceTokenizer | FastTokenizer:
     """The tokenizer in a model directory; UserError if there is none or its file is broken."""
     for name in FILE_NAMES:
         path = Path(directory) / name
         if path.is_file():
+            said = read_special_tokens(directory)
             if path.suffix == ".json":
-                return _from_tokenizer_json(path)
+                return _from_tokenizer_json(path, said)
             with path.open("rb") as stream:
-                is_tiktoken = _RANKED_PIECE.match(stream.readline())
-            return _from_tiktoken_file(path) if is_tiktoken else SentencePieceTokenizer(path)
-    raise UserError(
-        f"{directory}: no tokenizer here, spiece.model or tokenizer.model is needed (Llama-3: or tokenizer.json)"
-    )
+                is_ranked = _RANKED_PIECE.match(stream.readline())
+            return _from_ranked_pieces(path, said) if is_ranked else SentencePieceTokenizer(path, said)
+    raise UserError(f"{directory}: no tokenizer here, spiece.model, tokenizer.model or tokenizer.json is needed")
 
 
-def _from_tiktoken_file(path: Path) -> TiktokenTokenizer:
-    """Llama-3's tokenizer.model: a line for each piece, base64 and id. Of the special ids the first two have a use."""
+def read_special_tokens(directory: str | Path) -> SpecialTokens:
+    """What tokenizer_config.json, config.json and generation_config.json of a directory say, those that are there."""
+    directory = Path(directory)
+    path = directory / "tokenizer_config.json"
+    content = _read_object(path)
+    adds_bos = content.get("add_bos_token")
+    if adds_bos is not None and not isinstance(adds_bos, bool):
+        raise UserError(f"{path}: add_bos_token is {adds_bos!r:.40}, true or false is expected")
+    end_ids: list[int] = []
+    for file in (directory / "config.json", directory / "generation_config.json"):
+        found = _read_object(file).get("eos_token_id")
+        listed = found if isinstance(found, list) else [found] if found is not None else []
+        for token_id in listed:
+            if not isinstance(token_id, int) or isinstance(token_id, bool):
+                raise UserError(f"{file}: eos_token_id is {found!r:.60}, a number or a list of numbers is expected")
+        end_ids += listed
+    bos, eos, pad = (_token_name(content, key, path) for key in ("bos_token", "eos_token", "pad_token"))
+    return SpecialTokens(path, bos, eos, pad, adds_bos, tuple(end_ids))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no such file; UserError where it is broken."""
+    if not path.is_file():
+        return {}
+    try:
+        content = read_json(path)
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not readable as a JSON object")
+    return content
+
+
+def _token_name(content: dict[str, Any], key: str, path: Path) -> str | None:
+    """The name of a special token in tokenizer_config.json, which has it as a text or in an object; None for none."""
+    found = content.get(key)
+    name = found.get("content") if isinstance(found, dict) else found
+    if name is not None and not isinstance(name, str):
+        raise UserError(f"{path}: {key} is {found!r:.60}, the name of a token is expected")
+    return name or None  # some old files have an empty one
+
+
+def _from_tokenizer_json(path: Path, said: SpecialTokens) -> FastTokenizer:
+    """Read a tokenizer.json."""
+    try:
+        content = read_json(path)
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not readable as a JSON object")
+    return FastTokenizer(path, content, said)
+
+
+def _from_ranked_pieces(path: Path, said: SpecialTokens) -> FastTokenizer:
+    """Llama-3's tokenizer.model: a line for each piece, base64 and id, where an earlier piece merges first.
+
+    In tokenizer.json's terms that is byte-level BPE: the merges of a piece are all pairs of pieces that make it, and a
+    word that is a piece is not split at all. Of the special ids a file says nothing.
+    """
     try:
         lines = [line.split() for line in path.read_bytes().splitlines()]
         pieces = {base64.b64decode(piece, validate=True): int(token_id) for piece, token_id in lines}
-        if len(pieces) != N_PIECES:
+        if sorted(pieces.values()) != [*range(N_PIECES)] or not all(bytes([byte]) in pieces for byte in range(256)):
             raise ValueError
-        return TiktokenTokenizer(path, pieces, N_SPECIALS, bos_id=N_PIECES, eos_id=N_PIECES + 1)
     except ValueError:
         raise UserError(f"{path}: not Llama-3's {N_PIECES:,} lines of base64 and number, or a broken file") from None
+    alphabet = _byte_alphabet()
+    spelt = {piece: "".join(alphabet[byte] for byte in piece) for piece in pieces}
+    merges: list[list[str]] = []
+    for piece in sorted(pieces, key=pieces.__getitem__):
+        pairs = []
+        for n in range(1, len(piece)):
+            if piece[:n] in pieces and piece[n:] in pieces:
+                pairs.append((piece[:n], piece[n:]))
+        if len(pairs) > 1:
+            pairs.sort(key=lambda pair: (pieces[pair[0]], pieces[pair[1]]))
+        merges += [[spelt[left], spelt[right]] for left, right in pairs]
+    added_tokens = []
+    for place in range(N_SPECIALS):
+        name = SPECIAL_NAMES.get(place, f"<|special_token_{place}|>")
+        added_tokens.append({"content": name, "id": N_PIECES + place})
+    bos = {"id": SPECIAL_NAMES[0], "ids": [N_PIECES], "tokens": [SPECIAL_NAMES[0]]}
+    content = {
+        "version": "1.0",
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+            ],
+        },
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "vocab": {spelt[piece]: token_id for piece, token_id in pieces.items()},
+            "merges": merges,
+            "ignore_merges": True,
+        },
+        "added_tokens": added_tokens,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": SPECIAL_NAMES[0], "type_id": 0}}],
+            "special_tokens": {SPECIAL_NAMES[0]: bos},
+        },
+    }
+    return FastTokenizer(path, content, said)
 
 
-def _from_tokenizer_json(path: Path) -> TiktokenTokenizer:
-    """Llama-3's tokenizer.json: the pieces are spelt in GPT-2's alphabet of bytes, the special ids have names."""
-    try:
-        content: Any = read_json(path)
-        vocabulary = content["model"]["vocab"]
-        # 1) It must be the byte-level BPE that tiktoken computes: this split into words, merges by id, no normalizer.
-        split, spelling = content["pre_tokenizer"]["pretokenizers"]
-        merged = [vocabulary["".join(merge).replace(" ", "")] for merge in content["model"]["merges"]]
-        specials = {token["content"]: token["id"] for token in content["added_tokens"]}
-        n_pieces = len(vocabulary)
-        if (
-            content["normalizer"] is not None
-            or content["model"]["ignore_merges"] is not True
-            or split["pattern"] != {"Regex": SPLIT_PATTERN}
-            or split["behavior"] != "Isolated"
-            or split["invert"] is not False
-            or spelling["add_prefix_space"]
-            or spelling["use_regex"]
-            or merged != sorted(merged)  # tiktoken merges by id
-            or sorted(specials.values()) != [*range(n_pieces, n_pieces + len(specials))]
-        ):
-            raise ValueError
-        # 2) Spelt in bytes, its pieces are those of tokenizer.model.
-        byte_of = _byte_alphabet()
-        pieces = {bytes(byte_of[character] for character in piece): token_id for piece, token_id in vocabulary.items()}
-        bos_id = specials["<|begin_of_text|>"]
-        eos_id = specials["<|end_of_text|>"]
-        return TiktokenTokenizer(path, pieces, len(specials), bos_id, eos_id)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(
-            f"{path}: not Llama-3's byte-level BPE, or broken; spiece.model or tokenizer.model is needed"
-        ) from None
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's characters for bytes: printable ones of Latin-1 are themselves, the others U+0100 and up, in order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+def _byte_alphabet() -> list[str]:
+    """GPT-2's character for each byte: printable ones of Latin-1 are themselves, the others U+0100 and up, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    for n, byte in enumerate(others):
-        alphabet[chr(0x100 + n)] = byte
-    return alphabet
+    return [chr(byte) if byte in printable else chr(0x100 + others.index(byte)) for byte in range(256)]
 
 
 def _last_field(message: bytes) -> int:

@@ -327,6 +327,64 @@ def tokenizers() -> Iterator[tuple]:
         edit = edited("spiece.model", lambda c, old=text: c.replace(old, b"\xff" * len(old), 1))
         yield "tokenizer", f"broken UTF-8 for {text.decode()}", edit, "refused"
     yield "tokenizer", "noise in front", edited("spiece.model", lambda c: b"\xff\xff\xff" + c), "refused"
+    for what, content in tokenizer_jsons().items():
+        yield "tokenizer.json", what, as_tokenizer_json(content), "refused"
+    config_name = "tokenizer_config.json"
+    for what, content in {
+        "cut": b'{"eos_token": "</',
+        "a list": b"[]",
+        "nested": b"[" * 100_000,
+        "an unknown token": b'{"eos_token": "<\\u001b[31m\\n>"}',
+        "a token that is a number": b'{"bos_token": 5}',
+        "BOS that is a text": b'{"add_bos_token": "yes"}',
+        "BOS without a name": b'{"add_bos_token": true}',
+    }.items():
+        yield config_name, what, replaced(f"{MODEL}/{config_name}", content), "refused"
+    for what, content in {"of another": b'{"x": 1}', "of T5": b'{"eos_token": "</s>", "bos_token": null}'}.items():
+        yield config_name, what, replaced(f"{MODEL}/{config_name}", content), "harmless"
+    for what, content in {"a list": b"[2]", "an end that is a text": b'{"eos_token_id": "1"}', "0xff": b"\xff"}.items():
+        yield "generation_config.json", what, replaced(f"{MODEL}/generation_config.json", content), "refused"
+
+
+def tokenizer_jsons() -> dict[str, object]:
+    """Contents of a tokenizer.json: bytes as they are, anything else as JSON."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    vocabulary = {chr(code): code for code in range(0x21, 0x7F)}
+    whole = {
+        "version": "1.0",
+        "added_tokens": [{"id": 1, "content": "</s>", "special": True}],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    }
+    replace = {"type": "Replace", "pattern": {"Regex": ""}, "content": "b"}
+    return {
+        "empty": b"",
+        "a web page": b"<!DOCTYPE html><html>log in</html>",
+        "NULs": bytes(10_000),
+        "nested": b"[" * 100_000,
+        "cut": json.dumps(whole).encode()[:500],
+        "an empty object": {},
+        "no pieces": whole | {"model": whole["model"] | {"vocab": {}}},
+        "an id of 2^40": whole | {"model": whole["model"] | {"vocab": vocabulary | {"x": 2**40}}},
+        "a merge of unknown pieces": whole | {"model": whole["model"] | {"merges": ["qq zz"]}},
+        "no end": whole | {"added_tokens": []},
+        "an expression at which the library panics": whole | {"normalizer": replace},
+        "an expression that is none": whole | {"normalizer": replace | {"pattern": {"Regex": "("}}},
+        "line breaks and colours in a kind": whole | {"decoder": {"type": "\x1b[31m\n\n"}},
+    }
+
+
+def as_tokenizer_json(content: object) -> Callable[[Path], None]:
+    """Put a tokenizer.json in the place of the SentencePiece model."""
+
+    def corrupt(directory: Path) -> None:
+        (directory / MODEL / "spiece.model").unlink()
+        text = content if isinstance(content, bytes) else json.dumps(content).encode()
+        (directory / MODEL / "tokenizer.json").write_bytes(text)
+
+    return corrupt
 
 
 def more_pieces(content: bytes) -> bytes:
@@ -642,7 +700,7 @@ def table(counts: Counter, seconds: float, seed: int) -> str:
     rows.append(["**all**", *(sum(row[n] for row in rows) for n in range(1, 5))])
     lines = [f"| {' | '.join(map(str, [row[0], sum(row[1:]), *row[1:]]))} |" for row in rows]
     versions = f"Python {platform.python_version()}, PyTorch {version('torch')}, safetensors {version('safetensors')}, "
-    versions += f"sentencepiece {version('sentencepiece')}"
+    versions += f"sentencepiece {version('sentencepiece')}, tokenizers {version('tokenizers')}"
     return "\n".join(
         [
             "# Corrupted inputs",

@@ -1,34 +1,58 @@
 """Finding models: directories, names, and fetching a published one from a server on this machine that plays the hub."""
 
+import fcntl
 import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from urllib.parse import unquote
 
 import pytest
+import torch
+from llama_oracle import LLAMA_SHAPES
+from t5_oracle import SHAPES as T5_SHAPES
 
 from minidpost.errors import UserError
 from minidpost.models import hub
+from minidpost.models.hf_config import config_json
 from minidpost.models.weights import load_template
 from minidpost.text.templates import LlamaTemplate, T5Template
 
 REPOSITORY = "google/flan-t5-xl"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PULL_REQUEST = "89abcdef0123456789abcdef0123456789abcdef"  # another commit
 SHARDS = {"encoder": "model-00001-of-00002.safetensors", "decoder": "model-00002-of-00002.safetensors"}
 WANTED = {
-    "config.json": b'{"model_type": "t5"}',
+    "config.json": json.dumps(config_json(T5_SHAPES["gated-untied"], torch.float32)).encode(),
     "spiece.model": b"pieces" * 100,
     "model.safetensors.index.json": json.dumps({"weight_map": SHARDS}).encode(),
     SHARDS["encoder"]: bytes(range(256)) * 64,
     SHARDS["decoder"]: b"decoder" * 4096,
 }
 PUBLISHED = WANTED | {"pytorch_model.bin": b"a pickle", "README.md": b"card", "tokenizer.json": b"{}"}
+LLAMA = json.dumps(config_json(LLAMA_SHAPES["plain"], torch.bfloat16)).encode()
+OTHER = "some.one/a_Model-1"  # not among the published ones
+OTHER_WANTED = {
+    "config.json": LLAMA,
+    "generation_config.json": b'{"eos_token_id": [1, 2]}',
+    "tokenizer.json": b'{"model": {}}',
+    "tokenizer_config.json": b'{"add_bos_token": false}',
+    "special_tokens_map.json": b"{}",
+    "tokenizer.model": b"pieces",
+    "model.safetensors": b"weights" * 1000,
+}
+OTHER_FILES = OTHER_WANTED | {
+    "consolidated.safetensors": b"the same again",
+    "onnx/model.safetensors": b"the same for another library",
+    "model.safetensors.index.json": b"of shards that are not there",
+    "training_args.bin": b"a pickle",
+    "vocab.json": b"{}",
+}
 
 
 def sha1(content: bytes) -> str:
@@ -37,26 +61,58 @@ def sha1(content: bytes) -> str:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The four requests of a snapshot: the commit of main, its files, and each file's headers and body."""
+    """The four requests of a fetch: a revision's commit and files, its tree, and each file's headers and body."""
 
     def do_HEAD(self):
         self._file(with_body=False)
 
     def do_GET(self):
-        if self.path == f"/api/models/{REPOSITORY}/revision/main":
-            self._answer(json.dumps({"id": REPOSITORY, "sha": COMMIT}).encode())
-        elif self.path.startswith(f"/api/models/{REPOSITORY}/tree/{COMMIT}"):
-            sizes = {name: len(body) for name, body in self.server.files.items()}
-            rows = [{"type": "file", "path": name, "size": size, "oid": name} for name, size in sizes.items()]
-            self._answer(json.dumps(rows).encode())
-        else:
-            self._file(with_body=True)
+        asked = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/?]+)(\?.*)?", self.path)
+        if asked is None:
+            return self._file(with_body=True)
+        repository, kind, revision, _ = asked.groups()
+        if not self._has(repository):
+            return None
+        commit = self.server.revisions.get(unquote(revision))
+        if commit is None:
+            return self._refuse(404, "RevisionNotFound")
+        sizes = {name: len(body) for name, body in self._files(repository, commit).items()}
+        if kind == "revision":
+            names = [{"rfilename": name} for name in sizes]
+            return self._answer(json.dumps({"id": repository, "sha": commit, "siblings": names}).encode())
+        rows = [{"type": "file", "path": name, "size": size, "oid": name} for name, size in sizes.items()]
+        return self._answer(json.dumps(rows).encode())
+
+    def _files(self, repository: str, commit: str) -> dict[str, bytes]:
+        """A repository's files; the pull request has the same with other weights."""
+        files = self.server.files if repository == REPOSITORY else self.server.repositories[repository]
+        return files | {"model.safetensors": b"converted"} if commit == PULL_REQUEST else files
+
+    def _has(self, repository: str) -> bool:
+        """Whether there is such a repository; if not, that has been answered."""
+        if repository == REPOSITORY or repository in self.server.repositories:
+            return True
+        self._refuse(401, "RepoNotFound")  # as the hub does without a token, for what may be private
+        return False
+
+    def _refuse(self, status: int, code: str):
+        self.send_response(status)
+        if self.server.gives_reasons:
+            self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def _file(self, with_body: bool):
-        name = self.path.removeprefix(f"/{REPOSITORY}/resolve/{COMMIT}/")
-        if name not in self.server.files:
+        asked = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path)
+        if asked is None or not self._has(asked[1]):
+            return self.send_error(404) if asked is None else None
+        repository, commit, name = asked.groups()
+        if repository in self.server.gated:
+            return self._refuse(401, "GatedRepo")
+        files = self._files(repository, commit)
+        if name not in files:
             return self.send_error(404)
-        body = self.server.files[name]
+        body = files[name]
         if with_body:
             self.server.served.append(name)
         if with_body and name == self.server.broken:
@@ -65,11 +121,18 @@ class Hub(BaseHTTPRequestHandler):
             return self._answer(body, cut=len(body) // 2, etag=hashlib.sha256(body).hexdigest())
         etag = sha1(body) if name.endswith(".json") else hashlib.sha256(body).hexdigest()
         sent = self.server.instead.get(name, body)
-        self._answer(sent if with_body else b"", length=len(sent), etag=etag)
+        return self._answer(sent if with_body else b"", length=len(sent), etag=etag, commit=commit)
 
-    def _answer(self, body: bytes, length: int | None = None, cut: int | None = None, etag: str = "unknown"):
+    def _answer(
+        self,
+        body: bytes,
+        length: int | None = None,
+        cut: int | None = None,
+        etag: str = "unknown",
+        commit: str = COMMIT,
+    ):
         self.send_response(200)
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", commit)
         self.send_header("ETag", f'"{etag}"')
         self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
@@ -83,34 +146,42 @@ class Hub(BaseHTTPRequestHandler):
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.files, server.served, server.broken, server.instead = dict(PUBLISHED), [], None, {}
+    server.repositories = {OTHER: dict(OTHER_FILES)}
+    server.revisions = {"main": COMMIT, COMMIT: COMMIT, "refs/pr/1": PULL_REQUEST, PULL_REQUEST: PULL_REQUEST}
+    server.gated = set()
+    server.gives_reasons = True
     Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
 
 
-def find_in_new_process(endpoint: str, folder: Path, name: str = "flan-t5-xl") -> subprocess.CompletedProcess:
-    """Call find_model where huggingface_hub has not been imported yet, as a command does."""
+def find_in_new_process(endpoint: str, folder: Path, *names: str, offline: bool = False) -> subprocess.CompletedProcess:
+    """Call find_model where huggingface_hub has not been imported yet, as a command does; a line for each name."""
     program = """
 import sys
 from minidpost import storage
 from minidpost.models import hub
 assert "huggingface_hub" not in sys.modules
-try:
-    print(hub.find_model(sys.argv[1], hub.Path(sys.argv[2])))
-except storage.UserError as error:
-    sys.exit(f"UserError: {error}")
+failed = False
+for name in sys.argv[2:]:
+    try:
+        print(hub.find_model(name, hub.Path(sys.argv[1])), flush=True)
+    except storage.UserError as error:
+        print(f"UserError: {error}", file=sys.stderr)
+        failed = True
+sys.exit(failed)
 """
     foreign = re.compile(r"HF_|TQDM_|.*proxy", re.IGNORECASE)
     inherited = {key: value for key, value in os.environ.items() if not foreign.match(key)}
-    hub_settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
+    hub_settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "NO_PROXY": "*"}
     return subprocess.run(
-        [sys.executable, "-c", program, name, str(folder / "weights")],
+        [sys.executable, "-c", program, str(folder / "weights"), *(names or ("flan-t5-xl",))],
         cwd=Path(hub.__file__).parents[2],
-        env=inherited | hub_settings,
+        env=inherited | hub_settings | {"HF_HUB_OFFLINE": str(int(offline))},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -123,11 +194,17 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def user_error(result: subprocess.CompletedProcess) -> str:
-    """The one line a command would print; there is no traceback anywhere."""
+    """The one line a command would print."""
+    (line,) = user_errors(result)
+    assert result.stderr.strip().endswith(line)
+    return line
+
+
+def user_errors(result: subprocess.CompletedProcess) -> list[str]:
+    """The lines for several names; there is no traceback anywhere."""
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    (line,) = re.findall(r"^UserError: (.*)\Z", result.stderr.strip(), flags=re.MULTILINE)
-    return line
+    return re.findall(r"^UserError: (.*)$", result.stderr, flags=re.MULTILINE)
 
 
 def test_published_model_is_fetched_whole(server, tmp_path):
@@ -148,10 +225,9 @@ def test_a_cut_connection_is_completed_by_the_next_call(server, tmp_path):
     assert "flan-t5-xl could not be fetched" in line
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["flan-t5-xl.unfinished"]
 
-    # With the hub away and its cache empty, huggingface_hub takes the half that is here for the whole.
-    shutil.rmtree(tmp_path / "home")
+    # With the hub away, the half that is here is not taken for the whole.
     line = user_error(find_in_new_process("http://127.0.0.1:9", tmp_path))
-    assert f"{SHARDS['decoder']} did not arrive" in line
+    assert "could not be fetched from http://127.0.0.1:9/google/flan-t5-xl (no hub answers: " in line
     assert not (tmp_path / "weights/flan-t5-xl").exists()
 
     server.broken = None
@@ -184,7 +260,9 @@ def test_altered_files_are_fetched_again(server, tmp_path, name, content):
     server.served.clear()
     result = find_in_new_process(address(server), tmp_path)
     assert result.returncode == 0, result.stderr
-    assert server.served == [name]
+    # Small files are compared with their hashes before the weights are asked for.
+    weights = [] if name in SHARDS.values() else [*SHARDS.values()]
+    assert sorted(server.served) == sorted([name, *weights])
     assert contents(tmp_path / "weights") == {f"flan-t5-xl/{name}": body for name, body in WANTED.items()}
 
 
@@ -196,16 +274,129 @@ def test_no_server(tmp_path):
     assert not (tmp_path / "weights/flan-t5-xl").exists()
 
 
-def test_repository_without_safetensors_is_no_model(server, tmp_path):
-    server.files = {name: body for name, body in PUBLISHED.items() if "safetensors" not in name}
-    assert "model.safetensors did not arrive" in user_error(find_in_new_process(address(server), tmp_path))
-    assert "pytorch_model.bin" not in server.served
+def test_a_shard_that_the_repository_lacks_is_named(server, tmp_path):
+    del server.files[SHARDS["decoder"]]
+    line = user_error(find_in_new_process(address(server), tmp_path))
+    assert f"{SHARDS['decoder']} did not arrive" in line
     assert not (tmp_path / "weights/flan-t5-xl").exists()
 
 
+def test_repository_without_safetensors_is_no_model(server, tmp_path):
+    server.files = {name: body for name, body in PUBLISHED.items() if "safetensors" not in name}
+    line = user_error(find_in_new_process(address(server), tmp_path))
+    assert "flan-t5-xl: holds its weights as a pickle alone (pytorch_model.bin), which can run code and is not" in line
+    assert "google/flan-t5-xl@refs/pr/N" in line and ".save_pretrained(DIR)" in line
+    assert server.served == []
+    assert not [*(tmp_path / "weights").iterdir()]
+
+
 def test_repository_that_is_not_there(server, tmp_path):
-    line = user_error(find_in_new_process(address(server), tmp_path, name="flan-t5-small"))
-    assert "google/flan-t5-small" in line and "404" in line
+    server.gives_reasons = False  # a mirror
+    line = user_error(find_in_new_process(address(server), tmp_path, "google/no-such@main"))
+    assert "google/no-such" in line and "401" in line
+    assert "google--no-such@main could not be fetched from" in line
+
+
+# -- repositories by their id ------------------------------------------------------------------------------------------
+
+
+def test_any_repository_is_fetched_with_its_tokenizer_files(server, tmp_path):
+    directory = tmp_path / "weights/some.one--a_Model-1"
+    result = find_in_new_process(address(server), tmp_path, OTHER, OTHER)
+    assert result.stdout == f"{directory}\n" * 2, result.stderr
+    assert contents(directory) == OTHER_WANTED
+    assert sorted(server.served) == sorted(OTHER_WANTED)  # nothing twice, and no weights of other formats
+    assert [*(tmp_path / "weights").iterdir()] == [directory]
+
+
+def test_revisions_have_directories_of_their_own(server, tmp_path):
+    names = [f"{OTHER}@refs/pr/1", f"{OTHER}@{COMMIT}", f"{OTHER}@no/such"]
+    result = find_in_new_process(address(server), tmp_path, *names)
+    weights = tmp_path / "weights"
+    directories = [weights / "some.one--a_Model-1@refs%2Fpr%2F1", weights / f"some.one--a_Model-1@{COMMIT}"]
+    assert result.stdout.split() == list(map(str, directories)), result.stderr
+    converted, main = map(contents, directories)
+    assert main == OTHER_WANTED
+    assert converted == OTHER_WANTED | {"model.safetensors": b"converted"}
+    assert user_error(result) == (
+        f"{address(server)}/{OTHER} has no revision 'no/such'; its branches and tags are listed there, and without "
+        "@REVISION its main branch is taken"
+    )
+
+
+def test_a_published_repository_is_the_published_model(server, tmp_path):
+    result = find_in_new_process(address(server), tmp_path, REPOSITORY, "flan-t5-xl")
+    assert result.stdout == f"{tmp_path}/weights/flan-t5-xl\n" * 2, result.stderr
+    assert contents(tmp_path / "weights") == {f"flan-t5-xl/{name}": body for name, body in WANTED.items()}
+
+
+def test_what_a_repository_lacks_is_said_before_anything_is_fetched(server, tmp_path):
+    adapter = {"adapter_config.json": b'{"base_model_name_or_path": "a/base"}', "adapter_model.safetensors": b"A, B"}
+    server.repositories |= {
+        "o/pickle": {"config.json": LLAMA, "tokenizer.json": b"{}", "pytorch_model-00001-of-00002.bin": b"pickle"},
+        "o/adapter": adapter | {"tokenizer.json": b"{}"},
+        "o/broken-adapter": {"adapter_config.json": b"[]", "adapter_model.bin": b"A, B"},
+        "o/m-GGUF": {"config.json": b"{}", "m.Q8_0.gguf": b"GGUF", "m.Q4_K_M.gguf": b"GGUF"},
+        "o/no-tokenizer": {"config.json": LLAMA, "vocab.json": b"{}", "model.safetensors": b"weights"},
+        "o/no-config": {"tokenizer.json": b"{}", "model.safetensors": b"weights"},
+        "o/data": {"README.md": b"a data set"},
+        "o/gpt": {"config.json": b'{"model_type": "gpt2"}', "tokenizer.json": b"{}", "model.safetensors": b"weights"},
+    }
+    names = [*server.repositories][1:]
+    result = find_in_new_process(address(server), tmp_path, *names, "o/missing", "huggingfacetb/smollm-135m-instruct")
+    pickle, adapter, broken, ggufs, no_tokenizer, no_config, data, gpt, missing, misspelt = user_errors(result)
+    where = f"{address(server)}/o"
+    assert pickle.startswith(f"{where}/pickle: holds its weights as a pickle alone (pytorch_model-00001-of-00002.bin)")
+    assert adapter.startswith(f"{where}/adapter: a LoRA adapter of a/base, and adapters are not merged here; merge it ")
+    assert broken.startswith(f"{where}/broken-adapter: a LoRA adapter of a model that it does not name, and ")
+    assert ggufs == (
+        f"{where}/m-GGUF: holds GGUF files alone; download one, as {where}/m-GGUF/resolve/main/m.Q4_K_M.gguf, and give "
+        "the path of the file"
+    )
+    assert no_tokenizer == (
+        f"{where}/no-tokenizer: lacks original/tokenizer.model or spiece.model or tokenizer.json or tokenizer.model, "
+        "so its model cannot be used here"
+    )
+    assert no_config == f"{where}/no-config: lacks config.json, so its model cannot be used here"
+    assert data.startswith(f"{where}/data: holds neither model.safetensors nor model.safetensors.index.json")
+    assert gpt.startswith(f"{where}/gpt/config.json: model_type 'gpt2' is not known; known: 't5', 'llama'")
+    assert missing == (
+        f"there is no repository {where}/missing, and no directory o/missing here; if the repository is private, set "
+        "HF_TOKEN and run the command again"
+    )
+    assert "(did you mean HuggingFaceTB/SmolLM2-135M-Instruct?)" in misspelt
+    assert not {"model.safetensors", "adapter_model.safetensors", "m.Q8_0.gguf"} & {*server.served}
+    assert not [*(tmp_path / "weights").iterdir()]
+
+
+def test_a_gated_repository_says_how_to_get_in(server, tmp_path):
+    server.gated = {OTHER}
+    line = user_error(find_in_new_process(address(server), tmp_path, OTHER))
+    assert f"some.one--a_Model-1 could not be fetched from {address(server)}/{OTHER} (401 Client Error" in line
+    assert "accept its licence there and set HF_TOKEN, then run the command again" in line
+    assert "download config.json, tokenizer.json, *.safetensors" in line
+    assert server.served == []
+
+
+def test_offline_says_that_no_hub_answers(server, tmp_path):
+    line = user_error(find_in_new_process(address(server), tmp_path, OTHER, offline=True))
+    assert "(no hub answers: Cannot reach" in line and "HF_HUB_OFFLINE" in line
+    assert server.served == []
+
+
+def test_one_process_fetches_while_others_wait(server, tmp_path):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    handle = os.open(weights, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    results = []
+    waiting = Thread(target=lambda: results.append(find_in_new_process(address(server), tmp_path, OTHER)))
+    waiting.start()
+    make_model(weights / "some.one--a_Model-1", "config.json", "tokenizer.json", "model.safetensors")
+    os.close(handle)
+    waiting.join()
+    assert results[0].stdout == f"{weights}/some.one--a_Model-1\n", results[0].stderr
+    assert server.served == []
 
 
 def make_model(directory: Path, *files: str) -> Path:
@@ -233,7 +424,11 @@ def test_directories_and_names(tmp_path):
             r"'flan-t5-larg' \(did you mean flan-t5-large\?\); known models: tiny-t5, tiny-t5-sft, tiny-t5-dpo-st, "
             "tiny-llama, ",
         ),
-        ("google/flan-t5-base", r"'google/flan-t5-base' \(did you mean flan-t5-base\?\)"),
+        ("google/flan-t5-base", r"flan-t5-base: lacks model-00002-of-00002\.safetensors;"),
+        ("google/flan/t5-base", r"'google/flan/t5-base' \(did you mean flan-t5-base\?\)"),
+        ("../flan-t5-base", r"'\.\./flan-t5-base' \(did you mean flan-t5-base\?\); known models: "),
+        ("owner/two--dashes", r"'owner/two--dashes'; known models: "),
+        ("owner/-dash", r"'owner/-dash'; known models: .* a \.gguf file, or OWNER/NAME on the hub$"),
         ("zzz", r"'zzz'; known models: "),
         ("{tmp}/empty", r"empty: this directory holds no config\.json"),
         ("tiny-t5", r"tiny-t5 is missing, though it is part of the repository"),
@@ -257,6 +452,27 @@ def test_what_is_no_model(tmp_path, name, complaint):
     assert "\n" not in str(raised.value)
 
 
+def test_existing_directories_win_over_repositories(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "owner/model", "config.json")
+    make_model(tmp_path / "owner/empty")
+    make_model(tmp_path / "tiny-t5", "config.json")
+    assert hub.find_model("owner/model", tmp_path / "weights") == Path("owner/model")
+    assert hub.find_model("tiny-t5", tmp_path / "weights") == Path("tiny-t5")
+    with pytest.raises(UserError, match=r"^owner/empty: this directory holds no config\.json"):
+        hub.find_model("owner/empty", tmp_path / "weights")
+
+
+def test_directories_of_adapters_and_gguf_files_say_what_to_give(tmp_path):
+    adapter = make_model(tmp_path / "adapter", "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "meta-llama/Llama-3.2-1B"}')
+    with pytest.raises(UserError, match=r"adapter: a LoRA adapter of meta-llama/Llama-3\.2-1B, and adapters are not"):
+        hub.find_model(str(adapter), tmp_path)
+    files = make_model(tmp_path / "files", "b.gguf", "a.gguf")
+    with pytest.raises(UserError, match=r"files: this directory holds GGUF files .* path of one, as .*files/a\.gguf$"):
+        hub.find_model(str(files), tmp_path)
+
+
 def test_any_readable_tokenizer_file_will_do(tmp_path):
     make_model(tmp_path / "llama-3-8b" / "original", "tokenizer.model")
     for name in ("config.json", "model.safetensors"):
@@ -270,7 +486,7 @@ def test_any_readable_tokenizer_file_will_do(tmp_path):
 
 
 def test_a_repository_with_a_licence_says_so(server, tmp_path):
-    line = user_error(find_in_new_process(address(server), tmp_path, name="llama-3.2-1b"))
+    line = user_error(find_in_new_process(address(server), tmp_path, "llama-3.2-1b"))
     assert "accept its licence there and set HF_TOKEN, then run the command again" in line
     assert "download config.json, original/tokenizer.model, *.safetensors" in line
 

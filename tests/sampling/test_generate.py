@@ -68,7 +68,7 @@ def test_what_the_sampler_is_asked(requested, tiny_template):
     prompts = [tuple(tiny_template.prompt_ids(question)) for question in QUESTIONS[:2]]
     assert requested["requests"] == [Request(prompts[i], QUESTIONS[i], k) for i in range(2) for k in range(2)]
     assert (requested["model"], requested["settings"]) == ("model", SAMPLED)
-    assert requested["eos_id"] == tiny_template.eos_id == prompts[0][-1]
+    assert requested["eos_id"] == {tiny_template.eos_id} == {prompts[0][-1]}
     assert [(sample.example_index, sample.sample_index, sample.completion) for sample in samples] == [
         (1, 1, "#### 3"),
         (1, 0, "#### 2"),

@@ -341,6 +341,14 @@ def test_longest_prompts_first_and_no_larger_cache_than_needed(monkeypatch):
     assert model.shapes == [(6 + 3, 7, 9)]
 
 
+def test_any_of_several_end_tokens_ends_a_row():
+    model, requests = scripted([[5, 7, 6, END], [5, 6, END], [5, END], [5, 5, 5]], 10)
+    settings = SamplingSettings(temperature=0, max_new_tokens=3)
+    rows = in_order(sample(model, requests, settings, eos_id=frozenset({END, 7})))
+    assert [row.token_ids for row in rows] == [[5, 7], [5, 6, END], [5, END], [5, 5, 5]]
+    assert [row.finish_reason for row in rows] == ["stop", "stop", "stop", "length"]
+
+
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 17])
 def test_max_new_tokens_is_exact(max_new_tokens):
     model, requests = scripted([[2] * 20, [2] * (max_new_tokens - 1) + [END]], 3)

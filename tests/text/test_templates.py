@@ -1,6 +1,8 @@
 """T5's template: spacing, replaced characters, the way back; Llama's: prompt, segments; both on all of GSM8K."""
 
 import json
+import re
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,7 @@ from minidpost.text.tokenizer import load_tokenizer
 
 CHARACTERS = SimpleNamespace(  # a vocabulary of all Unicode characters: nothing has to be replaced
     eos_id=0,
+    stop_ids=frozenset({0}),
     token_texts=["", " [", " ="],
     encode=lambda text: [ord(c) for c in text],
     decode=lambda ids: "".join(chr(i) for i in ids if i),
@@ -243,11 +246,16 @@ def test_formatting_twice_changes_nothing(t5, rationale):
     assert t5.target(t5.canonical(target)) == target
 
 
-@pytest.fixture(scope="module", params=["llama2", "llama3"])
+@pytest.fixture(scope="module", params=["llama2", "llama3", "smollm2", "qwen3"])
 def llama(request, shared):
-    """A Llama's tokenizer and its template."""
+    """A tokenizer of Llama's kind and its template."""
     tokenizer = load_tokenizer(shared / "tokenizers" / request.param)
-    return tokenizer, template_for("llama", tokenizer)
+    return tokenizer, template_for("qwen3" if request.param == "qwen3" else "llama", tokenizer)
+
+
+def bos_ids(tokenizer):
+    """What stands in front of a prompt: SmolLM2 and Qwen have nothing there."""
+    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
 
 def pieces(tokenizer, ids):
@@ -263,8 +271,8 @@ def test_the_prompt_of_a_llama(llama):
     question = " Tom has {2}\u00a0pens.  \r\n\n How  many?\n"
     assert llama_template.prompt(question) == prompt.replace("\u00a0", " ")
     ids = llama_template.prompt_ids(question)
-    assert ids == [tokenizer.bos_id, *tokenizer.encode(prompt.replace("\u00a0", " "))]
-    assert ids.count(tokenizer.bos_id) == 1
+    assert ids == [*bos_ids(tokenizer), *tokenizer.encode(prompt.replace("\u00a0", " "))]
+    assert ids.count(tokenizer.bos_id) == len(bos_ids(tokenizer)) == (tokenizer.vocab_size in (32_000, 128_256))
 
 
 @pytest.mark.parametrize(
@@ -328,7 +336,7 @@ def test_a_parenthesis_and_the_equals_sign_may_be_one_piece(llama):
 def test_special_ids_are_nothing_to_a_llamas_calculator(llama):
     tokenizer, llama_template = llama
     calculator, result = llama_template.new_calculator(), tokenizer.encode("24>>", continued=True)
-    specials = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size - 1 + 64, -1]
+    specials = [*bos_ids(tokenizer), tokenizer.eos_id, tokenizer.vocab_size - 1 + 64, -1]
     ids = tokenizer.encode("<<48/2", continued=True)
     for token_id in [id_ for pair in zip(ids, specials * 2, strict=False) for id_ in pair]:
         assert calculator.push(token_id) == []
@@ -337,18 +345,33 @@ def test_special_ids_are_nothing_to_a_llamas_calculator(llama):
 
 
 def test_every_rationale_of_gsm8k_through_a_llama(llama, gsm8k):
-    """Fixed points; decoded ids are the target; apart, prompt and completion have the ids of the whole text."""
+    """Fixed points; decoded ids are the target; where texts are cut, and which of the cuts change ids.
+
+    Between prompt and completion none does, in any of the vocabularies. After `=` the cut does where a minus or a point
+    follows (`=-`, `=.` are pieces), after `>>` never.
+    """
     tokenizer, llama_template = llama
-    n_seams = 0
+    n_changed = 0
     for row in gsm8k:
         target, ids = llama_template.target(row["answer"]), llama_template.target_ids(row["answer"])
         assert llama_template.target(llama_template.canonical(target)) == target
         assert tokenizer.decode(ids) == llama_template.decode(ids) == target
         plain = tokenizer.encode(target, continued=True)
         whole = tokenizer.encode(llama_template.prompt(row["question"]) + target)
-        assert [*llama_template.prompt_ids(row["question"]), *plain] == [tokenizer.bos_id, *whole]
-        n_seams += ids != [*plain, tokenizer.eos_id]
-    assert n_seams == 12  # only there does the tokenizer alone give other ids: `=-` and `=.`
+        assert [*llama_template.prompt_ids(row["question"]), *plain] == [*bos_ids(tokenizer), *whole]
+        n_changed += ids != [*plain, tokenizer.eos_id]
+        cut_after_equals = cut_ids(tokenizer, target, r"<<[^<>=]*=")
+        assert cut_ids(tokenizer, target, r">>") == plain
+        assert [*cut_after_equals, tokenizer.eos_id] == ids
+        assert (cut_after_equals != plain) == (re.search(r"<<[^<>=]*=[-.][^<>]*>>", target) is not None)
+    assert n_changed == 12
+
+
+def cut_ids(tokenizer, text, mark):
+    """The ids of a text that is tokenised in parts, each of which ends in a match of `mark` but the last."""
+    ends = [match.end() for match in re.finditer(mark, text)]
+    parts = [text[start:end] for start, end in pairwise([0, *ends, len(text)])]
+    return [token_id for part in parts for token_id in tokenizer.encode(part, continued=True)]
 
 
 @settings(derandomize=True, max_examples=300, deadline=None, database=None)
@@ -358,10 +381,11 @@ def test_llama_targets_are_fixed_points_and_survive(llama, rationale):
     target, ids = llama_template.target(rationale), llama_template.target_ids(rationale)
     assert llama_template.target(llama_template.canonical(target)) == target
     assert tokenizer.decode(ids) == target
+    assert ids[-1] == llama_template.eos_id and llama_template.eos_id in llama_template.stop_ids
 
 
 def test_t5s_vocabulary_is_none_of_a_llamas(shared):
-    with pytest.raises(UserError, match=r"spiece\.model: Llama's template needs begin and end ids"):
+    with pytest.raises(UserError, match=r"spiece\.model: Llama's template needs an end id, <<"):
         LlamaTemplate(load_tokenizer(shared / "tokenizers" / "t5"))
 
 
@@ -416,5 +440,6 @@ def test_a_text_of_the_greatest_length_is_written_at_once(tiny_template, piece):
 
 def test_families_are_picked_by_model_type(t5):
     assert isinstance(template_for("t5", CHARACTERS), T5Template)
-    with pytest.raises(UserError, match="model_type 'gpt2': only 't5' and 'llama' are supported"):
+    known = "'t5', 'llama', 'qwen2', 'qwen3', 'mistral'"
+    with pytest.raises(UserError, match=f"model_type 'gpt2': only {known} are supported"):
         template_for("gpt2", CHARACTERS)

@@ -1,16 +1,20 @@
-"""The vocabularies against transformers and tiktoken; files and ids that are not as they should be."""
+"""The vocabularies against transformers and BPE by ranks; what begins and ends a text; files that are broken."""
 
 import json
+import random
 import shutil
-from itertools import chain
+import unicodedata
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_oracle import llama3_of_transformers, ranks_of_llama3
 
 from minidpost.errors import UserError
-from minidpost.text.templates import T5Template
+from minidpost.text.templates import T5Template, template_for
 from minidpost.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,12 +35,22 @@ def llama3(shared):
     return load_tokenizer(shared / "tokenizers" / "llama3")
 
 
-@pytest.fixture(scope="module", params=["t5", "llama2", "llama3"])
+@pytest.fixture(scope="module")
+def smollm2(shared):
+    return load_tokenizer(shared / "tokenizers" / "smollm2")
+
+
+@pytest.fixture(scope="module")
+def qwen3(shared):
+    return load_tokenizer(shared / "tokenizers" / "qwen3")
+
+
+@pytest.fixture(scope="module", params=["t5", "llama2", "llama3", "smollm2", "qwen3"])
 def each(request):
     return request.getfixturevalue(request.param)
 
 
-@pytest.fixture(scope="module", params=["llama2", "llama3"])
+@pytest.fixture(scope="module", params=["llama2", "llama3", "smollm2", "qwen3"])
 def llama(request):
     return request.getfixturevalue(request.param)
 
@@ -52,16 +66,7 @@ def gsm8k(shared):
 
 @pytest.fixture(scope="module")
 def transformers_llama3(shared):
-    """transformers' reader of Llama-3's tokenizer.model, with its 256 special tokens."""
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    path = str(shared / "tokenizers" / "llama3" / "tokenizer.model")
-    names = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(254))]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TIKTOKEN_CACHE_DIR", "")  # tiktoken would keep a copy of the file by its path
-        backend = TikTokenConverter(path, extra_special_tokens=names).converted()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=names[0], eos_token=names[1])
+    return llama3_of_transformers(shared / "tokenizers" / "llama3" / "tokenizer.model")
 
 
 def test_special_ids_and_size(t5, llama2, llama3, shared):
@@ -69,8 +74,15 @@ def test_special_ids_and_size(t5, llama2, llama3, shared):
     assert (llama2.pad_id, llama2.eos_id, llama2.bos_id, llama2.unk_id, llama2.vocab_size) == (None, 2, 1, 0, 32_000)
     assert (llama3.pad_id, llama3.eos_id, llama3.bos_id, llama3.unk_id) == (None, 128_001, 128_000, None)
     assert llama3.vocab_size == 128_256
+    assert (llama3.special_ids["<|eot_id|>"], llama3.special_ids["<|end_header_id|>"]) == (128_009, 128_007)
     assert t5.files == [shared / "tokenizers" / "t5" / "spiece.model"]
     assert llama3.files == [shared / "tokenizers" / "llama3" / "tokenizer.model"]
+
+
+def test_smollm2_and_qwen3_begin_with_nothing(smollm2, qwen3):
+    assert (smollm2.bos_id, smollm2.eos_id, smollm2.unk_id, smollm2.vocab_size) == (None, 0, None, 49_152)
+    assert (qwen3.bos_id, qwen3.eos_id, qwen3.pad_id, qwen3.vocab_size) == (None, 151_645, 151_643, 151_669)
+    assert smollm2.special_ids["<|im_start|>"] == 1 and qwen3.special_ids["<|im_start|>"] == 151_644
 
 
 def different(tokenizer, texts, expected):
@@ -83,19 +95,13 @@ def test_t5_ids_equal_transformers_on_all_of_gsm8k(t5, shared, gsm8k):
     assert different(t5, texts, oracle(texts, add_special_tokens=False)["input_ids"]) == []
 
 
-def test_llama2_ids_equal_transformers_on_all_of_gsm8k(llama2, gsm8k):
+def test_llama2_ids_equal_transformers_on_all_of_gsm8k(llama2, llama2_oracle, gsm8k):
     """transformers 5 no longer reads tokenizer.model without protobuf, so its tokenizer is given the pieces.
 
     Its `legacy` behaviour differs only after special tokens that stand in a text, and there are none.
     """
-    from transformers import LlamaTokenizer
-    from transformers.convert_slow_tokenizer import generate_merges
-
-    pieces = {llama2._model.id_to_piece(i): i for i in range(llama2.vocab_size)}
-    scores = {piece: llama2._model.get_score(i) for piece, i in pieces.items()}
-    oracle = LlamaTokenizer(vocab=pieces, merges=generate_merges(pieces, scores), add_bos_token=True)
-    expected = oracle(gsm8k)["input_ids"]
-    assert {ids[0] for ids in expected} == {llama2.bos_id} and oracle.eos_token_id == llama2.eos_id
+    expected = llama2_oracle(gsm8k)["input_ids"]
+    assert {ids[0] for ids in expected} == {llama2.bos_id} and llama2_oracle.eos_token_id == llama2.eos_id
     assert different(llama2, gsm8k, [ids[1:] for ids in expected]) == []
     assert [text for text, ids in zip(gsm8k, expected, strict=True) if llama2.decode([*ids, 2]) != text] == []
 
@@ -106,29 +112,107 @@ def test_llama3_ids_equal_transformers_on_all_of_gsm8k(llama3, transformers_llam
     assert different(llama3, gsm8k, transformers_llama3(gsm8k)["input_ids"]) == []
 
 
-def test_llama3_ids_equal_tiktoken_on_all_of_gsm8k(llama3, shared, gsm8k, monkeypatch):
-    import tiktoken
-    from tiktoken.load import load_tiktoken_bpe
+@pytest.mark.parametrize("name", ["smollm2", "qwen3"])
+def test_ids_of_a_tokenizer_json_equal_transformers_on_all_of_gsm8k(name, request, shared, gsm8k):
+    from transformers import AutoTokenizer
 
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    ranks = load_tiktoken_bpe(str(shared / "tokenizers" / "llama3" / "tokenizer.model"))
-    pattern = (  # as Meta's own code has it
+    ours = request.getfixturevalue(name)
+    theirs = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
+    expected = theirs(gsm8k)["input_ids"]  # with special tokens: it adds none
+    assert different(ours, gsm8k, expected) == []
+    assert [text for text, ids in zip(gsm8k, expected, strict=True) if ours.decode([*ids, ours.eos_id]) != text] == []
+
+
+def rank_bpe(word, ranks):
+    """The pieces of a word in bytes: of all neighbours that make a piece, the first of lowest rank merge."""
+    pieces = [word[i : i + 1] for i in range(len(word))]
+    if word in ranks:
+        return [ranks[word]]
+    while True:
+        merged = [ranks.get(left + right, len(ranks)) for left, right in pairwise(pieces)]
+        if not merged or min(merged) == len(ranks):
+            return [ranks[piece] for piece in pieces]
+        i = merged.index(min(merged))
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+
+
+def test_llama3_ids_equal_bpe_by_ranks_on_all_of_gsm8k(llama3, shared, gsm8k):
+    import regex
+
+    pattern = regex.compile(  # as Meta's own code has it
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
         r"\s*[\r\n]+|\s+(?!\S)|\s+"
     )
-    specials = {"<|begin_of_text|>": len(ranks), "<|end_of_text|>": len(ranks) + 1}
-    oracle = tiktoken.Encoding("oracle", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
-    assert different(llama3, gsm8k, oracle.encode_batch(gsm8k, num_threads=1)) == []
+    ranks = ranks_of_llama3(shared / "tokenizers" / "llama3" / "tokenizer.model")
+    words = {word for text in gsm8k for word in pattern.findall(text)}
+    ids_of = {word: rank_bpe(word.encode(), ranks) for word in words}
+    expected = [[i for word in pattern.findall(text) for i in ids_of[word]] for text in gsm8k]
+    assert different(llama3, gsm8k, expected) == []
     assert [text for text in gsm8k if llama3.decode([128_000, *llama3.encode(text), 128_001]) != text] == []
 
 
 def test_llama3_is_read_from_tokenizer_json_too(llama3, transformers_llama3, gsm8k, tmp_path):
-    transformers_llama3.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    content = json.loads(transformers_llama3.backend_tokenizer.to_str())
+    content["post_processor"] = {
+        "type": "Sequence",
+        "processors": [
+            content["post_processor"],
+            {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}, {"Sequence": {"id": "A"}}],
+                "pair": [],
+                "special_tokens": {"<|begin_of_text|>": {"id": "<|begin_of_text|>", "ids": [128_000]}},
+            },
+        ],
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     found = load_tokenizer(tmp_path)
     assert found.files == [tmp_path / "tokenizer.json"]
     assert (found.vocab_size, found.bos_id, found.eos_id) == (llama3.vocab_size, llama3.bos_id, llama3.eos_id)
     assert found.token_texts == llama3.token_texts
     assert different(found, gsm8k, map(llama3.encode, gsm8k)) == []
+
+
+@pytest.fixture(scope="module")
+def llama2_oracle(llama2):
+    """transformers' Llama tokenizer, given the pieces of the SentencePiece model."""
+    from transformers import LlamaTokenizer
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    pieces = {llama2._model.id_to_piece(i): i for i in range(llama2.vocab_size)}
+    scores = {piece: llama2._model.get_score(i) for piece, i in pieces.items()}
+    return LlamaTokenizer(vocab=pieces, merges=generate_merges(pieces, scores), add_bos_token=True)
+
+
+def test_llama2_from_tokenizer_json_equals_its_sentencepiece_model(llama2, llama2_oracle, gsm8k, tmp_path):
+    """Spaces in front, bytes of unknown characters, what continues a text, names of special tokens."""
+    llama2_oracle.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    found = load_tokenizer(tmp_path)
+    assert (found.bos_id, found.eos_id, found.unk_id, found.vocab_size) == (1, 2, 0, 32_000)
+    assert found.token_texts == llama2.token_texts
+    texts = [*gsm8k[:4000], *SPECIALS, "a</s> <s>b", "猫🦜 \t½", " two  spaces ", "\n\n", ""]
+    for text in texts:
+        assert found.encode(text, continued=True) == llama2.encode(text, continued=True)
+        assert found.encode(text) == llama2.encode(text)
+        assert found.decode([1, *found.encode(text), 2]) == llama2.decode(llama2.encode(text)) == text
+    templates = [template_for("llama", found), template_for("llama", llama2)]
+    for question, rationale in zip(gsm8k[:2000:2], gsm8k[1:2000:2], strict=True):
+        assert templates[0].prompt_ids(question) == templates[1].prompt_ids(question)
+        assert templates[0].target_ids(rationale) == templates[1].target_ids(rationale)
+
+
+def test_t5_from_tokenizer_json_equals_its_sentencepiece_model(t5, shared, gsm8k, tmp_path):
+    oracle = transformers_tokenizer(shared / "tokenizers" / "t5" / "spiece.model", t5)
+    oracle.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    found = load_tokenizer(tmp_path)
+    assert (found.bos_id, found.eos_id, found.unk_id) == (None, 1, 2)
+    assert found.token_texts[: t5.vocab_size] == t5.token_texts
+    ours, theirs = T5Template(found), T5Template(t5)
+    texts = [*gsm8k[:4000], "a</s> <pad>b", "<extra_id_0> {x}", ""]
+    for text in texts:
+        assert ours.target_ids(text) == theirs.target_ids(text)
+        assert ours.prompt_ids(text) == theirs.prompt_ids(text)
+        assert ours.decode(ours.target_ids(text)) == theirs.decode(theirs.target_ids(text))
 
 
 def test_llama3_may_lie_under_original(llama3, shared, tmp_path):
@@ -140,23 +224,25 @@ def test_llama3_may_lie_under_original(llama3, shared, tmp_path):
 
 
 SPECIALS = ["<s>", "</s>", "<unk>", "<0x0A>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<pad>"]
+SPECIALS += ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>", "<tool_call>", "<repo_name>"]
 
 
 @pytest.mark.parametrize("name", SPECIALS)
 def test_names_of_special_tokens_are_ordinary_text(llama, name):
     ids = llama.encode(f"a {name}\n{name}")
-    assert not {llama.bos_id, llama.eos_id, llama.unk_id} & {*ids} and max(ids) < 128_000
+    assert not {llama.bos_id, llama.eos_id, llama.unk_id, *llama.special_ids.values()} & {*ids}
     assert llama.decode(ids) == f"a {name}\n{name}"
 
 
-fragments = st.sampled_from([*" \n\t0123456789=<>()-.aeé猫🦜\u0301\x00", "<s>", "Janet", " clips"])
+fragments = st.sampled_from([*" \n\t0123456789=<>()-.aeé猫🦜\u0301\x00", "<s>", "<|im_end|>", "Janet", " clips"])
 
 
 @settings(derandomize=True, max_examples=300, deadline=None, database=None)
 @given(st.lists(fragments, max_size=16).map("".join))
 def test_llamas_write_every_text_and_continue_every_text(llama, text):
-    assert llama.decode(llama.encode(text)) == text
-    assert llama.decode(llama.encode("Janet\n") + llama.encode(text, continued=True)) == "Janet\n" + text
+    normal = text if llama.files[0].parent.name != "qwen3" else unicodedata.normalize("NFC", text)  # its own choice
+    assert llama.decode(llama.encode(text)) == normal
+    assert llama.decode(llama.encode("Janet\n") + llama.encode(text, continued=True)) == "Janet\n" + normal
     if text.isascii():
         assert "".join(llama.token_texts[i] for i in llama.encode(text, continued=True)) == text
 
@@ -215,6 +301,16 @@ def test_parts_of_characters_are_the_replacement_character(llama3):
     assert llama3.token_texts[128_000:] == [""] * 256
 
 
+def test_special_ids_have_no_text(llama, smollm2):
+    for token_id in llama.special_ids.values():
+        assert llama.token_texts[token_id] == "" and llama.decode([token_id]) == ""
+    assert smollm2.token_texts[:17] == [""] * 17
+
+
+def test_half_a_surrogate_pair_is_written_as_a_question_mark(llama3, smollm2):
+    assert [tokenizer.decode(tokenizer.encode("a\ud83eb")) for tokenizer in (llama3, smollm2)] == ["a?b"] * 2
+
+
 @pytest.mark.parametrize("name", ["spiece.model", "tokenizer.model"])
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x00" * 100])
 def test_a_broken_file_is_named(tmp_path, name, content):
@@ -250,31 +346,209 @@ def test_a_line_of_llama3_that_is_none_is_refused(tmp_path, llama3):
             load_tokenizer(tmp_path)
 
 
-def test_a_tokenizer_json_of_another_kind_is_refused(tmp_path, transformers_llama3):
+@pytest.fixture(scope="module")
+def small():
+    """The content of a small tokenizer.json: byte-level BPE with ChatML's special tokens, as SmolLM2 has them."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator(["Tom has 3 apples and 4 pears. <<3+4=7>>7\n"] * 9, trainer)
+    return json.loads(backend.to_str())
+
+
+def directory_with(tmp_path, small, said=None, files=None):
+    """A directory with a small tokenizer.json, its tokenizer_config.json, and other JSON files by their names."""
+    contents = (files or {}) | {"tokenizer": small} | ({} if said is None else {"tokenizer_config": said})
+    for name, content in contents.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def beginning_with(name, token_id, small):
+    single = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {name: {"id": name, "ids": [token_id], "tokens": [name]}}
+    return small | {"post_processor": {"type": "TemplateProcessing", "single": single, "special_tokens": special}}
+
+
+@pytest.mark.parametrize(
+    ("config", "has_processor", "bos_id"),
+    [
+        (None, False, None),
+        (None, True, 1),
+        ({"add_bos_token": False, "bos_token": "<|im_start|>"}, True, None),
+        ({"add_bos_token": True, "bos_token": "<|endoftext|>"}, True, 0),
+        ({"add_bos_token": True, "bos_token": "<|endoftext|>"}, False, 0),
+        ({"add_bos_token": True, "bos_token": {"content": "<|im_start|>", "lstrip": False}}, False, 1),
+        ({"add_bos_token": True}, True, 1),
+        ({"add_bos_token": None, "bos_token": "<|endoftext|>"}, True, 1),  # the post-processor has the word
+        ({"bos_token": "<|endoftext|>"}, False, None),
+    ],
+)
+def test_what_begins_a_text_is_what_the_files_say(tmp_path, small, config, has_processor, bos_id):
+    content = beginning_with("<|im_start|>", 1, small) if has_processor else small
+    found = load_tokenizer(directory_with(tmp_path, content, config))
+    assert found.bos_id == bos_id
+    prompt_ids = template_for("qwen2", found).prompt_ids("How many?")
+    assert prompt_ids[0] == (found.encode("B")[0] if bos_id is None else bos_id)
+    assert found.decode(prompt_ids) == template_for("qwen2", found).prompt("How many?")
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "eos_id", "stop_ids"),
+    [
+        (None, {}, 0, {0}),
+        (None, {"config": {"eos_token_id": 2}}, 2, {2}),
+        (None, {"config": {"eos_token_id": [2, 0]}}, 2, {0, 2}),
+        ({"eos_token": "<|im_end|>"}, {}, 2, {2}),
+        ({"eos_token": "<|im_end|>"}, {"config": {"eos_token_id": 0}}, 2, {0, 2}),
+        ({"eos_token": "<|im_end|>"}, {"generation_config": {"eos_token_id": [1, 0]}}, 2, {0, 1, 2}),
+        ({"eos_token": ""}, {"config": {"eos_token_id": None}, "generation_config": {}}, 0, {0}),
+        ({}, {"config": {"eos_token_id": 65}, "generation_config": {"eos_token_id": 10**9}}, 0, {0}),  # no specials
+    ],
+)
+def test_what_ends_a_text_is_what_the_files_say(tmp_path, small, config, files, eos_id, stop_ids):
+    found = load_tokenizer(directory_with(tmp_path, small, config, files))
+    assert (found.eos_id, found.stop_ids) == (eos_id, stop_ids)
+    template = template_for("qwen3", found)
+    assert (template.eos_id, template.stop_ids, template.target_ids("7")[-1]) == (eos_id, stop_ids, eos_id)
+
+
+def test_a_sentencepiece_model_obeys_its_files_too(tmp_path, shared):
+    shutil.copy(shared / "tokenizers" / "llama2" / "tokenizer.model", tmp_path)
+    config = {"add_bos_token": False, "bos_token": "<s>", "eos_token": {"content": "<s>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    found = load_tokenizer(tmp_path)
+    assert (found.bos_id, found.eos_id, found.stop_ids) == (None, 1, {1, 2})
+    assert found.decode([1, *found.encode("18 clips"), 2]) == "18 clips"
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "complaint"),
+    [
+        ({"eos_token": "<nowhere>"}, {}, "tokenizer_config.json: eos_token is '<nowhere>', which the tokenizer"),
+        ({"bos_token": 5}, {}, "tokenizer_config.json: bos_token is 5, the name of a token is expected"),
+        ({"add_bos_token": "yes"}, {}, "tokenizer_config.json: add_bos_token is 'yes', true or false is expected"),
+        ({"add_bos_token": True}, {}, "tokenizer_config.json: add_bos_token is true, but bos_token names none"),
+        ([], {}, "tokenizer_config.json: not readable as a JSON object"),
+        ({}, {"config": {"eos_token_id": "2"}}, "config.json: eos_token_id is '2', a number or a list"),
+        ({}, {"generation_config": {"eos_token_id": [2, True]}}, "generation_config.json: eos_token_id is"),
+        ({}, {"generation_config": 3}, "generation_config.json: not readable as a JSON object"),
+    ],
+)
+def test_files_that_say_nonsense_are_named(tmp_path, small, config, files, complaint):
+    with pytest.raises(UserError) as error:
+        load_tokenizer(directory_with(tmp_path, small, config, files))
+    assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+def hostile_contents(small):
+    """Broken contents of a tokenizer.json, by what is broken: some make the library raise, some panic."""
+    model, vocabulary = small["model"], small["model"]["vocab"]
+    empty = {"type": "Replace", "pattern": {"Regex": ""}, "content": "b"}
+    added = small["added_tokens"]
+    return {
+        "no object": [],
+        "empty": {},
+        "no model": {key: value for key, value in small.items() if key != "model"},
+        "no added tokens": {key: value for key, value in small.items() if key != "added_tokens"},
+        "a model of nothing": small | {"model": None},
+        "a model of a kind that there is not": small | {"model": model | {"type": "Markov"}},
+        "a vocabulary that is a text": small | {"model": model | {"vocab": "abc"}},
+        "an empty vocabulary": small | {"model": model | {"vocab": {}, "merges": []}},
+        "a negative id": small | {"model": model | {"vocab": vocabulary | {"x": -1}}},
+        "an id of 2^31": small | {"model": model | {"vocab": vocabulary | {"zz": 2**31}}},
+        "an id of 2^70": small | {"model": model | {"vocab": vocabulary | {"zz": 2**70}}},
+        "an id that is a text": small | {"model": model | {"vocab": vocabulary | {"zz": "5"}}},
+        "a merge of what is no piece": small | {"model": model | {"merges": [["q", "zzz"]]}},
+        "a merge of one": small | {"model": model | {"merges": ["ab"]}},
+        "a special token of another's id": small | {"added_tokens": [added[0] | {"id": 77}]},
+        "a special token without a name": small | {"added_tokens": [{"id": 0}]},
+        "a special token of a huge id": small | {"added_tokens": [{"id": 2**40, "content": "<x>"}]},
+        "a post-processor of an id that there is not": beginning_with("<x>", 9_999, small),
+        "a post-processor of nothing": small | {"post_processor": {"type": "TemplateProcessing", "single": []}},
+        "an expression that is none": small | {"normalizer": empty | {"pattern": {"Regex": "("}}},
+        "an empty expression, at which the library panics": small | {"normalizer": empty},
+        "a decoder of a kind that there is not": small | {"decoder": {"type": "Enigma"}},
+        "a map of characters that is none": small
+        | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "////"}},
+        "nothing can be written": small
+        | {"model": {"type": "Unigram", "vocab": [["b", 0.0]], "unk_id": None, "byte_fallback": False}},
+    }
+
+
+def assert_refused(tmp_path, capfd):
+    with pytest.raises(UserError, match=r"tokenizer\.json: not") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")  # nothing of a panic's own message either
+
+
+def test_a_broken_tokenizer_json_is_one_line(tmp_path, small, capfd):
     path = tmp_path / "tokenizer.json"
-    whole = transformers_llama3.backend_tokenizer.to_str()
-    model = json.loads(whole)
-    split = model["pre_tokenizer"]["pretokenizers"][0]
-    others = [
-        whole[: len(whole) // 2],
-        "[]",
-        "{}",
-        '{"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}',
-        json.dumps(model | {"normalizer": {"type": "NFC"}}),
-        json.dumps(model | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split | {"invert": True}] * 2}}),
-        json.dumps(model | {"added_tokens": model["added_tokens"][:1]}),
-        json.dumps(model | {"added_tokens": model["added_tokens"][1:]}),
-        json.dumps(model | {"model": model["model"] | {"ignore_merges": False}}),
-        json.dumps(model | {"model": model["model"] | {"merges": model["model"]["merges"][::-1]}}),
-        json.dumps(model | {"model": model["model"] | {"vocab": model["model"]["vocab"] | {"!!?!": 128_000}}}),
-    ]
-    for content in others:
-        path.write_text(content)
-        with pytest.raises(UserError, match=r"tokenizer\.json: not Llama-3's byte-level BPE.*is needed") as error:
-            load_tokenizer(tmp_path)
-        assert "\n" not in str(error.value)
-    path.write_text(whole)
-    assert load_tokenizer(tmp_path).vocab_size == 128_256
+    for content in hostile_contents(small).values():
+        path.write_text(json.dumps(content))
+        assert_refused(tmp_path, capfd)
+    for text in ("", "{", json.dumps(small)[:2000], "[" * 100_000, '{"a": "\\ud800"}', "\0" * 99):
+        path.write_text(text)
+        assert_refused(tmp_path, capfd)
+    path.write_text(json.dumps(small))
+    assert load_tokenizer(tmp_path).decode(load_tokenizer(tmp_path).encode("Tom has 3")) == "Tom has 3"
+
+
+def places(value, place=()):
+    """The places of a JSON value's parts, as keys and indices from the outside in."""
+    yield place
+    if isinstance(value, dict | list):
+        keys = [*value][:30] if isinstance(value, dict) else range(min(len(value), 10))
+        for key in keys:
+            yield from places(value[key], (*place, key))
+
+
+JUNK = [None, True, -1, 0, 2**31, 2**64, 1e308, "", "a", "\0", [], {}, [1], [["a", 1]], "x" * 1000]
+JUNK += [{"type": "Split", "pattern": {"Regex": ""}, "behavior": "Isolated", "invert": False}]
+JUNK += [{"type": "Replace", "pattern": {"Regex": ""}, "content": "b"}, {"type": "Strip", "content": "a", "start": 99}]
+
+
+def test_a_tokenizer_json_with_anything_anywhere_is_read_or_refused(tmp_path, small, capfd):
+    chance = random.Random(0)
+    n_refused = 0
+    for _ in range(250):
+        content = json.loads(json.dumps(small))
+        *outer, last = chance.choice([place for place in places(content) if place])
+        owner = content
+        for key in outer:
+            owner = owner[key]
+        owner[last] = chance.choice(JUNK)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        try:
+            found = load_tokenizer(tmp_path)
+        except UserError as error:
+            assert "\n" not in str(error)
+            n_refused += 1
+        else:
+            assert found.decode(found.encode("Tom has 3\n")) is not None
+    assert 50 < n_refused < 240
+    assert capfd.readouterr() == ("", "")
+
+
+def test_dropout_truncation_and_padding_of_a_tokenizer_json_are_not_obeyed(tmp_path, small):
+    cut = {"max_length": 2, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
+    pad = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
+    changed = small | {"truncation": cut, "padding": {"pad_to_multiple_of": None, **pad}}
+    changed["model"] = small["model"] | {"dropout": 0.9}
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    for directory, content in ((theirs, small), (ours, changed)):
+        directory.mkdir()
+        (directory / "tokenizer.json").write_text(json.dumps(content))
+    text = "Tom has 3 apples and 4 pears."
+    assert load_tokenizer(ours).encode(text) == load_tokenizer(theirs).encode(text)
 
 
 @pytest.mark.parametrize("text", ["▁", "<pad>", "<unk>"])
@@ -287,7 +561,7 @@ def test_a_piece_that_is_no_utf8_is_noticed_at_once(tmp_path, text):
 
 
 def test_a_directory_without_tokenizer_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"no tokenizer here, spiece\.model or tokenizer\.model is needed"):
+    with pytest.raises(UserError, match=r"no tokenizer here, spiece\.model, tokenizer\.model or tokenizer\.json is"):
         load_tokenizer(tmp_path)
 
 
