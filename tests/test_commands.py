@@ -658,6 +658,7 @@ def results_of(run: Path) -> dict[str, bytes | list]:
 
 
 LONG = ["--method", "sft", "--sft-epochs", 150, "--limit", 20, "--max-new-tokens", 8, "--checkpoint-minutes", 9]
+LONG += ["--sft-examples-per-step", 96, "--pass-at", 1]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])

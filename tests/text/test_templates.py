@@ -344,6 +344,7 @@ def test_special_ids_are_nothing_to_a_llamas_calculator(llama):
     assert calculator.push(equals) == result
 
 
+@pytest.mark.slow
 def test_every_rationale_of_gsm8k_through_a_llama(llama, gsm8k):
     """Fixed points; decoded ids are the target; where texts are cut, and which of the cuts change ids.
 

@@ -89,6 +89,7 @@ def different(tokenizer, texts, expected):
     return [text for text, ids in zip(texts, expected, strict=True) if tokenizer.encode(text) != ids]
 
 
+@pytest.mark.slow
 def test_t5_ids_equal_transformers_on_all_of_gsm8k(t5, shared, gsm8k):
     oracle = transformers_tokenizer(shared / "tokenizers" / "t5" / "spiece.model", t5)
     texts = [T5Template(t5).target(text) if "####" in text else text for text in gsm8k]
@@ -106,12 +107,14 @@ def test_llama2_ids_equal_transformers_on_all_of_gsm8k(llama2, llama2_oracle, gs
     assert [text for text, ids in zip(gsm8k, expected, strict=True) if llama2.decode([*ids, 2]) != text] == []
 
 
+@pytest.mark.slow
 def test_llama3_ids_equal_transformers_on_all_of_gsm8k(llama3, transformers_llama3, gsm8k):
     assert transformers_llama3.bos_token_id == llama3.bos_id and transformers_llama3.eos_token_id == llama3.eos_id
     assert len(transformers_llama3) == llama3.vocab_size
     assert different(llama3, gsm8k, transformers_llama3(gsm8k)["input_ids"]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2", "qwen3"])
 def test_ids_of_a_tokenizer_json_equal_transformers_on_all_of_gsm8k(name, request, shared, gsm8k):
     from transformers import AutoTokenizer
