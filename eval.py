@@ -66,13 +66,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="JSON file that the scores are written to besides the table"
     )
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path("data"),
-        metavar="DIR",
-        help="where datasets lie or are fetched to (default: data)",
-    )
+    cli.add_data_dir(parser)
     parser.add_argument(
         "--temperature",
         type=cli.TEMPERATURE,

@@ -19,7 +19,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from minidpost.cli import DTYPE_TEXT, MINUTES, POSITIVE, TEMPLATE_TEXT, Parser, device, run_command
+from minidpost.cli import DTYPE_TEXT, MINUTES, POSITIVE, TEMPLATE_TEXT, Parser, add_data_dir, device, run_command
 from minidpost.data import datasets, toy
 from minidpost.data.example import Example
 from minidpost.errors import UserError
@@ -51,7 +51,8 @@ def main() -> None:
     # 1) Everything that can be wrong is found before anything is written.
     options = parse_options()
     base = find_model(options.model)
-    preset = resolve_preset(options, base)
+    default = preset_for(base, options.method)
+    preset = resolve_preset(options, default)
     check_weights(base)
     data = load_data(options)
     template = load_template(base, options.template)
@@ -60,7 +61,7 @@ def main() -> None:
     memory = check_memory(empty_model(read_config(base)), preset, dtype=dtype, device=options.device)
 
     # 2) The run's directory: a new one, or one that the same command left.
-    run_dir = options.run_dir or Path("runs") / run_name(options, data, preset=preset, base=base)
+    run_dir = options.run_dir or Path("runs") / run_name(options, data, base=base, differing=changes(default, preset))
     directory = RunDirectory(
         run_dir,
         fingerprint(options, data, preset=preset, base=base),
@@ -110,13 +111,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=POSITIVE, metavar="N", help="take only the first N examples of every set (default: all)"
     )
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path("data"),
-        metavar="DIR",
-        help="where datasets lie or are fetched to (default: data)",
-    )
+    add_data_dir(parser)
     parser.add_argument(
         "--run-dir",
         type=Path,
@@ -146,11 +141,10 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def resolve_preset(options: argparse.Namespace, base: Path) -> Preset:
+def resolve_preset(options: argparse.Namespace, default: Preset) -> Preset:
     """The preset of the model and the method, with the hyperparameters that --config and flags replace."""
     from_file = read_hyperparameters(options.config) if options.config else {}
-    preset = dataclasses.replace(preset_for(base, options.method), **from_file)
-    preset = dataclasses.replace(preset, **given(options))
+    preset = dataclasses.replace(default, **{**from_file, **given(options)})
     if not preset.warm_up and not METHODS[options.method].iterates:
         raise UserError(f"--no-warm-up: leaves nothing to do for --method {options.method}")
     return preset
@@ -171,10 +165,10 @@ def fingerprint(options: argparse.Namespace, data: Data, *, preset: Preset, base
     }
 
 
-def run_name(options: argparse.Namespace, data: Data, *, preset: Preset, base: Path) -> str:
+def run_name(options: argparse.Namespace, data: Data, *, base: Path, differing: dict[str, Any]) -> str:
     """The name of a run's directory: model, method, data, seed, and every setting that is not the preset's.
 
-    So two runs that differ in a hyperparameter do not share one.
+    `differing` are the hyperparameters among those. So two runs that differ in a hyperparameter do not share one.
     """
     parts = []
     if options.unlabelled:
@@ -186,7 +180,7 @@ def run_name(options: argparse.Namespace, data: Data, *, preset: Preset, base: P
     for name in ("dtype", "template"):
         if vars(options)[name]:
             parts.append(f"{name}={vars(options)[name]}")
-    for name, value in changes(preset_for(base, options.method), preset).items():
+    for name, value in differing.items():
         parts.append(f"{name.replace('_', '-')}={written(value)}")
     differences = "-".join(parts)
     if len(differences) > MAX_NAME:

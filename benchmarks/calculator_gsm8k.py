@@ -9,7 +9,6 @@ compare what it would force with what stands there.
 
 import argparse
 import json
-import re
 import sys
 from collections import Counter
 from decimal import Decimal
@@ -20,7 +19,7 @@ from minidpost.errors import UserError
 from minidpost.storage import staged_file
 from minidpost.text.calculator import evaluate_expression
 from minidpost.text.grading import parse_number
-from minidpost.text.templates import Template, Tokenizer, template_for
+from minidpost.text.templates import ANNOTATION, Template, Tokenizer, template_for
 from minidpost.text.tokenizer import load_tokenizer
 
 SPLITS = ("train", "test")
@@ -47,7 +46,7 @@ OUTCOMES = (FORCED_EQUAL, *FORCED_OTHERS, NOT_FORCED, NOT_WRITTEN)
 
 def annotations(rationale: str) -> list[tuple[str, str]]:
     """The (expression, human's result) of each annotation of a rationale."""
-    return [tuple(text.split("=", 1)) for text in re.findall(r"<<([^<>]*)>>", rationale)]
+    return [tuple(text.split("=", 1)) for text in ANNOTATION.findall(rationale)]
 
 
 def verdict(expression: str, human: str) -> str:

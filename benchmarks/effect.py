@@ -35,8 +35,8 @@ from minidpost.data.example import Example
 from minidpost.models.hf_config import Model
 from minidpost.models.hub import find_model
 from minidpost.models.weights import load_model, load_template, save_model, tokenizer_files
-from minidpost.sampling.generate import Sample, generate
-from minidpost.selftraining.evaluation import pass_at_k
+from minidpost.sampling.generate import Sample
+from minidpost.selftraining.evaluation import greedy_outcomes, pass_at_k, samples_by_question
 from minidpost.selftraining.presets import Preset, preset_for
 from minidpost.selftraining.selection import Candidates, jaccard, preference_pairs, without_near_duplicates
 from minidpost.storage import markdown_table, read_json, read_jsonl, write_json
@@ -102,60 +102,31 @@ def main() -> None:
 # -- questions --------------------------------------------------------------------------------------------------------
 
 
-def fresh_questions(kind: str, name: str, n: int, seen: set[str]) -> list[Example]:
-    """Generate `n` questions of a split's kind that are not in `seen`, from a seed of their own; adds them to it."""
-    random = Random(f"effect/{name}")
-    n_events = toy.LONGER_EVENTS if kind == "longer" else toy.EVENTS_A_PROBLEM
-    made: list[Example] = []
-    while len(made) < n:
-        example = toy.problem(random, kind, n_events)
-        if example is None or example.question in seen or toy.largest_number(example) > toy.MAX_AMOUNT:
-            continue
-        seen.add(example.question)
-        made.append(example)
-    return made
-
-
 def all_fresh_questions() -> tuple[list[Example], list[Example], dict[str, list[Example]]]:
     """Fresh dev, fresh unlabelled and test questions; no two sets share one, nor has any split of the toy world it."""
     seen = {example.question for split in toy.SPLITS for example in toy.examples(split)}
-    dev = fresh_questions("dev", "dev", N_FRESH_DEV, seen)
-    unlabelled = fresh_questions("dev", "unlabelled", N_FRESH_UNLABELLED, seen)
-    tests = {kind: fresh_questions(kind, f"test/{kind}", n, seen) for kind, n in N_TEST.items()}
+    dev = toy.new_examples("dev", N_FRESH_DEV, Random("effect/dev"), seen)
+    unlabelled = toy.new_examples("dev", N_FRESH_UNLABELLED, Random("effect/unlabelled"), seen)
+    tests = {kind: toy.new_examples(kind, n, Random(f"effect/test/{kind}"), seen) for kind, n in N_TEST.items()}
     return dev, unlabelled, tests
 
 
 def sampled(
     model: Model, template: Template, examples: Sequence[Example], preset: Preset, *, n_samples: int, seed: int
-) -> list[Sample]:
-    """Graded samples in the order of the examples."""
-    samples = generate(
-        model,
-        template,
-        [example.question for example in examples],
-        preset.sampling(seed),
-        answers=[example.answer for example in examples],
-        n_samples=n_samples,
+) -> list[list[Sample]]:
+    """Graded samples, a list for each example."""
+    settings = preset.sampling(seed)
+    return samples_by_question(
+        model, template, examples, settings, n_samples=n_samples, calculator=True, label="sampling"
     )
-    return sorted(samples, key=lambda sample: (sample.example_index, sample.sample_index))
 
 
-def greedy_outcomes(
+def greedy_bits(
     model: Model, template: Template, examples: Sequence[Example], preset: Preset, calculator: bool = True
 ) -> str:
     """A character for each example: 1 where the greedy completion is correct, else 0."""
-    settings = replace(preset.sampling(0), temperature=0.0)
-    outcomes = ["0"] * len(examples)
-    for sample in generate(
-        model,
-        template,
-        [example.question for example in examples],
-        settings,
-        answers=[example.answer for example in examples],
-        calculator=calculator,
-    ):
-        outcomes[sample.example_index] = "1" if sample.is_correct else "0"
-    return "".join(outcomes)
+    outcomes = greedy_outcomes(model, template, examples, preset.sampling(0), calculator=calculator)
+    return "".join(map(str, outcomes))
 
 
 # -- explore ----------------------------------------------------------------------------------------------------------
@@ -202,9 +173,9 @@ def explore(name: str, seed: int) -> None:
         rule = options.pop("pairs")
         changed = replace(preset, **options, dpo_max_epochs=100)
         known = [Candidates(prompts[example.question], gold.get(example.question)) for example in pool[:n_questions]]
-        for sample in samples:
-            if sample.example_index < n_questions and sample.sample_index < changed.dpo_samples:
-                known[sample.example_index].add(sample)
+        for candidates, of_question in zip(known, samples, strict=False):  # of more questions than are known
+            for sample in of_question[: changed.dpo_samples]:
+                candidates.add(sample)
         pairs = chosen_pairs(known, changed, rule, seed)
 
         policy = load_model(teacher_dir)
@@ -248,20 +219,18 @@ def chosen_pairs(known: Sequence[Candidates], preset: Preset, rule: str, seed: i
 def measured(model: Model, template: Template, dev: Sequence[Example], preset: Preset) -> dict[str, Any]:
     """What a model's samples for fresh questions are worth: how many are correct, how many different correct ones.
 
-    `n_correct` counts the correct ones of ten samples for each question; `distinct` is the mean number of correct ones
-    without near-duplicates; `greedy` has a character for each question.
+    `n_correct` counts the correct ones of ten samples for each question, `n_distinct` those of them without
+    near-duplicates; `greedy` has a character for each question.
     """
-    n_correct = [0] * len(dev)
-    correct: list[list[TokenizedExample]] = [[] for _ in dev]
-    for sample in sampled(model, template, dev, preset, n_samples=N_SAMPLES, seed=777):
-        if sample.is_correct:
-            n_correct[sample.example_index] += 1
-            correct[sample.example_index].append(TokenizedExample((), tuple(sample.token_ids)))
+    correct = [
+        [TokenizedExample((), tuple(sample.token_ids)) for sample in of_question if sample.is_correct]
+        for of_question in sampled(model, template, dev, preset, n_samples=N_SAMPLES, seed=777)
+    ]
     n_distinct = [len(without_near_duplicates(of_question, preset.max_similarity)) for of_question in correct]
     return {
-        "n_correct": n_correct,
+        "n_correct": [len(of_question) for of_question in correct],
         "n_distinct": n_distinct,
-        "greedy": greedy_outcomes(model, template, dev, preset),
+        "greedy": greedy_bits(model, template, dev, preset),
     }
 
 
@@ -300,9 +269,9 @@ def measure(name: str, method: str, seed: int, iterations: int) -> None:
             entry: dict[str, Any] = {}
             if kind == "sft":
                 for test, examples in tests.items():
-                    entry[test] = greedy_outcomes(model, template, examples, preset)
+                    entry[test] = greedy_bits(model, template, examples, preset)
                 n = N_TEST["words"]
-                entry["test, calculator off"] = greedy_outcomes(model, template, tests["test"][:n], preset, False)
+                entry["test, calculator off"] = greedy_bits(model, template, tests["test"][:n], preset, False)
             if iteration <= 1 and (kind == "dpo" or iteration == 0):  # before and after the first DPO step
                 entry["fresh dev"] = measured(model, template, dev, preset)
             for stage, count in (("pairs.jsonl", "pairs"), ("pseudo-labels.jsonl", "pseudo_labels")):

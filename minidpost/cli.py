@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from minidpost.errors import UserError, is_out_of_memory
+from minidpost.errors import UserError, when_memory_runs_out
 from minidpost.models.hf_config import Model
 from minidpost.models.hub import find_model
 from minidpost.models.weights import TEMPLATES, load_model, load_template
@@ -57,15 +57,11 @@ def run_command(main: Callable[[], None], if_interrupted: str = "nothing was wri
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters that a model has
     try:
         signal.signal(signal.SIGTERM, interrupt)
-        main()
+        with when_memory_runs_out("fewer --slots or --max-new-tokens need less"):
+            main()
         sys.stdout.flush()  # here, so that a closed pipe is noticed while it can be handled
     except UserError as error:
         print(f"{name}: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print(f"{name}: not enough memory; fewer --slots or --max-new-tokens need less", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interruption:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only garble the message
@@ -132,6 +128,17 @@ def model_parser(description: str) -> Parser:
         help=f"of weights and sums: {DTYPE_TEXT}",
     )
     return parser
+
+
+def add_data_dir(parser: Parser) -> None:
+    """Add --data-dir, of every command that reads datasets."""
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="where datasets lie or are fetched to (default: data)",
+    )
 
 
 def checked(kind: Callable[[str], Value], allowed: Callable[[Value], bool], wanted: str) -> Callable[[str], Value]:

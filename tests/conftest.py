@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from minidpost.models.t5 import T5, T5Config
 from minidpost.models.weights import save_model
@@ -20,6 +21,27 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("../shared (real data, tokenizers, configs) is not here")
     return folder
+
+
+@pytest.fixture
+def dropped(monkeypatch) -> list[tuple[tuple[int, ...], float]]:
+    """Fills, as models run, with the shape and the rate of everything that torch drops, attention weights included."""
+    noted = []
+    plain_dropout, plain_attention = F.dropout, F.scaled_dot_product_attention
+
+    def dropout(x, p=0.5, training=True, inplace=False):
+        if training and p > 0:
+            noted.append((tuple(x.shape), p))
+        return plain_dropout(x, p, training, inplace)
+
+    def attention(q, k, v, attn_mask=None, dropout_p=0.0, **options):
+        if dropout_p > 0:
+            noted.append(((*q.shape[:-1], k.shape[-2]), dropout_p))
+        return plain_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, **options)
+
+    monkeypatch.setattr(F, "dropout", dropout)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    return noted
 
 
 @pytest.fixture(scope="session")

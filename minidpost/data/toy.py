@@ -314,18 +314,17 @@ def examples(split: str, seed: int = WORLD_SEED) -> list[Example]:
     """The examples of a split; no question stands twice, in it or in another split. `unlabelled` has no rationales."""
     seen: set[str] = set()
     for name in SPLITS:  # one after the other, as each avoids the questions of those before it
-        made = _examples_of_split(name, seed, seen)
+        made = new_examples(name, SIZES[name], Random(f"{seed}/{name}"), seen)
         if name == split:
             return made
     raise KeyError(split)
 
 
-def _examples_of_split(split: str, seed: int, seen: set[str]) -> list[Example]:
-    """The examples of a split, none of a question that was `seen`; adds their questions to it."""
-    random = Random(f"{seed}/{split}")
+def new_examples(split: str, n: int, random: Random, seen: set[str]) -> list[Example]:
+    """`n` examples of a split's kind, none of a question that was `seen`; adds their questions to it."""
     n_events = LONGER_EVENTS if split == "longer" else EVENTS_A_PROBLEM
     made: list[Example] = []
-    while len(made) < SIZES[split]:
+    while len(made) < n:
         example = problem(random, split, n_events)
         if example is None or example.question in seen or largest_number(example) > MAX_AMOUNT:
             continue

@@ -17,6 +17,7 @@ compared with other readers'; bf16, with its 8 bits, would quantise a second tim
 import json
 import math
 import mmap
+import re
 import shutil
 import struct
 from collections import Counter
@@ -31,8 +32,11 @@ import torch
 from tqdm import tqdm
 
 from minidpost.errors import UserError
-from minidpost.models.hf_config import read_bool, read_float, read_int
+from minidpost.models.hf_config import LLAMA_FAMILIES, llama_names, read_bool, read_float, read_int, read_llama
+from minidpost.models.llama import RopeScaling, scaled_frequencies
+from minidpost.models.weights import empty_model
 from minidpost.storage import read_json, staged_directory, write_json
+from minidpost.text.tokenizer import LLAMA3_DIGITS, byte_level_step, split_step
 
 Bytes = npt.NDArray[np.uint8]
 RowIndices = npt.NDArray[np.int64]
@@ -216,7 +220,7 @@ def gguf_package() -> Any:
 
 # -- config.json -------------------------------------------------------------------------------------------------------
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # of Llama's families, those of which we know GGUF files
 MAX_SIZE = 2**20  # as hf_config.py has it
 MAX_LAYERS = 2**10
 UNKNOWN_SETTINGS = (  # of other architectures, with which a model of these three would compute something else
@@ -279,7 +283,7 @@ def config_from(metadata: dict[str, Any], names: Iterable[str]) -> dict[str, Any
     eos_ids = read_eos_ids(metadata, last_id)
     epsilon = f"{prefix}attention.layer_norm_rms_epsilon"
     config = {
-        "architectures": [ARCHITECTURES[architecture]],
+        "architectures": [LLAMA_FAMILIES[architecture].architecture],
         "model_type": architecture,
         "vocab_size": last_id + 1,
         "hidden_size": d_model,
@@ -345,22 +349,18 @@ def llama3_scaling(factors: Values, rope_theta: float) -> dict[str, Any]:
     A GGUF file holds only what each frequency is divided by. Llama-3.1 to 3.3 agree in all but the largest of these, so
     that it is enough to see that the others follow from it.
     """
-    factor = float(factors.max())
-    scaling = {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    d_head = 2 * len(factors)
-    wavelengths = 2 * np.pi * rope_theta ** (np.arange(0, d_head, 2) / d_head)  # in positions
-    # From 1 (short waves) to 0 (long waves), linear in the number of waves that fit into the original positions.
-    share_unscaled = np.clip((8192 / wavelengths - 1.0) / (4.0 - 1.0), 0, 1)
-    expected = 1 / ((1 - share_unscaled) / factor + share_unscaled)
-    if not 1 <= factor <= 2**20 or not np.allclose(factors, expected, rtol=1e-4):
+    scaling = RopeScaling("llama3", float(factors.max()))
+    unscaled = rope_theta ** -(torch.arange(0, 2 * len(factors), 2).double() / (2 * len(factors)))
+    expected = unscaled / scaled_frequencies(unscaled, scaling)
+    if not 1 <= scaling.factor <= 2**20 or not np.allclose(factors, expected, rtol=1e-4):
         raise ValueError("rope_freqs.weight is not Llama-3's scaling of rotary frequencies, the only one known")
-    return scaling
+    return {
+        "rope_type": scaling.kind,
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_frequency_factor,
+        "high_freq_factor": scaling.high_frequency_factor,
+        "original_max_position_embeddings": scaling.original_max_positions,
+    }
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
@@ -378,42 +378,44 @@ class Target:
     n_interleaved_heads: int = 0
 
 
+LAYER_PART = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+LAYER_PARTS = {  # name in Hugging Face: in GGUF
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+OTHER_PARTS = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+
 def targets(config: dict[str, Any]) -> dict[str, Target]:
     """Every tensor that a model of this config.json has, by its name in GGUF."""
-    d_model = config["hidden_size"]
-    d_ff = config["intermediate_size"]
-    d_head = config["head_dim"]
-    n_heads = config["num_attention_heads"]
-    n_kv_heads = config["num_key_value_heads"]
-    family = config["model_type"]
-    qkv_bias = family == "qwen2" or config.get("attention_bias", False)
-    output_bias = family == "llama" and config["attention_bias"]
-    mlp_bias = config.get("mlp_bias", False)
-    interleaved = family == "llama"  # llama.cpp rotates Qwen's heads as Hugging Face does, in two halves
+    ours = read_llama(config)
+    parameters = dict(empty_model(ours).named_parameters())
+    # llama.cpp rotates Qwen's heads as Hugging Face does, in two halves.
+    n_interleaved = {"attn_q": ours.n_heads, "attn_k": ours.n_kv_heads} if ours.family == "llama" else {}
 
-    found = {"token_embd.weight": Target("model.embed_tokens.weight", (config["vocab_size"], d_model))}
-    for i in range(config["num_hidden_layers"]):
-        projections = [  # name in GGUF, name in Hugging Face, rows, columns, bias, interleaved heads
-            ("attn_q", "self_attn.q_proj", n_heads * d_head, d_model, qkv_bias, interleaved * n_heads),
-            ("attn_k", "self_attn.k_proj", n_kv_heads * d_head, d_model, qkv_bias, interleaved * n_kv_heads),
-            ("attn_v", "self_attn.v_proj", n_kv_heads * d_head, d_model, qkv_bias, 0),
-            ("attn_output", "self_attn.o_proj", d_model, n_heads * d_head, output_bias, 0),
-            ("ffn_gate", "mlp.gate_proj", d_ff, d_model, mlp_bias, 0),
-            ("ffn_up", "mlp.up_proj", d_ff, d_model, mlp_bias, 0),
-            ("ffn_down", "mlp.down_proj", d_model, d_ff, mlp_bias, 0),
-        ]
-        for theirs, ours, n_rows, n_columns, has_bias, heads in projections:
-            found[f"blk.{i}.{theirs}.weight"] = Target(f"model.layers.{i}.{ours}.weight", (n_rows, n_columns), heads)
-            if has_bias:
-                found[f"blk.{i}.{theirs}.bias"] = Target(f"model.layers.{i}.{ours}.bias", (n_rows,), heads)
-        norms = [("attn_norm", "input_layernorm", d_model), ("ffn_norm", "post_attention_layernorm", d_model)]
-        if family == "qwen3":
-            norms += [("attn_q_norm", "self_attn.q_norm", d_head), ("attn_k_norm", "self_attn.k_norm", d_head)]
-        for theirs, ours, width in norms:
-            found[f"blk.{i}.{theirs}.weight"] = Target(f"model.layers.{i}.{ours}.weight", (width,))
-    found["output_norm.weight"] = Target("model.norm.weight", (d_model,))
-    if not config["tie_word_embeddings"]:
-        found["output.weight"] = Target("lm_head.weight", (config["vocab_size"], d_model))
+    found = {}
+    for our_name, name in llama_names(ours):
+        shape = tuple(parameters[our_name].shape)
+        in_layer = LAYER_PART.fullmatch(name)
+        if in_layer is None:
+            found[OTHER_PARTS[name]] = Target(name, shape)
+        else:
+            index, part, kind = in_layer.groups()
+            part = LAYER_PARTS[part]
+            found[f"blk.{index}.{part}.{kind}"] = Target(name, shape, n_interleaved.get(part, 0))
     return found
 
 
@@ -503,24 +505,12 @@ class PreTokenizer:
     adds_bos: bool = False
 
 
-def _byte_level(use_regex: bool) -> dict[str, Any]:
-    """The step that spells bytes in GPT-2's alphabet, after GPT-2's own split where `use_regex`."""
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-
-
-def _split(digits: str) -> dict[str, Any]:
-    """The step that splits as Llama-3 and Qwen do, which differ in how many digits make a word."""
-    pattern = (
-        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
 PRE_TOKENIZERS = {  # by tokenizer.ggml.pre; what the published tokenizer.json of these models has
-    "smollm": PreTokenizer([{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)]),
-    "llama-bpe": PreTokenizer([_split(r"\p{N}{1,3}"), _byte_level(use_regex=False)], ignore_merges=True, adds_bos=True),
-    "qwen2": PreTokenizer([_split(r"\p{N}"), _byte_level(use_regex=False)], normalizer={"type": "NFC"}),
+    "smollm": PreTokenizer([{"type": "Digits", "individual_digits": True}, byte_level_step(use_regex=True)]),
+    "llama-bpe": PreTokenizer(
+        [split_step(LLAMA3_DIGITS), byte_level_step(use_regex=False)], ignore_merges=True, adds_bos=True
+    ),
+    "qwen2": PreTokenizer([split_step(r"\p{N}"), byte_level_step(use_regex=False)], normalizer={"type": "NFC"}),
 }
 
 
@@ -616,7 +606,7 @@ def tokenizer_from(metadata: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
         "normalizer": pre_tokenizer.normalizer,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizer.steps},
         "post_processor": _begin_with(tokens[special_ids["bos"]], special_ids["bos"]) if adds_bos else None,
-        "decoder": _byte_level(use_regex=True),
+        "decoder": byte_level_step(use_regex=True),
         "model": {
             "type": "BPE",
             "dropout": None,

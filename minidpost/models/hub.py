@@ -25,6 +25,7 @@ from urllib.parse import quote
 from minidpost.errors import UserError
 from minidpost.models.gguf import convert_gguf, source_of
 from minidpost.models.hf_config import read_config
+from minidpost.models.weights import INDEX, WEIGHTS, shards_of
 from minidpost.storage import read_json, sha256_of
 from minidpost.text.tokenizer import FILE_NAMES
 
@@ -49,8 +50,6 @@ PUBLISHED: dict[str, tuple[str, str]] = {  # name: repository, and its tokenizer
     "qwen3-0.6b": ("Qwen/Qwen3-0.6B-Base", "tokenizer.json"),
     "mistral-7b": ("mistralai/Mistral-7B-v0.3", "tokenizer.model"),  # of the three, the one without sliding window
 }
-SINGLE = "model.safetensors"
-SHARDS = "model.safetensors.index.json"
 BROKEN_INDEX = (OSError, ValueError, KeyError, AttributeError, TypeError)  # what reading one may raise
 ADAPTER = "adapter_config.json"
 SETTINGS = (
@@ -165,22 +164,16 @@ def _explain_adapter(where: str, file: Path) -> str:
 
 def _missing_files(directory: Path, tokenizer_file: str | None) -> list[str]:
     """Name the files that a model still lacks; shards are those that its index names, any tokenizer file will do."""
-    weights = [SINGLE]
-    index = directory / SHARDS
+    weights = [WEIGHTS]
+    index = directory / INDEX
     if index.is_file():
         try:
-            weights = sorted(map(os.fspath, _shards(index)))
+            weights = sorted(map(os.fspath, set(shards_of(index).values())))
         except BROKEN_INDEX:
-            weights = [f"a readable {SHARDS}"]
+            weights = [f"a readable {INDEX}"]
     has_tokenizer = any((directory / name).is_file() for name in FILE_NAMES)
     tokenizer = [] if has_tokenizer else [tokenizer_file or "tokenizer.json"]
     return [file for file in ("config.json", *tokenizer, *weights) if not (directory / file).is_file()]
-
-
-def _shards(index: Path) -> set[str]:
-    """The files that an index of shards names; an error of BROKEN_INDEX where it is none."""
-    content: Any = read_json(index)
-    return set(content["weight_map"].values())
 
 
 def _check_complete(directory: Path, tokenizer_file: str | None) -> None:
@@ -271,13 +264,13 @@ def _fetch(source: _Source) -> None:
 
         # 2) The small files, and whether we have the model that they describe.
         tokenizer_files = FILE_NAMES if source.tokenizer_file is None else (source.tokenizer_file,)
-        index = [] if SINGLE in files else [SHARDS]
+        index = [] if WEIGHTS in files else [INDEX]
         download([name for name in ("config.json", *tokenizer_files, *SETTINGS, *index) if name in files])
         _check_arrived(unfinished)
         _check_config(unfinished, source)
 
         # 3) The weights: one file, or the shards of the index. Repositories may hold them twice, in other formats.
-        download([SINGLE] if SINGLE in files else _shards_there(unfinished / SHARDS, files))
+        download([WEIGHTS] if WEIGHTS in files else _shards_there(unfinished / INDEX, files))
         # The index may name shards that are not there, and a broken line may leave snapshot_download content with less.
         missing = _missing_files(unfinished, source.tokenizer_file)
         if missing:
@@ -313,7 +306,7 @@ def _check_readable(files: set[str], commit: str, source: _Source) -> None:
     from huggingface_hub import constants, snapshot_download
 
     where = f"{constants.ENDPOINT}/{source.repository}"
-    if SINGLE in files or SHARDS in files:
+    if WEIGHTS in files or INDEX in files:
         tokenizer_files = {source.tokenizer_file} if source.tokenizer_file else set(FILE_NAMES)
         missing = ["config.json"] if "config.json" not in files else []
         if not files & tokenizer_files:
@@ -336,7 +329,7 @@ def _check_readable(files: set[str], commit: str, source: _Source) -> None:
             f"revision that has safetensors ({source.repository}@refs/pr/N: see its pull requests), or convert it once "
             "where transformers is installed: AutoModel….from_pretrained(NAME).save_pretrained(DIR)"
         )
-    raise UserError(f"{where}: holds neither {SINGLE} nor {SHARDS}, so it is no model that can be read here")
+    raise UserError(f"{where}: holds neither {WEIGHTS} nor {INDEX}, so it is no model that can be read here")
 
 
 def _check_config(unfinished: Path, source: _Source) -> None:
@@ -354,7 +347,7 @@ def _check_config(unfinished: Path, source: _Source) -> None:
 def _shards_there(index: Path, files: set[str]) -> list[str]:
     """The shards that an index names, those that the repository has; none where the index is broken."""
     try:
-        return sorted(_shards(index) & files)
+        return sorted(set(shards_of(index).values()) & files)
     except BROKEN_INDEX:
         return []
 
@@ -386,7 +379,7 @@ def _explain_failure(error: Exception, source: _Source) -> str:
     return (
         f"{no_directory}{source.directory.name} could not be fetched from {address} ({reason:.200}); {licence}"
         f"run the command again, or download config.json, {source.tokenizer_file or 'tokenizer.json'}, *.safetensors "
-        f"(and {SHARDS}, if there) and put them in {source.directory}"
+        f"(and {INDEX}, if there) and put them in {source.directory}"
     )
 
 

@@ -352,8 +352,11 @@ def frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     exponent = torch.arange(0, config.d_head, 2).float() / config.d_head
     frequency = 1.0 / config.rope_theta ** exponent.to(device)
     scaling = config.rope_scaling
-    if scaling is None:
-        return frequency
+    return frequency if scaling is None else scaled_frequencies(frequency, scaling)
+
+
+def scaled_frequencies(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    """Rotary frequencies, in radians a position, as they are after scaling."""
     if scaling.kind == "linear":
         return frequency / scaling.factor
     # llama3: rotations that make few turns within the original context are slowed, fast ones are not, and those in

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minidpost.errors import UserError
-from minidpost.models.hf_config import Config, Model, config_json, mapping_for, model_type, read_config
+from minidpost.models.hf_config import Config, Model, config_json, mapping_for, read_config
 from minidpost.models.t5 import T5Config
 from minidpost.storage import read_json, write_json
 from minidpost.text.chat import CHAT_FILES, ChatTemplate, chat_format_of
@@ -122,7 +122,7 @@ def load_template(directory: str | Path, template: str | None = None) -> Templat
     """
     directory = Path(directory)
     config = read_config(directory)
-    family = model_type(directory)
+    family = config.family
     if template is not None and (family == "t5" or template not in TEMPLATES):
         known = "a t5 has just one, none can be chosen" if family == "t5" else f"known are {' and '.join(TEMPLATES)}"
         raise UserError(f"{directory}: no template {template!r:.40}; {known}")

@@ -161,8 +161,9 @@ def report_page(results: dict[str, Any]) -> str:
 def results_table(results: dict[str, Any]) -> str:
     """The results as Markdown, a row for each iteration: dev, the test set and pass@k; then the other test sets."""
     entries = results["iterations"]
-    is_main = {name: name in (results["dev"], results["test"]) for name in entries[0]["accuracy"]}
-    heads = ["model", *(head(name, entries[0]["accuracy"][name]) for name in is_main if is_main[name])]
+    names = list(entries[0]["accuracy"])
+    main = [name for name in names if name in (results["dev"], results["test"])]
+    heads = ["model", *(head(name, entries[0]["accuracy"][name]) for name in main)]
     largest_k = list(entries[0]["pass_at"])[-1:]  # none where nothing was sampled
     heads += [head(f"pass@{k}", entries[0]["pass_at"][k]) for k in largest_k]
     heads += ["pairs", "pseudo-labels", "minutes", "FLOPs"]
@@ -171,7 +172,7 @@ def results_table(results: dict[str, Any]) -> str:
         rows.append(
             [
                 row_name(results, entry),
-                *(percent(entry["accuracy"][name]) for name in is_main if is_main[name]),
+                *(percent(entry["accuracy"][name]) for name in main),
                 *(percent(entry["pass_at"][k]) for k in largest_k),
                 *("–" if entry[name] is None else f"{entry[name]:,}" for name in ("pairs", "pseudo_labels")),
                 f"{entry['seconds'] / 60:.1f}",
@@ -180,7 +181,7 @@ def results_table(results: dict[str, Any]) -> str:
         )
     tables = [markdown_table(heads, rows)]
 
-    others = [name for name in is_main if not is_main[name]]
+    others = [name for name in names if name not in main]
     if others:
         heads = ["model", *(head(name, entries[0]["accuracy"][name]) for name in others)]
         rows = [[row_name(results, entry), *(percent(entry["accuracy"][name]) for name in others)] for entry in entries]

@@ -8,7 +8,6 @@ stored as token ids, so nothing is formatted twice; where the published code shu
 gold, then the samples as they were added (the newest iteration's first), so a choice can be repeated.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -19,11 +18,10 @@ from minidpost.sampling.generate import Sample
 from minidpost.selftraining.methods import Method
 from minidpost.selftraining.presets import Preset
 from minidpost.text.calculator import evaluate_expression
+from minidpost.text.templates import ANNOTATION
 from minidpost.training.batching import TokenizedExample
 from minidpost.training.dpo import PreferencePair
 from minidpost.training.optim import derived_seed
-
-ANNOTATION = re.compile(r"<<([^<>]*)>>")
 
 
 @dataclass

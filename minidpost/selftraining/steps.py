@@ -132,7 +132,14 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
         progress = run.directory.progress(stage_name)
         without_slots = replace(settings, slots=1)
         chunks = Chunks(
-            progress, stage_name, model_hash(model), without_slots, n_samples, run.calculator, run.dtype, sampler.CHUNK
+            progress,
+            stage_name,
+            weights_of(run, model),
+            without_slots,
+            n_samples,
+            run.calculator,
+            run.dtype,
+            sampler.CHUNK,
         )
         first_chunk = chunks.n_finished()
         generated = generate(
@@ -162,6 +169,14 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
         stage.metadata["n_samples"] = len(samples)
         stage.metadata["n_correct"] = sum(sample.is_correct is True for sample in samples)
         stage.metadata["flops"] = sampling_flops(model_size(loaded), prompt_lengths, completion_lengths)
+
+
+def weights_of(run: Run, model: Path) -> object:
+    """What tells a model's weights from any others: the hashes that its stage has already; the base's are taken now."""
+    if model == run.base:
+        return model_hash(model)
+    hashes: dict[str, str] = run.directory.stages[str(model.relative_to(run.directory.path))]["sha256"]
+    return {name: sha256 for name, sha256 in hashes.items() if name.endswith(".safetensors")}
 
 
 def read_samples(path: Path) -> Iterator[Sample]:
@@ -420,7 +435,7 @@ def has_converged(run: Run, accuracies: Sequence[float]) -> bool:
     last = len(accuracies) - 1
     if last <= stopped["after"]:
         return last == stopped["after"] and not asks_for_more
-    best = max(range(len(accuracies)), key=lambda iteration: accuracies[iteration])  # the earliest in a tie
+    best = accuracies.index(max(accuracies))  # the earliest in a tie
     if last - max(best, stopped["after"]) < patience:
         return False
     write_json(path, {"after": last, "iterations": run.preset.iterations, "patience": patience})

@@ -104,7 +104,7 @@ class Template(Protocol):
         """Whether the vocabulary can write a text: encoded and decoded, it is the same."""
 
 
-_ANNOTATION = re.compile(r"<<([^<>]*)>>")
+ANNOTATION = re.compile(r"<<([^<>]*)>>")
 _BRACKETED = re.compile(r"\[([^\[\]]*)\]")
 _TRIVIAL = re.compile(r"\[\s*[0-9]+\s*=\s*[0-9]+\s*\]")  # nothing is calculated: `<<5=5>>`
 _BRACKETS = re.compile(r"\[([^\[\]<>]*)\]\s*")
@@ -226,7 +226,7 @@ class T5Template:
 
     def _plain_line(self, line: str) -> str:
         """One line of a rationale with its annotations in brackets and nothing outside the vocabulary."""
-        line = _ANNOTATION.sub(r"[\1]", line.replace("[", "(").replace("]", ")"))
+        line = ANNOTATION.sub(r"[\1]", line.replace("[", "(").replace("]", ")"))
         line = self._replace_unknown_characters(line)
         line = _BRACKETED.sub(lambda match: f"[{_with_printed_result(match[1])}]", line)
         return _one_line(_TRIVIAL.sub("", line))
@@ -287,7 +287,7 @@ class LlamaTemplate:
 
     def target(self, rationale: str) -> str:
         """The training text of a canonical rationale; `target(canonical(t)) == t` for every target t."""
-        return _ANNOTATION.sub(lambda match: f"<<{_with_printed_result(match[1])}>>", tidy(rationale))
+        return ANNOTATION.sub(lambda match: f"<<{_with_printed_result(match[1])}>>", tidy(rationale))
 
     def canonical(self, text: str) -> str:
         """The way back: Llama's text, tidied."""

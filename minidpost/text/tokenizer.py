@@ -37,11 +37,7 @@ from minidpost.storage import read_json
 FILE_NAMES = ("spiece.model", "tokenizer.model", "original/tokenizer.model", "tokenizer.json")
 MAX_IDS = 2**20  # in a vocabulary
 
-# Llama-3: how a text is split into words, how many pieces of words there are, and how many special ids after them.
-SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# Llama-3: how many pieces of words there are, and how many special ids after them.
 N_PIECES = 128_000
 N_SPECIALS = 256
 SPECIAL_NAMES = {  # those that have a use, by their place after the pieces
@@ -326,7 +322,7 @@ def load_tokenizer(directory: str | Path) -> SentencePieceTokenizer | FastTokeni
         if path.is_file():
             said = read_special_tokens(directory)
             if path.suffix == ".json":
-                return _from_tokenizer_json(path, said)
+                return FastTokenizer(path, _read_object(path), said)
             with path.open("rb") as stream:
                 is_ranked = _RANKED_PIECE.match(stream.readline())
             return _from_ranked_pieces(path, said) if is_ranked else SentencePieceTokenizer(path, said)
@@ -375,17 +371,6 @@ def _token_name(content: dict[str, Any], key: str, path: Path) -> str | None:
     return name or None  # some old files have an empty one
 
 
-def _from_tokenizer_json(path: Path, said: SpecialTokens) -> FastTokenizer:
-    """Read a tokenizer.json."""
-    try:
-        content = read_json(path)
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not readable as a JSON object")
-    return FastTokenizer(path, content, said)
-
-
 def _from_ranked_pieces(path: Path, said: SpecialTokens) -> FastTokenizer:
     """Llama-3's tokenizer.model: a line for each piece, base64 and id, where an earlier piece merges first.
 
@@ -420,10 +405,7 @@ def _from_ranked_pieces(path: Path, said: SpecialTokens) -> FastTokenizer:
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False},
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-            ],
+            "pretokenizers": [split_step(LLAMA3_DIGITS), byte_level_step(use_regex=False)],
         },
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
@@ -440,6 +422,23 @@ def _from_ranked_pieces(path: Path, said: SpecialTokens) -> FastTokenizer:
         },
     }
     return FastTokenizer(path, content, said)
+
+
+LLAMA3_DIGITS = r"\p{N}{1,3}"  # how many digits make a word
+
+
+def split_step(digits: str) -> dict[str, Any]:
+    """The step of a tokenizer.json that splits a text into words as Llama-3 and Qwen do; they differ in `digits`."""
+    pattern = (
+        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def byte_level_step(use_regex: bool) -> dict[str, Any]:
+    """The step that spells bytes in GPT-2's alphabet, after GPT-2's own split into words where `use_regex`."""
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
 
 
 def _byte_alphabet() -> list[str]:

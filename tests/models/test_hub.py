@@ -413,7 +413,7 @@ def test_directories_and_names(tmp_path):
     tiny = make_model(tmp_path / "tiny-t5", "config.json", "spiece.model", "model.safetensors")
     assert hub.find_model("tiny-t5", tmp_path) == tiny
     (tiny / "model.safetensors").rename(tiny / SHARDS["encoder"])
-    (tiny / hub.SHARDS).write_text(json.dumps({"weight_map": {"a": SHARDS["encoder"], "b": SHARDS["encoder"]}}))
+    (tiny / hub.INDEX).write_text(json.dumps({"weight_map": {"a": SHARDS["encoder"], "b": SHARDS["encoder"]}}))
     assert hub.find_model("tiny-t5", tmp_path) == tiny
 
 
@@ -444,10 +444,10 @@ def test_what_is_no_model(tmp_path, name, complaint):
     make_model(tmp_path / "empty")
     make_model(tmp_path / "t5-large", "config.json")
     half = make_model(tmp_path / "flan-t5-base", "config.json", "spiece.model", SHARDS["encoder"])
-    (half / hub.SHARDS).write_text(json.dumps({"weight_map": SHARDS}))
-    make_model(tmp_path / "flan-t5-small", "config.json", "spiece.model", hub.SHARDS)
+    (half / hub.INDEX).write_text(json.dumps({"weight_map": SHARDS}))
+    make_model(tmp_path / "flan-t5-small", "config.json", "spiece.model", hub.INDEX)
     for other, text in (("flan-t5-xl", "[" * 10**5), ("flan-t5-large", '{"weight_map": {"a": 3}}')):
-        (make_model(tmp_path / other, "config.json", "spiece.model") / hub.SHARDS).write_text(text)
+        (make_model(tmp_path / other, "config.json", "spiece.model") / hub.INDEX).write_text(text)
     with pytest.raises(UserError, match=complaint) as raised:
         hub.find_model(name.format(tmp=tmp_path), tmp_path)
     assert "\n" not in str(raised.value)

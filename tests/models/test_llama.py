@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from llama_oracle import LLAMA_SHAPES, hf_llama, left_padded, ragged, random_llama
 
 from minidpost.models.hf_config import llama_names, read_config
@@ -260,26 +259,11 @@ def test_prefill_and_decoding_have_no_dropout():
     assert_close(logits_1V[0], expected_V)
 
 
-def test_dropout_is_where_transformers_has_it(monkeypatch):
+def test_dropout_is_where_transformers_has_it(dropped):
     """The attention weights of every layer, and nothing else."""
     model = random_llama(replace(LLAMA_SHAPES["grouped"], dropout=0.2)).train()
     twin = hf_llama(model).train()
     ids_BT = torch.tensor(ragged([9, 9], model.config.vocab_size))
-    dropped = []
-    plain_dropout, plain_attention = F.dropout, F.scaled_dot_product_attention
-
-    def dropout(x, p=0.5, training=True, inplace=False):
-        if training and p > 0:
-            dropped.append((tuple(x.shape), p))
-        return plain_dropout(x, p, training, inplace)
-
-    def attention(q, k, v, attn_mask=None, dropout_p=0.0, **options):
-        if dropout_p > 0:
-            dropped.append(((*q.shape[:-1], k.shape[-2]), dropout_p))
-        return plain_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, **options)
-
-    monkeypatch.setattr(F, "dropout", dropout)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     model(ids_BT)
     ours = sorted(dropped)
     dropped.clear()

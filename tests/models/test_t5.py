@@ -139,26 +139,11 @@ def test_dropout_may_be_set_beside_the_config():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dropout_is_where_transformers_has_it(shape, monkeypatch):
+def test_dropout_is_where_transformers_has_it(shape, dropped):
     """Both drop the same shapes equally often: embeddings, attention weights, feed-forward, residuals, the end."""
     model = random_t5(replace(SHAPES[shape], dropout=0.2)).train()
     twin = hf_twin(model).train()
     batch = random_batch(model.config, [6, 9], 5)
-    dropped = []
-    plain_dropout, plain_attention = F.dropout, F.scaled_dot_product_attention
-
-    def dropout(x, p=0.5, training=True, inplace=False):
-        if training and p > 0:
-            dropped.append((tuple(x.shape), p))
-        return plain_dropout(x, p, training, inplace)
-
-    def attention(q, k, v, attn_mask=None, dropout_p=0.0, **options):
-        if dropout_p > 0:
-            dropped.append(((*q.shape[:-1], k.shape[-2]), dropout_p))
-        return plain_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, **options)
-
-    monkeypatch.setattr(F, "dropout", dropout)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     model(*batch)
     ours = sorted(dropped)
     dropped.clear()
