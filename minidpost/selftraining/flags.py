@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from minidpost.errors import UserError
-from minidpost.selftraining.presets import LLAMA, T5, TINY_LLAMA, TINY_T5, Preset
+from minidpost.selftraining.presets import LLAMA, MEDIUM_LLAMA, SMALL_LLAMA, T5, TINY_LLAMA, TINY_T5, Preset
 from minidpost.storage import read_json
 
 MANY = 10**6  # of rows, tokens, steps …: what is larger must be a typing error
@@ -117,8 +117,12 @@ def add_hyperparameters(parser: argparse.ArgumentParser) -> None:
 
 def default_text(name: str) -> str:
     """The default of a hyperparameter as --help shows it, by model where the models differ."""
-    by_model = {"T5": T5, "Llama": LLAMA, "tiny-t5": TINY_T5, "tiny-llama": TINY_LLAMA}
+    smaller = {"Llama up to 4B": MEDIUM_LLAMA, "up to 700M": SMALL_LLAMA}
+    by_model = {"T5": T5, "Llama": LLAMA, **smaller, "tiny-t5": TINY_T5, "tiny-llama": TINY_LLAMA}
     values = {model: written(vars(preset)[name]) for model, preset in by_model.items()}
+    for model in smaller:
+        if values[model] == values["Llama"]:
+            del values[model]
     if len({*values.values()}) == 1:
         return values["T5"]
     if values["tiny-t5"] == values["tiny-llama"]:
