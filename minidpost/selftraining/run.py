@@ -94,7 +94,8 @@ class Run:
     """A method, a base model, data and settings, and the directory in which the steps of the method leave their files.
 
     `base` is f_θ's directory; `dtype` (one of DTYPES) is that of the weights in sampling and evaluation, None the one
-    that the device is fastest with; `checkpoint_minutes` says how often a training in progress is saved.
+    that the device is fastest with; `training_dtype` is that of forward passes in training (precision.autocast);
+    `checkpoint_minutes` says how often a training in progress is saved.
     """
 
     directory: RunDirectory
@@ -107,6 +108,7 @@ class Run:
     seed: int = 42
     calculator: bool = True
     dtype: str | None = None
+    training_dtype: torch.dtype | None = None
     device: str = "cpu"
     checkpoint_minutes: float = 5.0
 
