@@ -19,6 +19,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
+
 from minidpost.cli import DTYPE_TEXT, MINUTES, POSITIVE, TEMPLATE_TEXT, Parser, add_data_dir, device, run_command
 from minidpost.data import datasets, toy
 from minidpost.data.example import Example
@@ -26,9 +28,9 @@ from minidpost.errors import UserError
 from minidpost.models.hf_config import read_config
 from minidpost.models.hub import BUNDLED, PUBLISHED, find_model
 from minidpost.models.weights import TEMPLATES, check_weights, empty_model, load_template
-from minidpost.precision import DTYPES, default_device, sampling_dtype
+from minidpost.precision import DTYPES, default_device, sampling_dtype, training_dtype
 from minidpost.selftraining.algorithm import self_train
-from minidpost.selftraining.estimates import check_memory
+from minidpost.selftraining.estimates import Plan, check_disk, check_memory, warn_of_hours
 from minidpost.selftraining.flags import (
     MAY_CHANGE,
     add_hyperparameters,
@@ -38,7 +40,8 @@ from minidpost.selftraining.flags import (
     written,
 )
 from minidpost.selftraining.methods import METHODS
-from minidpost.selftraining.presets import Preset, preset_for
+from minidpost.selftraining.presets import Preset, n_parameters, preset_for
+from minidpost.selftraining.rehearsal import rehearse
 from minidpost.selftraining.report import write_report
 from minidpost.selftraining.run import Data, Run, tokenize
 from minidpost.selftraining.run_directory import RunDirectory, model_hash
@@ -57,18 +60,34 @@ def main() -> None:
     data = load_data(options)
     template = load_template(base, options.template)
     tokens = tokenize(data, template, base)
-    dtype = DTYPES[options.dtype] if options.dtype else sampling_dtype(options.device)
-    memory = check_memory(empty_model(read_config(base)), preset, dtype=dtype, device=options.device)
+    run_dir = options.run_dir or Path("runs") / run_name(options, data, base=base, differing=changes(default, preset))
+    model = empty_model(read_config(base))
+    plan = Plan(
+        base=base,
+        method=options.method,
+        preset=preset,
+        data=data,
+        template=template,
+        tokens=tokens,
+        dtype=DTYPES[options.dtype] if options.dtype else sampling_dtype(options.device),
+        training_dtype=resolve_training_dtype(options, n_parameters(model)),
+        device=options.device,
+    )
+    memory = check_memory(model, preset, dtype=plan.dtype, device=options.device, training_dtype=plan.training_dtype)
+    disk = check_disk(model, preset, method=options.method, run_dir=run_dir, fresh=options.fresh)
+    warn_of_hours(plan, model)
+    rehearsed = rehearse(plan, model)
 
     # 2) The run's directory: a new one, or one that the same command left.
-    run_dir = options.run_dir or Path("runs") / run_name(options, data, base=base, differing=changes(default, preset))
     directory = RunDirectory(
         run_dir,
-        fingerprint(options, data, preset=preset, base=base),
+        fingerprint(options, plan),
         options.fresh,
         may_change=[f"preset.{name}" for name in MAY_CHANGE],
     )
-    directory.log(memory)
+    directory.log(f"{memory}; {disk}")
+    if rehearsed is not None:
+        directory.log(rehearsed)
     run = Run(
         directory=directory,
         base=base,
@@ -81,6 +100,7 @@ def main() -> None:
         seed=options.seed,
         calculator=not options.no_calculator,
         dtype=options.dtype,
+        training_dtype=plan.training_dtype,
         device=options.device,
         checkpoint_minutes=options.checkpoint_minutes,
     )
@@ -132,6 +152,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help=f"of sampling and evaluation: {DTYPE_TEXT}")
     parser.add_argument("--template", choices=TEMPLATES, help=TEMPLATE_TEXT)
     parser.add_argument(
+        "--train-dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="of training's forward passes, weights being fp32 (default: auto, which is bf16 on a GPU that has it, for "
+        "models of more than ten million parameters also on a CPU with AVX512-BF16 or AMX, else fp32)",
+    )
+    parser.add_argument(
         "--config",
         type=Path,
         metavar="FILE",
@@ -150,18 +177,27 @@ def resolve_preset(options: argparse.Namespace, default: Preset) -> Preset:
     return preset
 
 
-def fingerprint(options: argparse.Namespace, data: Data, *, preset: Preset, base: Path) -> dict[str, Any]:
+def resolve_training_dtype(options: argparse.Namespace, n_parameters: int) -> torch.dtype:
+    """The precision of training's forward passes that --train-dtype asks for."""
+    if options.train_dtype == "auto":
+        return training_dtype(options.device, n_parameters)
+    return DTYPES[options.train_dtype]
+
+
+def fingerprint(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     """What makes a run the same run: a directory that was begun with any of it different is not continued.
 
     A few hyperparameters may change (flags.MAY_CHANGE).
     """
     names = ("method", "data", "unlabelled", "limit", "seed", "no_calculator", "dtype", "template")
+    train_dtype = next(name for name, dtype in DTYPES.items() if dtype == plan.training_dtype)
     return {
-        "model": base.name,
+        "model": plan.base.name,
         **{name: vars(options)[name] for name in names},
-        "preset": dataclasses.asdict(preset),
-        "examples": data.fingerprint(),
-        "weights": model_hash(base),
+        "train_dtype": train_dtype,  # what "auto" is here, so that a run goes on in the precision it was begun in
+        "preset": dataclasses.asdict(plan.preset),
+        "examples": plan.data.fingerprint(),
+        "weights": model_hash(plan.base),
     }
 
 
@@ -180,6 +216,8 @@ def run_name(options: argparse.Namespace, data: Data, *, base: Path, differing: 
     for name in ("dtype", "template"):
         if vars(options)[name]:
             parts.append(f"{name}={vars(options)[name]}")
+    if options.train_dtype != "auto":
+        parts.append(f"train-dtype={options.train_dtype}")
     for name, value in differing.items():
         parts.append(f"{name.replace('_', '-')}={written(value)}")
     differences = "-".join(parts)

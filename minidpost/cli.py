@@ -21,7 +21,7 @@ from minidpost.errors import UserError, when_memory_runs_out
 from minidpost.models.hf_config import Model
 from minidpost.models.hub import find_model
 from minidpost.models.weights import TEMPLATES, load_model, load_template
-from minidpost.precision import DTYPES, default_device, sampling_dtype
+from minidpost.precision import DTYPES, default_device, prepare_device, sampling_dtype
 from minidpost.storage import no_room, read_json
 from minidpost.text.templates import Template
 from minidpost.training.state import Terminated, interrupt
@@ -170,6 +170,7 @@ def device(text: str) -> str:
         torch.zeros(1, device=text).item()
     except (RuntimeError, AssertionError):  # torch asserts where it was built without the device
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here; cpu always can") from None
+    prepare_device(text)
     return text
 
 

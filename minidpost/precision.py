@@ -1,10 +1,17 @@
 """Which precision computes what, and on which device: decided here and nowhere else."""
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the precisions of weights, by the names that flags take
+
+# Where Linux lists a processor's instructions. torch has asked the processor for them under other names from version to
+# version (2.6 by private functions alone), so that this file is the one way that holds for all of them.
+CPU_INFO = Path("/proc/cpuinfo")
+BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16"}  # products of bf16 numbers, summed in fp32
+MIN_PARAMETERS_FOR_BF16 = 10_000_000  # [ours] smaller products take no less time in bf16, as casting costs more
 
 
 def default_device() -> str:
@@ -12,13 +19,51 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def prepare_device(device: str) -> None:
+    """What is set once for a device that was chosen, before anything is computed on it.
+
+    On an H100 or later, recent versions of torch take cuDNN's kernel for scaled_dot_product_attention where they may.
+    That kernel builds a plan for every new shape, which takes from milliseconds to a second, and nearly every
+    micro-batch has a shape of its own. The other fused kernels need no plan.
+    """
+    if torch.device(device).type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def sampling_dtype(device: str) -> torch.dtype:
-    """The precision of weights in sampling and evaluation: bf16 on CUDA, fp32 elsewhere.
+    """The precision of weights in sampling and evaluation: bf16 on a CUDA device that multiplies it, fp32 elsewhere.
 
     [ours] The published code samples from Llama with bf16 weights too, but from T5 with fp32 weights under bf16
     autocast; `--dtype fp32` is nearest to that, and slower.
     """
-    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    return torch.bfloat16 if cuda_multiplies_bf16(torch.device(device).type) else torch.float32
+
+
+def training_dtype(device: str, n_parameters: int) -> torch.dtype:
+    """The precision of training's forward passes (see `autocast`) that a device is fastest with.
+
+    bf16 on a CUDA device that multiplies it, and for models of at least MIN_PARAMETERS_FOR_BF16 on a CPU that does;
+    fp32 elsewhere.
+    """
+    kind = torch.device(device).type
+    is_worth_it = kind == "cpu" and n_parameters >= MIN_PARAMETERS_FOR_BF16 and cpu_multiplies_bf16()
+    return torch.bfloat16 if cuda_multiplies_bf16(kind) or is_worth_it else torch.float32
+
+
+def cuda_multiplies_bf16(kind: str) -> bool:
+    """Whether devices of this kind are CUDA devices that have bf16 themselves; older ones emulate it, slowly."""
+    return kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether the processor has instructions that multiply bf16; False where the system does not list them."""
+    if not CPU_INFO.is_file():
+        return False
+    for line in CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "flags":  # of the first core; the others have the same
+            return not BF16_INSTRUCTIONS.isdisjoint(value.split())
+    return False
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -26,12 +71,14 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """The precision of training's forward passes: bf16 on a CUDA device that has it, fp32 elsewhere.
+def autocast(device: torch.device, dtype: torch.dtype | None = None) -> AbstractContextManager[object]:
+    """Training's forward passes in bf16 for `dtype` bf16, and as the weights are for any other.
 
-    Master weights are fp32 throughout. A forward pass uses each weight once, so that a cache of bf16 copies would cost
-    memory and save nothing.
+    None: bf16 on a CUDA device that multiplies it, else as the weights are. Master weights are fp32 throughout. A
+    forward pass uses each weight once, so that a cache of bf16 copies would cost memory and save nothing.
     """
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False)
-    return nullcontext()
+    if dtype is None and cuda_multiplies_bf16(device.type):
+        dtype = torch.bfloat16
+    if dtype != torch.bfloat16:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)

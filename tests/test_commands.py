@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -31,13 +32,14 @@ from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.t5 import T5, T5Config
 from minidpost.models.weights import load_model, load_template, save_model, tokenizer_files
 from minidpost.sampling.generate import Sample
+from minidpost.selftraining import rehearsal
 from minidpost.selftraining.presets import TINY_T5, Preset
 from minidpost.selftraining.report import results_table
 from minidpost.text.templates import template_for
 from minidpost.text.tokenizer import load_tokenizer
 from minidpost.training import dpo
 from minidpost.training.batching import TokenizedExample
-from minidpost.training.optim import Schedule
+from minidpost.training.optim import Schedule, read_log
 from minidpost.training.sft import SFTSettings, train_sft
 
 torch.set_num_threads(1)
@@ -725,24 +727,45 @@ def test_a_full_disk_is_one_line_then_continued(call, tiny_model_dir):
     assert results_of(Path("run")) == results_of(Path("whole"))
 
 
-@pytest.mark.parametrize("kilobytes", [64, 512, 1024])
-def test_a_full_file_system(call, tiny_model_dir, kilobytes):
+@contextmanager
+def small_disk(kilobytes):
+    """A file system of this size, mounted at `disk`."""
     Path("disk").mkdir()
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", "disk"], capture_output=True
     ).returncode:
         pytest.skip("mounting a small tmpfs takes root")
-    flags = ["--model", tiny_model_dir, *LONG, "--sft-epochs", 40, "--checkpoint-minutes", 0]
     try:
-        outcome = finished(start("train.py", *flags, "--run-dir", "disk/run", cwd=Path.cwd()))
+        yield
+    finally:
+        subprocess.run(["umount", "disk"], check=True)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(call, tiny_model_dir):
+    with small_disk(512):
+        outcome = call("train.py", "--model", tiny_model_dir, *LONG, "--run-dir", "disk/run")
+        assert outcome.status == 2
+        (complaint,) = outcome.complaints
+        assert re.fullmatch(r"train.py: disk: \d\.\d MB needed .* has 0\.5 MB free; choose a --run-dir .*", complaint)
+        assert not list(Path("disk").iterdir())
+
+
+@pytest.mark.parametrize("kilobytes", [16, 64, 512])
+def test_a_file_system_that_others_fill(call, tiny_model_dir, kilobytes):
+    flags = ["--model", tiny_model_dir, *LONG, "--sft-epochs", 40, "--checkpoint-minutes", 0]
+    with small_disk(32 * 1024):
+        process = start("train.py", *flags, "--run-dir", "disk/run", cwd=Path.cwd())
+        while not Path("disk/run/config.json").is_file():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        Path("disk/others").write_bytes(bytes(shutil.disk_usage("disk").free - kilobytes * 1024))
+        outcome = finished(process)
         assert outcome.status == 2
         reason = "train.py: cannot write (No space left on device); the same command continues from here"
         assert outcome.complaints == [reason]
         for path in Path("disk/run").rglob("*.json"):
             json.loads(path.read_bytes())
         shutil.copytree("disk/run", "run")
-    finally:
-        subprocess.run(["umount", "disk"], check=True)
     assert call("train.py", *flags, "--run-dir", "run").status == 0
 
 
@@ -995,3 +1018,61 @@ def test_train_without_argument_improves_the_bundled_model(tmp_path):
     accuracies = [entry["accuracy"]["toy/dev"]["value"] for entry in results["iterations"]]
     assert max(accuracies) > accuracies[0] > 0
     assert "####" in finished(start("sample.py", cwd=tmp_path)).out
+
+
+# -- before a run -----------------------------------------------------------------------------------------------------
+
+
+def test_a_rehearsal_comes_before_the_directory_and_is_logged(call, tiny_model_dir, my_data, monkeypatch):
+    """Where memory does not suffice nothing is claimed; where it does, its peaks stand beside the estimate."""
+    flags = ["--model", tiny_model_dir, "--data", my_data, "--run-dir", "run", *QUICK, "--method", "sft"]
+    flags += ["--micro-batch-tokens", 300, "--slots", 4]
+    monkeypatch.setattr("minidpost.selftraining.rehearsal.is_worth_it", lambda plan, model: True)
+    gradients = rehearsal.sft_gradients
+
+    def out_of_memory(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(rehearsal, "sft_gradients", out_of_memory)
+    outcome = call("train.py", *flags)
+    assert outcome.status == 2
+    assert outcome.complaints == [
+        "train.py: not enough memory; in the rehearsal of training smaller --micro-batch-tokens (now 300) or "
+        "--activation-checkpointing need less"
+    ]
+    assert not Path("run").exists()
+    monkeypatch.setattr(rehearsal, "sft_gradients", gradients)
+    assert call("train.py", *flags).status == 0
+    estimated, measured = Path("run/log.txt").read_text().splitlines()[:2]
+    assert "memory: training" in estimated and "; disk: " in estimated
+    assert "rehearsed: training" in measured
+    rehearsed = Path("run/iteration-0/sft/model.safetensors").read_bytes()
+
+    monkeypatch.setattr("minidpost.selftraining.rehearsal.is_worth_it", lambda plan, model: False)
+    assert call("train.py", *flags, "--fresh").status == 0
+    assert "rehearsed" not in Path("run/log.txt").read_text()
+    assert Path("run/iteration-0/sft/model.safetensors").read_bytes() == rehearsed
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(call, tiny_model_dir, my_data, monkeypatch):
+    monkeypatch.setattr("minidpost.selftraining.estimates.disk_bytes", lambda model, preset, method: 10**18)
+    outcome = call("train.py", "--model", tiny_model_dir, "--data", my_data, "--run-dir", "runs/new", *QUICK)
+    assert outcome.status == 2 and len(outcome.complaints) == 1
+    assert outcome.complaints[0].startswith("train.py: disk: 1000000000.0 GB needed")
+    assert not Path("runs").exists()
+
+
+def test_the_precision_of_training_belongs_to_the_run(call, tiny_model_dir, my_data):
+    flags = ["--model", tiny_model_dir, "--data", my_data, *QUICK, "--method", "sft", "--device", "cpu"]
+    assert call("train.py", *flags, "--run-dir", "auto").status == 0
+    assert json.loads(Path("auto/config.json").read_text())["settings"]["train_dtype"] == "fp32"
+    assert call("train.py", *flags, "--run-dir", "auto", "--train-dtype", "fp32").status == 0  # what auto is here
+    outcome = call("train.py", *flags, "--run-dir", "auto", "--train-dtype", "bf16")
+    assert outcome.complaints == [
+        "train.py: auto was begun with train_dtype = fp32, this command has bf16; choose another --run-dir, or --fresh"
+    ]
+    assert call("train.py", *flags, "--train-dtype", "bf16").status == 0
+    (in_bf16,) = Path("runs").iterdir()
+    assert "train-dtype=bf16" in in_bf16.name
+    losses = [next(read_log(run / "iteration-0/sft/log.jsonl"))["loss"] for run in (Path("auto"), in_bf16)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)

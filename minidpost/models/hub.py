@@ -27,6 +27,7 @@ from minidpost.models.gguf import convert_gguf, source_of
 from minidpost.models.hf_config import read_config
 from minidpost.models.weights import INDEX, WEIGHTS, shards_of
 from minidpost.storage import read_json, sha256_of
+from minidpost.text.chat import CHAT_FILES
 from minidpost.text.tokenizer import FILE_NAMES
 
 WEIGHTS_DIR = Path(__file__).resolve().parents[2] / "weights"
@@ -52,11 +53,7 @@ PUBLISHED: dict[str, tuple[str, str]] = {  # name: repository, and its tokenizer
 }
 BROKEN_INDEX = (OSError, ValueError, KeyError, AttributeError, TypeError)  # what reading one may raise
 ADAPTER = "adapter_config.json"
-SETTINGS = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-)  # fetched where they are there
+SETTINGS = (*CHAT_FILES, "special_tokens_map.json", "generation_config.json")  # fetched where they are there
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 _PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"  # of a repository's id: neither `.` nor `-` at its ends

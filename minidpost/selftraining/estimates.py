@@ -1,9 +1,12 @@
-"""What a run costs, before it begins and after: memory and floating-point operations.
+"""What a run costs, before it begins and after: memory, disk, floating-point operations, and hours on a CPU.
 
 Memory is estimated before anything is allocated, and compared with what is free. Training needs fp32 weights, their
 gradients and AdamW's two moments: 16 bytes a parameter; then the activations of one micro-batch, and one chunk of
 logits with its gradient. Sampling needs the weights, the KV cache, and the logits of all slots. The activations of a
-layer are counted roughly, and rather too high.
+layer are counted roughly, and rather too high; what a rehearsal measures (rehearsal.py) is exact.
+
+A run's models stay on the disk, fp32, 4 bytes a parameter for each SFT and DPO. While a training is at work, so do two
+saved states of it, weights and AdamW's moments, 12 bytes a parameter: the last one, until the next is whole.
 
 FLOPs are counted as in the paper's figure 1 (after Yuan et al. 2023, appendix E). Training costs 6 a parameter and
 token, a forward pass 2. An encoder's parameters see source tokens, a decoder's target tokens. Decoding costs
@@ -12,6 +15,9 @@ one token grow with the square of its position, and is left out. The samples of 
 """
 
 import os
+import shutil
+import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +28,20 @@ from torch import Tensor
 from minidpost.errors import UserError
 from minidpost.models.hf_config import Model
 from minidpost.models.kvcache import KVCache, SharedPromptCache, T5Cache
+from minidpost.models.t5 import T5Config
 from minidpost.models.weights import empty_model
 from minidpost.sampling.generate import MAX_PROMPT_TOKENS
 from minidpost.sampling.sampler import PREFILL_BATCH
+from minidpost.selftraining.methods import METHODS
 from minidpost.selftraining.presets import Preset, n_parameters
+from minidpost.selftraining.run import Data, TokenizedData
+from minidpost.text.templates import Template
+from minidpost.training.batching import TokenizedExample, drop_too_long, token_counts
 from minidpost.training.losses import LOGITS_AT_ONCE
 
 GB = 10**9
+TIGHT = 1.25  # free disk space below this multiple of what is needed is warned about
+MIN_PARAMETERS_FOR_WARNING = 50_000_000  # from here on training on a CPU takes long enough for a warning
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 MEMORY = Path("/proc/meminfo")
 
@@ -36,36 +49,65 @@ MEMORY = Path("/proc/meminfo")
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-def check_memory(model: Model, preset: Preset, *, dtype: torch.dtype, device: str) -> str:
+def check_memory(
+    model: Model, preset: Preset, *, dtype: torch.dtype, device: str, training_dtype: torch.dtype = torch.float32
+) -> str:
     """What training and sampling need and what is free, in one line; UserError where it cannot fit.
 
-    `model` may be on the meta device; `dtype` is that of sampling.
+    `model` may be on the meta device; `dtype` is that of sampling, `training_dtype` that of training's forward passes.
     """
-    needed = {"training": training_bytes(model, preset), "sampling": sampling_bytes(model, preset, dtype)}
-    text = ", ".join(f"{stage} {size / GB:.1f} GB" for stage, size in needed.items())
+    needed = {
+        "training": training_bytes(model, preset, training_dtype, device),
+        "sampling": sampling_bytes(model, preset, dtype),
+    }
+    text = ", ".join(f"{stage} {size_text(size)}" for stage, size in needed.items())
     free = available_bytes(device)
     if free is None:
         return f"memory: {text} (estimated)"
     if max(needed.values()) > free:
         raise UserError(
-            f"memory: {text} needed (estimated), but {device} has {free / GB:.1f} GB free; a smaller model, or smaller "
+            f"memory: {text} needed (estimated), but {device} has {size_text(free)} free; a smaller model, or smaller "
             "--micro-batch-tokens (training) and --slots (sampling), or --activation-checkpointing might fit"
         )
-    return f"memory: {text} (estimated) of {free / GB:.1f} GB free on {device}"
+    return f"memory: {text} (estimated) of {size_text(free)} free on {device}"
 
 
-def training_bytes(model: Model, preset: Preset) -> int:
-    """The peak of an SFT or DPO step."""
-    config = model.config
+def training_bytes(model: Model, preset: Preset, dtype: torch.dtype = torch.float32, device: str = "cpu") -> int:
+    """The peak of an SFT or DPO step whose forward pass is computed in `dtype`."""
     n_layers = max(len(stack.layers) for stack in model.stacks)
     n_tokens = max(preset.micro_batch_tokens, preset.max_source + preset.max_target)
-    layer_bytes = 4 * n_tokens * (10 * config.d_model + 4 * config.d_ff)  # the activations of one layer
+    layer_bytes = n_tokens * activation_bytes_a_token(model, preset, dtype, device)
+    # The forward pass in bf16 keeps a bf16 copy of every weight for the backward pass: of the layers that it keeps.
+    copies_bytes = 2 * n_parameters(model) if dtype == torch.bfloat16 else 0
     if preset.activation_checkpointing:  # every layer's input, and one layer at a time computed again
-        activation_bytes = n_layers * 4 * n_tokens * config.d_model + layer_bytes
+        activation_bytes = n_layers * 4 * n_tokens * model.config.d_model + layer_bytes + copies_bytes // n_layers
     else:
-        activation_bytes = n_layers * layer_bytes
-    logits_bytes = 12 * min(LOGITS_AT_ONCE, n_tokens * config.vocab_size)  # logits, log-softmax, gradient
+        activation_bytes = n_layers * layer_bytes + copies_bytes
+    logits_bytes = 12 * min(LOGITS_AT_ONCE, n_tokens * model.config.vocab_size)  # logits, log-softmax, gradient
     return 16 * n_parameters(model) + activation_bytes + logits_bytes
+
+
+def activation_bytes_a_token(model: Model, preset: Preset, dtype: torch.dtype, device: str) -> int:
+    """What a layer keeps of a token for the backward pass.
+
+    The numbers are fitted to the tensors that autograd keeps (saved_tensors_hooks) with the shapes of Flan-T5 and
+    SmolLM2: tensors of the width of the model are fp32 in part even under autocast (the residual stream, the norms),
+    those of the feed-forward are of `dtype`. T5 has more of the former, by its cross-attention and its dropout.
+    """
+    config = model.config
+    is_t5 = isinstance(config, T5Config)
+    if is_t5:
+        width_bytes = 72 if dtype == torch.float32 else 58
+    else:
+        width_bytes = 40
+    # The hidden units before and after the activation, the other branch of a gated one, and the product; in T5 also
+    # what dropout makes of them, and its mask.
+    n_hidden = 6 if is_t5 else 4
+    attention_bytes = 0
+    if is_t5 and torch.device(device).type == "cpu":
+        # There T5's attention weights are kept (see t5.FullAttention), also what dropout makes of them, and its mask.
+        attention_bytes = 3 * dtype.itemsize * config.n_heads * (preset.max_source + preset.max_target)
+    return width_bytes * config.d_model + n_hidden * dtype.itemsize * config.d_ff + attention_bytes
 
 
 def sampling_bytes(model: Model, preset: Preset, dtype: torch.dtype) -> int:
@@ -106,6 +148,44 @@ def available_bytes(device: str) -> int | None:
         if limit != "max":
             limits.append(int(limit))
     return min(limits)
+
+
+# -- disk -------------------------------------------------------------------------------------------------------------
+
+
+def size_text(n_bytes: float) -> str:
+    """A size for readers, in GB or, where there would be nothing but zeros, in MB."""
+    return f"{n_bytes / GB:.1f} GB" if n_bytes >= 0.05 * GB else f"{n_bytes / 10**6:.1f} MB"
+
+
+def check_disk(model: Model, preset: Preset, *, method: str, run_dir: Path, fresh: bool = False) -> str:
+    """What a run writes and what is free, in one line; UserError where it cannot fit, a warning where it hardly does.
+
+    What an earlier command has left of the run counts as written, unless it begins anew (`fresh`).
+    """
+    written = 0
+    if run_dir.is_dir() and not fresh:
+        written = sum(path.stat().st_size for path in run_dir.rglob("*.safetensors"))
+    needed = max(0, disk_bytes(model, preset, method) - written)
+    existing = next(parent for parent in (run_dir.absolute(), *run_dir.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    text = f"disk: {size_text(needed)} (estimated) of {size_text(free)} free in {existing}"
+    if needed > free:
+        raise UserError(
+            f"disk: {size_text(needed)} needed (estimated: its models, and two saved states of a training at work), "
+            f"but {existing} has {size_text(free)} free; choose a --run-dir on another disk, or fewer --iterations"
+        )
+    if needed * TIGHT > free:
+        warnings.warn(f"{text}: hardly enough", stacklevel=2)
+    return text
+
+
+def disk_bytes(model: Model, preset: Preset, method: str) -> int:
+    """The models of a whole run, and two saved states of a training at work."""
+    rules = METHODS[method]
+    n_iterations = preset.iterations if rules.iterates else 0
+    n_models = int(preset.warm_up) + n_iterations * (1 + int(rules.has_dpo))
+    return (4 * n_models + 2 * 12) * n_parameters(model)
 
 
 # -- floating-point operations ----------------------------------------------------------------------------------------
@@ -152,3 +232,108 @@ def sampling_flops(size: ModelSize, prompt_lengths: Sequence[int], completion_le
     attention = 2 * size.n_target_layers * size.width
     decoding = sum(n * (1.66 * size.n_target + attention * n / 2) for n in completion_lengths)
     return float(prefill + decoding)
+
+
+# -- a whole run ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it begins: what its cost depends on.
+
+    `dtype` is that of weights in sampling and evaluation, `training_dtype` that of forward passes in training.
+    """
+
+    base: Path
+    method: str
+    preset: Preset
+    data: Data
+    template: Template
+    tokens: TokenizedData
+    dtype: torch.dtype
+    training_dtype: torch.dtype
+    device: str
+
+    @property
+    def labelled(self) -> list[TokenizedExample]:
+        """The labelled examples that are trained on: those within the preset's lengths."""
+        return drop_too_long(list(self.tokens.gold.values()), self.preset.max_source, self.preset.max_target)
+
+    @property
+    def n_iterations(self) -> int:
+        """The iterations after the warm-up."""
+        return self.preset.iterations if METHODS[self.method].iterates else 0
+
+
+def run_flops(plan: Plan, size: ModelSize) -> float:
+    """The operations of a whole run, estimated: completions are as long as the labelled rationales are on average.
+
+    Half of the pool's questions are taken to get a pseudo-label for each of their iterations, and DPO to make all its
+    steps. How many there really are depends on what the model gets right.
+    """
+    preset = plan.preset
+    labelled = plan.labelled
+    n_source, n_target = token_counts(labelled)
+    mean_target = n_target // max(1, len(labelled))
+    prompt_lengths = [len(plan.tokens.prompt_ids[example.question]) for example in plan.data.pool]
+    mean_prompt = sum(prompt_lengths) // len(prompt_lengths)
+    recomputed = 4 / 3 if preset.activation_checkpointing else 1.0  # a second forward pass
+
+    def sampling(n_questions: int, n_samples: int) -> float:
+        return sampling_flops(size, [mean_prompt] * n_questions, [mean_target] * (n_questions * n_samples))
+
+    # The warm-up, and the SFT of each iteration, on one pseudo-label more for every second question of the pool.
+    sft = preset.sft_epochs * training_flops(size, n_source, n_target)
+    n_labels = len(prompt_lengths) // 2
+    labels = preset.sft_epochs * training_flops(size, n_labels * mean_prompt, n_labels * mean_target)
+    training = sft * int(preset.warm_up)
+    inference = 0.0
+    for iteration in range(1, plan.n_iterations + 1):
+        training += sft + iteration * labels
+        inference += sampling(len(prompt_lengths), preset.samples)
+        if METHODS[plan.method].has_dpo:
+            n_sequences = 2 * preset.dpo_steps * preset.dpo_pairs_per_step
+            training += training_flops(size, n_sequences * mean_prompt, n_sequences * mean_target)
+            inference += sampling(len(prompt_lengths), preset.dpo_samples)
+
+    # Evaluations: all sets greedily, dev `pass_at` times more, after every SFT.
+    n_dev = len(plan.data.dev)
+    n_tests = sum(len(examples[: preset.test_questions]) for examples in plan.data.tests.values())
+    evaluation = sampling(n_dev + n_tests, 1)
+    if preset.pass_at > 1:
+        evaluation += sampling(n_dev, preset.pass_at)
+    return recomputed * training + inference + (1 + plan.n_iterations) * evaluation
+
+
+def warn_of_hours(plan: Plan, model: Model) -> None:
+    """A warning with an estimate of the hours, where a model of a published one's size is to be trained on a CPU."""
+    is_large = n_parameters(model) >= MIN_PARAMETERS_FOR_WARNING
+    if torch.device(plan.device).type != "cpu" or not is_large:
+        return
+    flops = run_flops(plan, model_size(model))
+    rate = product_flops_per_second(plan.training_dtype)
+    dtype = str(plan.training_dtype).removeprefix("torch.")
+    warnings.warn(
+        f"{plan.base.name} has {n_parameters(model) / 1e6:,.0f} million parameters, and this is a CPU: the run takes "
+        f"about {written_hours(flops / rate / 3600)} or more, by an estimate ({flops:.1e} floating-point operations, "
+        f"{rate:.1e} a second in products of {dtype} matrices here)",
+        stacklevel=2,
+    )
+
+
+def written_hours(hours: float) -> str:
+    """Hours with two significant digits, at least 0.1."""
+    return f"{max(hours, 0.1):.1f} hours" if hours < 10 else f"{float(f'{hours:.2g}'):,.0f} hours"
+
+
+def product_flops_per_second(dtype: torch.dtype, seconds: float = 1.0, width: int = 1024) -> float:
+    """How fast this machine's CPU multiplies matrices of a precision, measured for about so many seconds."""
+    left = torch.ones(width, width, dtype=dtype)
+    right = torch.ones(width, width, dtype=dtype)
+    torch.mm(left, right)  # sets the library up
+    n_products = 0
+    started = time.perf_counter()
+    while n_products == 0 or time.perf_counter() - started < seconds:
+        torch.mm(left, right)
+        n_products += 1
+    return n_products * 2 * width**3 / max(time.perf_counter() - started, 1e-9)

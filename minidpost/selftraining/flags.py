@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from minidpost.errors import UserError
 from minidpost.selftraining.methods import METHODS
-from minidpost.selftraining.presets import LLAMA, T5, TINY_LLAMA, TINY_T5, Preset
+from minidpost.selftraining.presets import LLAMA, MEDIUM_LLAMA, SMALL_LLAMA, T5, TINY_LLAMA, TINY_T5, Preset
 from minidpost.storage import read_json
 
 MANY = 10**6  # of rows, tokens, steps …: what is larger must be a typing error
@@ -120,8 +120,12 @@ def add_hyperparameters(parser: argparse.ArgumentParser) -> None:
 
 def default_text(name: str) -> str:
     """The default of a hyperparameter as --help shows it, by model where the models differ, and by method likewise."""
-    by_model = {"T5": T5, "Llama": LLAMA, "tiny-t5": TINY_T5, "tiny-llama": TINY_LLAMA}
+    smaller = {"Llama up to 4B": MEDIUM_LLAMA, "up to 700M": SMALL_LLAMA}
+    by_model = {"T5": T5, "Llama": LLAMA, **smaller, "tiny-t5": TINY_T5, "tiny-llama": TINY_LLAMA}
     values = {model: written(vars(preset)[name]) for model, preset in by_model.items()}
+    for model in smaller:
+        if values[model] == values["Llama"]:
+            del values[model]
     if values["tiny-t5"] == values["tiny-llama"]:
         values["tiny models"] = values.pop("tiny-t5")
         del values["tiny-llama"]

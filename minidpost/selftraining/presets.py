@@ -7,6 +7,7 @@ of ours, with its reason.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from minidpost.models.hf_config import Config, read_config
@@ -67,8 +68,8 @@ class Preset:
     activation_checkpointing: bool = False  # [ours] less memory for a third more time
     slots: int = 64  # [ours]
 
-    def sft(self, seed: int) -> SFTSettings:
-        """The settings of supervised fine-tuning."""
+    def sft(self, seed: int, dtype: torch.dtype | None = None) -> SFTSettings:
+        """The settings of supervised fine-tuning; `dtype` is the precision of forward passes."""
         return SFTSettings(
             epochs=self.sft_epochs,
             examples_per_step=self.sft_examples_per_step,
@@ -77,10 +78,11 @@ class Preset:
             micro_batch_tokens=self.micro_batch_tokens,
             activation_checkpointing=self.activation_checkpointing,
             seed=seed,
+            dtype=dtype,
         )
 
-    def dpo(self, n_pairs: int, seed: int) -> DPOSettings:
-        """The settings of DPO on `n_pairs` preference pairs."""
+    def dpo(self, n_pairs: int, seed: int, dtype: torch.dtype | None = None) -> DPOSettings:
+        """The settings of DPO on `n_pairs` preference pairs; `dtype` is the precision of forward passes."""
         steps_per_epoch = -(-n_pairs // self.dpo_pairs_per_step)  # rounded up
         return DPOSettings(
             steps=min(self.dpo_steps, self.dpo_max_epochs * steps_per_epoch),
@@ -90,6 +92,7 @@ class Preset:
             micro_batch_tokens=self.micro_batch_tokens,
             activation_checkpointing=self.activation_checkpointing,
             seed=seed,
+            dtype=dtype,
         )
 
     def schedule(self, learning_rate: float) -> Schedule:
@@ -116,7 +119,8 @@ class Preset:
 
 T5 = Preset()
 
-# A decoder-only model sees the prompt and the completion as one sequence. Values without a tag are [paper].
+# A decoder-only model sees the prompt and the completion as one sequence. Values without a tag are [paper], which has
+# models of 7B and 8B parameters.
 LLAMA = replace(
     T5,
     sft_epochs=2,
@@ -132,6 +136,27 @@ LLAMA = replace(
     samples=10,
     micro_batch_tokens=8192,  # [ours]
     activation_checkpointing=True,  # [ours]
+)
+
+# [ours] Smaller decoder-only models need larger steps than the paper's 7B, and more of them: with 128 examples a step
+# SmolLM2-135M has too few on a small labelled set. These values are a start; which ones are best on dev is still to be
+# measured, and they will change then.
+MEDIUM_LLAMA = replace(  # 700M to 4B: Llama-3.2-1B and -3B, TinyLlama, SmolLM2-1.7B, Qwen2.5-1.5B
+    LLAMA,
+    sft_epochs=3,
+    sft_examples_per_step=64,
+    sft_learning_rate=5e-5,
+    dpo_pairs_per_step=64,
+    dpo_learning_rate=1e-6,
+)
+SMALL_LLAMA = replace(  # 20M to 700M: SmolLM2-135M and -360M, Qwen2.5-0.5B, Qwen3-0.6B
+    LLAMA,
+    sft_epochs=3,
+    sft_examples_per_step=32,
+    sft_learning_rate=2e-4,
+    dpo_pairs_per_step=32,
+    dpo_learning_rate=5e-6,
+    activation_checkpointing=False,
 )
 
 # [ours] throughout, chosen on fresh questions (benchmarks/results/effect.md) so that the default run shows the method
@@ -166,6 +191,8 @@ PRESETS: dict[type[Config], list[tuple[float, Preset]]] = {
     ],
     LlamaConfig: [
         (20e6, TINY_LLAMA),
+        (700e6, SMALL_LLAMA),
+        (4e9, MEDIUM_LLAMA),
         (float("inf"), LLAMA),
     ],
 }

@@ -95,7 +95,8 @@ class Run:
 
     `base` is f_θ's directory. `template_name` (one of models.weights.TEMPLATES) is what fine-tuned models record of how
     they write, None what the base does. `dtype` (one of DTYPES) is that of the weights in sampling and evaluation, None
-    the one that the device is fastest with. `checkpoint_minutes` says how often a training in progress is saved.
+    the one that the device is fastest with; `training_dtype` is that of forward passes in training
+    (precision.autocast). `checkpoint_minutes` says how often a training in progress is saved.
     """
 
     directory: RunDirectory
@@ -109,6 +110,7 @@ class Run:
     template_name: str | None = None
     calculator: bool = True
     dtype: str | None = None
+    training_dtype: torch.dtype | None = None
     device: str = "cpu"
     checkpoint_minutes: float = 5.0
 

@@ -46,7 +46,7 @@ from minidpost.storage import (
 from minidpost.training.state import fingerprint
 from minidpost.version import __version__
 
-FORMAT = 4  # of everything in a run directory; raised when a run begun by older code could not be continued exactly
+FORMAT = 5  # of everything in a run directory; raised when a run begun by older code could not be continued exactly
 LOCK = ".lock"
 
 

@@ -34,6 +34,7 @@ from minidpost.sampling import sampler
 from minidpost.sampling.generate import Sample, generate
 from minidpost.selftraining.estimates import forward_flops, model_size, sampling_flops, training_flops
 from minidpost.selftraining.evaluation import greedy_outcomes, mean_score, sampled_scores
+from minidpost.selftraining.presets import Preset
 from minidpost.selftraining.run import Run
 from minidpost.selftraining.run_directory import Chunks, json_object, model_hash
 from minidpost.selftraining.selection import Candidates, jaccard, preference_pairs, pseudo_labels
@@ -58,7 +59,7 @@ def fine_tune(run: Run, iteration: int, labels: Path | None = None) -> None:
         examples = labelled_examples(run) if labels is None else read_pseudo_labels(run, labels)
         examples = within_limits(run, examples, f"{iteration}/sft")
         model = load_model(run.base, device=run.device)
-        settings = run.preset.sft(run.seed)
+        settings = run.preset.sft(run.seed, run.training_dtype)
         train_sft(
             model,
             examples,
@@ -75,15 +76,22 @@ def fine_tune(run: Run, iteration: int, labels: Path | None = None) -> None:
 
 def training_advice(run: Run, name: str) -> str:
     """What needs less memory in training: for the message where a stage runs out of it."""
-    return (
-        f"in {name} smaller --micro-batch-tokens (now {run.preset.micro_batch_tokens:,}) or --activation-checkpointing "
-        "need less; the same command with them continues here"
-    )
+    return f"in {name} {less_for_training(run.preset)}; the same command with them continues here"
 
 
 def sampling_advice(run: Run, name: str) -> str:
     """What needs less memory in sampling and evaluation."""
-    return f"in {name} fewer --slots (now {run.preset.slots:,}) need less; the same command with them continues here"
+    return f"in {name} {less_for_sampling(run.preset)}; the same command with them continues here"
+
+
+def less_for_training(preset: Preset) -> str:
+    """The flags that make training need less memory."""
+    return f"smaller --micro-batch-tokens (now {preset.micro_batch_tokens:,}) or --activation-checkpointing need less"
+
+
+def less_for_sampling(preset: Preset) -> str:
+    """The flag that makes sampling need less memory."""
+    return f"fewer --slots (now {preset.slots:,}) need less"
 
 
 def labelled_examples(run: Run) -> list[TokenizedExample]:
@@ -258,7 +266,11 @@ def compute_reference(run: Run, iteration: int, *, model: Path) -> None:
         if pairs:
             policy = load_model(model, device=run.device)
             reference_P2 = reference_log_probabilities(
-                policy, pairs, micro_batch_tokens=run.preset.micro_batch_tokens, stage=f"{iteration}/dpo"
+                policy,
+                pairs,
+                micro_batch_tokens=run.preset.micro_batch_tokens,
+                stage=f"{iteration}/dpo",
+                dtype=run.training_dtype,
             )
             n_source, n_target = token_counts(pairs)
             flops = forward_flops(model_size(policy), n_source, n_target)
@@ -278,7 +290,7 @@ def train_preferences(run: Run, iteration: int, *, model: Path) -> None:
         if pairs:
             with open_tensors(run.path(iteration) / "reference.safetensors") as file:
                 reference_P2 = file.get_tensor("reference_P2")
-            settings = run.preset.dpo(len(pairs), run.seed)
+            settings = run.preset.dpo(len(pairs), run.seed, run.training_dtype)
             if settings.steps < run.preset.dpo_steps:
                 run.directory.log(
                     f"{iteration}/dpo: {settings.steps} steps instead of {run.preset.dpo_steps}, because {len(pairs)} "

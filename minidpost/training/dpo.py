@@ -50,6 +50,8 @@ class DPOSettings:
 
     `micro_batch_tokens` bounds the padded tokens of a micro-batch; it changes results by rounding.
     `activation_checkpointing` computes activations twice instead of keeping them.
+    `dtype` is the precision of forward passes (precision.autocast), and should be the reference's; None: bf16 on a CUDA
+    device that multiplies it.
     """
 
     steps: int
@@ -59,6 +61,7 @@ class DPOSettings:
     micro_batch_tokens: int = 16384
     activation_checkpointing: bool = False
     seed: int = 42
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ def train_dpo(
                 reference_P2[pair_indices],
                 beta=settings.beta,
                 micro_batch_tokens=settings.micro_batch_tokens,
+                dtype=settings.dtype,
             )
             update = apply_step(model, optimizer, settings.schedule, step=step, n_steps=settings.steps)
 
@@ -149,11 +153,13 @@ def dpo_gradients(
     *,
     beta: float,
     micro_batch_tokens: int,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Forward and backward pass of one optimizer step, whose pairs are `batch` and whose log π_ref is `reference_P2`.
 
     Adds to each parameter's `.grad` the gradient of equation 5's mean over the batch; returns the batch's means of
-    loss, chosen_logp, rejected_logp, margin and accuracy (scalars without gradient, on the model's device).
+    loss, chosen_logp, rejected_logp, margin and accuracy (scalars without gradient, on the model's device). `dtype` is
+    the precision of the forward pass, see DPOSettings.
     """
     device = next(model.parameters()).device
     names = ("loss", "chosen_logp", "rejected_logp", "margin", "accuracy")
@@ -161,7 +167,7 @@ def dpo_gradients(
 
     # Gradient accumulation: every part is divided by the pairs of the whole step, so that the parts add up to its mean.
     for indices in pair_micro_batches(model, batch, micro_batch_tokens):
-        policy_B2 = pair_log_probabilities(model, [batch[i] for i in indices])  # log π_θ, with gradient
+        policy_B2 = pair_log_probabilities(model, [batch[i] for i in indices], dtype)  # log π_θ, with gradient
         reference_B2 = reference_P2[indices].to(device, non_blocking=True)  # log π_ref, constants
         loss_B, margin_B = dpo_loss(policy_B2, reference_B2, beta)  # equation 5
         (loss_B.sum() / len(batch)).backward()
@@ -175,11 +181,17 @@ def dpo_gradients(
 
 @torch.no_grad()
 def reference_log_probabilities(
-    model: Model, pairs: Sequence[PreferencePair], *, micro_batch_tokens: int, stage: str = "dpo"
+    model: Model,
+    pairs: Sequence[PreferencePair],
+    *,
+    micro_batch_tokens: int,
+    stage: str = "dpo",
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """log π_ref of every pair's completions in nats, (P, 2), columns chosen and rejected, on the CPU.
 
     `model` is the policy before its first step; it is put into eval mode. `stage` is for the progress bar alone.
+    `dtype` is the precision of the forward passes, as DPOSettings has it.
     """
     model.eval()  # no dropout
     weight = next(model.parameters())
@@ -190,11 +202,11 @@ def reference_log_probabilities(
     reference_P2 = torch.empty(len(pairs), 2, dtype=at_least_fp32(weight.dtype))
     batches = pair_micro_batches(model, pairs, max_tokens)
     for indices in tqdm(batches, desc=f"{stage} reference", unit="batch", leave=False):
-        reference_P2[indices] = pair_log_probabilities(model, [pairs[i] for i in indices]).cpu()
+        reference_P2[indices] = pair_log_probabilities(model, [pairs[i] for i in indices], dtype).cpu()
     return reference_P2
 
 
-def pair_log_probabilities(model: Model, pairs: Sequence[PreferencePair]) -> Tensor:
+def pair_log_probabilities(model: Model, pairs: Sequence[PreferencePair], dtype: torch.dtype | None = None) -> Tensor:
     """log π(y|x) of the completions of each pair in nats, (B, 2), columns chosen and rejected.
 
     One forward pass scores every distinct completion once. Pairs a ≻ b and a ≻ c have three:
@@ -206,7 +218,7 @@ def pair_log_probabilities(model: Model, pairs: Sequence[PreferencePair]) -> Ten
     """
     device = next(model.parameters()).device
     completions = distinct_completions(pairs)
-    with autocast(device):
+    with autocast(device, dtype):
         log_probability_C = log_probabilities(model, collate(model.config, completions, device)).sum(-1)
 
     index_of = {completion: index for index, completion in enumerate(completions)}

@@ -41,6 +41,7 @@ class SFTSettings:
     `dropout` is the model's in this training, a probability; None: the one in its config (T5's dropout_rate, Llama's
     attention_dropout). `micro_batch_tokens` bounds the padded tokens of a micro-batch; it changes results by rounding,
     and by which units dropout hits. `activation_checkpointing` computes activations twice instead of keeping them.
+    `dtype` is the precision of forward passes (precision.autocast); None: bf16 on a CUDA device that multiplies it.
     """
 
     epochs: int
@@ -50,6 +51,7 @@ class SFTSettings:
     micro_batch_tokens: int = 16384
     activation_checkpointing: bool = False
     seed: int = 42
+    dtype: torch.dtype | None = None
 
 
 def train_sft(
@@ -95,7 +97,7 @@ def train_sft(
 
             # Every step has random numbers of its own, so that it is the same one after a restart.
             torch.manual_seed(derived_seed(settings.seed, stage, step))
-            loss = sft_gradients(model, batch, settings.micro_batch_tokens)
+            loss = sft_gradients(model, batch, settings.micro_batch_tokens, dtype=settings.dtype)
             update = apply_step(model, optimizer, settings.schedule, step=step, n_steps=n_steps)
 
             # Only now is the loss read, as reading it makes the CPU wait for the GPU.
@@ -108,11 +110,14 @@ def train_sft(
     model.eval()
 
 
-def sft_gradients(model: Model, batch: Sequence[TokenizedExample], micro_batch_tokens: int) -> Tensor:
+def sft_gradients(
+    model: Model, batch: Sequence[TokenizedExample], micro_batch_tokens: int, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """Forward and backward pass of one optimizer step, whose examples are `batch`.
 
     Adds to each parameter's `.grad` the gradient of the mean loss over all target tokens of the batch; returns that
-    loss (nats a token, without gradient, on the model's device).
+    loss (nats a token, without gradient, on the model's device). `dtype` is the precision of the forward pass, see
+    SFTSettings.
     """
     device = next(model.parameters()).device
     n_target_tokens = sum(len(example.target_ids) for example in batch)
@@ -123,7 +128,7 @@ def sft_gradients(model: Model, batch: Sequence[TokenizedExample], micro_batch_t
     # the mean and the gradients to its gradient.
     for indices in micro_batches(model.config, [[example] for example in batch], micro_batch_tokens, device):
         micro_batch = collate(model.config, [batch[i] for i in indices], device)
-        with autocast(device):
+        with autocast(device, dtype):
             log_probability_BT = log_probabilities(model, micro_batch)
         micro_loss = sft_loss(log_probability_BT, n_target_tokens)  # equation 2
         micro_loss.backward()

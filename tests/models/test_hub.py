@@ -43,6 +43,7 @@ OTHER_WANTED = {
     "tokenizer.json": b'{"model": {}}',
     "tokenizer_config.json": b'{"add_bos_token": false}',
     "special_tokens_map.json": b"{}",
+    "chat_template.jinja": b"{{ bos_token }}",
     "tokenizer.model": b"pieces",
     "model.safetensors": b"weights" * 1000,
 }

@@ -8,7 +8,6 @@ import torch
 
 from minidpost.errors import UserError
 from minidpost.models.weights import check_vocabulary, load_model
-from minidpost.precision import default_device, sampling_dtype
 from minidpost.sampling import generate as generation
 from minidpost.sampling.generate import MAX_PROMPT_TOKENS, Sample, check_prompts, generate
 from minidpost.sampling.sampler import Request, Row, SamplingSettings
@@ -125,12 +124,6 @@ def test_a_question_may_be_as_long_as_the_limit_and_no_longer():
     assert "question 2 ('And how then?" in str(error.value)
     assert "has 1,025 tokens; the limit is 1,024" in str(error.value)
     assert len(str(error.value)) < 150
-
-
-def test_precision_follows_the_device():
-    assert sampling_dtype("cpu") == torch.float32
-    assert sampling_dtype("cuda:1") == torch.bfloat16
-    assert default_device() == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize(

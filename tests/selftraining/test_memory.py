@@ -1,17 +1,43 @@
-"""The estimate of the memory that a run needs; a run that cannot fit is refused before it begins."""
+"""The memory, the disk and the hours that a run needs, estimated; what cannot fit is refused before it begins."""
 
+import warnings
+from collections import namedtuple
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from minidpost.data.example import Example
 from minidpost.errors import UserError
 from minidpost.models.hf_config import read_config
 from minidpost.models.llama import Llama, LlamaConfig
+from minidpost.models.t5 import T5, T5Config
 from minidpost.models.weights import empty_model
+from minidpost.precision import autocast
 from minidpost.selftraining import estimates
-from minidpost.selftraining.estimates import available_bytes, check_memory, sampling_bytes, tensor_bytes, training_bytes
-from minidpost.selftraining.presets import LLAMA, T5
+from minidpost.selftraining.estimates import (
+    Plan,
+    activation_bytes_a_token,
+    available_bytes,
+    check_disk,
+    check_memory,
+    disk_bytes,
+    model_size,
+    product_flops_per_second,
+    run_flops,
+    sampling_bytes,
+    tensor_bytes,
+    training_bytes,
+    training_flops,
+    warn_of_hours,
+    written_hours,
+)
+from minidpost.selftraining.presets import LLAMA
+from minidpost.selftraining.presets import T5 as T5_PRESET
+from minidpost.selftraining.run import Data, TokenizedData
+from minidpost.training.batching import TokenizedExample, collate
+from minidpost.training.losses import log_probabilities
 
 CONFIG = LlamaConfig(1000, 64, 128, 4, n_heads=4, n_kv_heads=2, d_head=16)
 
@@ -29,6 +55,57 @@ def test_training_needs_16_bytes_a_parameter_and_activations():
     assert training_bytes(model, whole) == 16 * n_parameters + 4 * a_layer + logits
 
 
+@pytest.mark.parametrize("preset", [LLAMA, replace(LLAMA, activation_checkpointing=False)])
+def test_bf16_halves_the_hidden_units_and_adds_copies_of_weights(preset):
+    model, n_tokens = meta(), preset.micro_batch_tokens
+    n_layers_kept = 1 if preset.activation_checkpointing else 4
+    n_parameters = sum(p.numel() for p in model.parameters())
+    difference = training_bytes(model, preset) - training_bytes(model, preset, torch.bfloat16)
+    # Four hidden units of the feed-forward take two bytes less; two bytes a parameter are copied, of the layers kept.
+    assert difference == n_layers_kept * (n_tokens * 4 * 2 * CONFIG.d_ff) - 2 * n_parameters * n_layers_kept // 4
+
+
+def saved_bytes(model: T5 | Llama, n_rows: int, dtype: torch.dtype) -> int:
+    """What autograd keeps for the backward pass of rows of 20 source and 30 target tokens, weights left out."""
+    model.train()
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    sizes = {}
+    tensors = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        tensors.append(tensor)  # so that no other storage gets the same address
+        return tensor
+
+    examples = [TokenizedExample((row, *[3] * 19), (3,) * 30) for row in range(n_rows)]
+    batch = collate(model.config, examples, "cpu")
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, autocast(torch.device("cpu"), dtype):
+        log_probabilities(model, batch)
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        T5(T5Config(100, 256, 32, 640, 8, 2, 2)),
+        T5(T5Config(100, 256, 32, 1024, 8, 2, 2, gated=False)),
+        Llama(LlamaConfig(100, 256, 640, 2, n_heads=8, n_kv_heads=4, d_head=32)),
+    ],
+    ids=["t5 1.1", "t5 1.0", "llama"],
+)
+def test_activations_are_estimated_near_what_autograd_keeps(model, dtype):
+    preset = replace(T5_PRESET, max_source=20, max_target=30)
+    model.initialise()
+    ours = 2 * (20 + 30) * 8 * activation_bytes_a_token(model, preset, dtype, "cpu")
+    theirs = saved_bytes(model, 12, dtype) - saved_bytes(model, 4, dtype)  # eight rows, without the weights' copies
+    assert theirs < 1.1 * ours, "an estimate that is too low"
+    assert ours < 1.5 * theirs
+
+
 def test_sampling_needs_weights_cache_and_logits():
     preset = replace(LLAMA, slots=8, max_source=30, max_new_tokens=20)
     cache = Llama(CONFIG).bfloat16().new_cache(8 + estimates.PREFILL_BATCH, 30, 20)
@@ -43,10 +120,10 @@ def test_sampling_needs_weights_cache_and_logits():
 
 @pytest.mark.parametrize("name", ["flan-t5-large", "Meta-Llama-3-8B"])
 def test_published_shapes_are_estimated_on_the_meta_device(shared, name):
-    preset = LLAMA if "Llama" in name else T5
+    preset = LLAMA if "Llama" in name else T5_PRESET
     model = empty_model(read_config(shared / "configs" / name))
     n_parameters = sum(p.numel() for p in model.parameters())
-    assert 16 * n_parameters < training_bytes(model, preset) < 80 * n_parameters
+    assert 16 * n_parameters < training_bytes(model, preset, torch.bfloat16, "cuda") < 80 * n_parameters
     assert 2 * n_parameters < sampling_bytes(model, preset, torch.bfloat16) < 16 * n_parameters
 
 
@@ -54,7 +131,7 @@ def test_too_little_memory_is_refused_in_one_line(monkeypatch):
     line = check_memory(meta(), LLAMA, dtype=torch.float32, device="cpu")
     assert "training" in line and "sampling" in line and "free on cpu" in line
     monkeypatch.setattr(estimates, "available_bytes", lambda device: 10**6)
-    with pytest.raises(UserError, match=r"cpu has 0\.0 GB free.*--micro-batch-tokens") as refusal:
+    with pytest.raises(UserError, match=r"cpu has \d\.\d MB free.*--micro-batch-tokens") as refusal:
         check_memory(meta(), LLAMA, dtype=torch.float32, device="cpu")
     assert "\n" not in str(refusal.value)
     monkeypatch.setattr(estimates, "available_bytes", lambda device: None)
@@ -71,3 +148,143 @@ def test_free_memory_is_bounded_by_the_control_group(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("2000000\n")
     assert available_bytes("cpu") == 2_000_000
     assert available_bytes("meta") is None
+
+
+# -- disk -------------------------------------------------------------------------------------------------------------
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def free_space(monkeypatch):
+    """Sets the free bytes of every disk; gives the directories that were asked about."""
+    asked = []
+
+    def set_to(n_bytes: int) -> list[Path]:
+        def disk_usage(path: Path) -> Usage:
+            asked.append(path)
+            return Usage(10**15, 0, n_bytes)
+
+        monkeypatch.setattr(estimates.shutil, "disk_usage", disk_usage)
+        return asked
+
+    return set_to
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "n_models"),
+    [
+        ("dpo-st", {}, 7),  # the warm-up, three of DPO and three of SFT
+        ("st", {}, 4),
+        ("sft", {}, 1),
+        ("dpo-st", {"iterations": 5, "warm_up": False}, 10),
+    ],
+)
+def test_a_run_leaves_a_model_for_each_training(method, changes, n_models):
+    n_parameters = sum(p.numel() for p in meta().parameters())
+    needed = disk_bytes(meta(), replace(LLAMA, **changes), method)
+    assert needed == 4 * n_models * n_parameters + 2 * 12 * n_parameters
+
+
+def test_a_disk_that_is_too_small_is_refused_in_one_line(tmp_path, free_space):
+    needed = disk_bytes(meta(), LLAMA, "dpo-st")
+    asked = free_space(needed - 1)
+    with pytest.raises(UserError, match=r"disk: 14\.4 MB needed .*two saved states.*--run-dir") as refusal:
+        check_disk(meta(), LLAMA, method="dpo-st", run_dir=tmp_path / "runs" / "new")
+    assert "\n" not in str(refusal.value) and asked == [tmp_path]  # the nearest that exists
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_disk_that_is_hardly_large_enough_is_warned_about(tmp_path, free_space):
+    needed = disk_bytes(meta(), LLAMA, "dpo-st")
+    free_space(needed)
+    with pytest.warns(UserWarning, match="hardly enough"):
+        check_disk(meta(), LLAMA, method="dpo-st", run_dir=tmp_path)
+    free_space(2 * needed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        line = check_disk(meta(), LLAMA, method="dpo-st", run_dir=tmp_path)
+    assert line.startswith("disk: ") and line.endswith(f" MB free in {tmp_path}")
+
+
+def test_what_a_run_has_written_needs_no_room_again(tmp_path, free_space):
+    needed = disk_bytes(meta(), LLAMA, "dpo-st")
+    free_space(needed // 2)
+    (tmp_path / "iteration-0" / "sft").mkdir(parents=True)
+    (tmp_path / "iteration-0" / "sft" / "model.safetensors").write_bytes(bytes(needed // 2 + needed // 4))
+    check_disk(meta(), LLAMA, method="dpo-st", run_dir=tmp_path)
+    with pytest.raises(UserError, match="disk:"):
+        check_disk(meta(), LLAMA, method="dpo-st", run_dir=tmp_path, fresh=True)  # the old run stays beside it
+
+
+# -- a whole run ------------------------------------------------------------------------------------------------------
+
+
+def plan(**changes) -> Plan:
+    """Four labelled questions of 5 tokens with rationales of 10, and four more in the pool; two of dev."""
+    labelled = [Example(f"question {i}", "1", "rationale") for i in range(4)]
+    pool = [*labelled, *[Example(f"question {i}", "1") for i in range(4, 8)]]
+    prompt_ids = {example.question: (i, 1, 2, 3, 4) for i, example in enumerate(pool)}
+    gold = {e.question: TokenizedExample(prompt_ids[e.question], (7,) * 10) for e in labelled}
+    fields = {
+        "base": Path("weights/some-model"),
+        "method": "dpo-st",
+        "preset": replace(T5_PRESET, dpo_steps=6, dpo_pairs_per_step=2, sft_epochs=3),
+        "data": Data(labelled, pool, pool[:2], {}, "mine"),
+        "template": None,
+        "tokens": TokenizedData(prompt_ids, gold, 0),
+        "dtype": torch.float32,
+        "training_dtype": torch.float32,
+        "device": "cpu",
+    }
+    return Plan(**(fields | changes))
+
+
+def test_a_warm_up_alone_costs_its_epochs_and_an_evaluation():
+    size = model_size(meta())
+    preset = replace(plan().preset, pass_at=1)
+    warm_up = training_flops(size, 3 * 4 * 5, 3 * 4 * 10)
+    evaluation = estimates.sampling_flops(size, [5, 5], [10, 10])
+    assert run_flops(plan(method="sft", preset=preset), size) == pytest.approx(warm_up + evaluation)
+
+
+def test_what_makes_a_run_longer_makes_its_estimate_larger():
+    size, least = model_size(meta()), run_flops(plan(), model_size(meta()))
+    assert run_flops(plan(method="st"), size) < least
+    for name in ("iterations", "sft_epochs", "dpo_steps", "dpo_pairs_per_step", "samples", "dpo_samples", "pass_at"):
+        longer = replace(plan().preset, **{name: 2 * vars(plan().preset)[name]})
+        assert run_flops(plan(preset=longer), size) > least
+    checkpointing = replace(plan().preset, activation_checkpointing=True)
+    assert least < run_flops(plan(preset=checkpointing), size) < 4 / 3 * least
+
+
+def test_a_published_model_on_a_cpu_is_warned_of_its_hours(monkeypatch):
+    large = empty_model(replace(CONFIG, vocab_size=10**6))
+    asked = []
+
+    def rate(dtype: torch.dtype) -> float:
+        asked.append(dtype)
+        return run_flops(plan(), model_size(large)) / 3600 / 250  # 250 hours
+
+    monkeypatch.setattr(estimates, "product_flops_per_second", rate)
+    with pytest.warns(
+        UserWarning, match=r"some-model has 128 million .* a CPU: .* 250 hours or more.*bfloat16"
+    ) as seen:
+        warn_of_hours(plan(training_dtype=torch.bfloat16), large)
+    assert len(seen) == 1 and "\n" not in str(seen[0].message) and asked == [torch.bfloat16]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_hours(plan(), meta())  # small
+        warn_of_hours(plan(device="cuda"), large)
+    assert len(asked) == 1
+
+
+def test_hours_are_written_with_two_digits():
+    assert [written_hours(hours) for hours in (0.001, 1.234, 9.96, 123.4, 12345)] == [
+        "0.1 hours", "1.2 hours", "10.0 hours", "120 hours", "12,000 hours",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rate_of_products_is_positive_and_finite(dtype):
+    assert 0 < product_flops_per_second(dtype, seconds=0.0, width=8) < float("inf")

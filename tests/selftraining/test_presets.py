@@ -6,11 +6,23 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from minidpost.errors import UserError
+from minidpost.models.llama import LlamaConfig
 from minidpost.selftraining import presets
 from minidpost.selftraining.methods import METHODS
-from minidpost.selftraining.presets import LLAMA, T5, TINY_LLAMA, TINY_T5, Preset, preset_for
+from minidpost.selftraining.presets import (
+    LLAMA,
+    MEDIUM_LLAMA,
+    SMALL_LLAMA,
+    T5,
+    TINY_LLAMA,
+    TINY_T5,
+    Preset,
+    preset_for,
+    preset_of,
+)
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 
@@ -82,11 +94,43 @@ def test_t5_has_the_papers_recipe(shared, model):
     assert preset_for(directory, "dpo-st") == preset_for(directory, "st") == T5
 
 
-@pytest.mark.parametrize(
-    "model", ["llama-7b", "Llama-2-7b-hf", "Meta-Llama-3-8B", "Llama-3.2-1B", "tinyllama-1.1b", "smollm2-135m"]
-)
+@pytest.mark.parametrize("model", ["llama-7b", "Llama-2-7b-hf", "Meta-Llama-3-8B"])
 def test_llama_has_the_papers_recipe(shared, model):
     assert preset_for(shared / "configs" / model, "dpo-st") == LLAMA
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("smollm2-135m", SMALL_LLAMA),
+        ("smollm2-360m", SMALL_LLAMA),
+        ("tinyllama-1.1b", MEDIUM_LLAMA),
+        ("Llama-3.2-1B", MEDIUM_LLAMA),
+        ("smollm2-1.7b", MEDIUM_LLAMA),
+        ("qwen2.5-0.5b", SMALL_LLAMA),
+        ("qwen3-0.6b", SMALL_LLAMA),
+        ("qwen2.5-1.5b", MEDIUM_LLAMA),
+    ],
+)
+def test_smaller_decoder_only_models_have_presets_by_size(shared, model, expected):
+    assert preset_for(shared / "configs" / model, "dpo-st") == expected
+
+
+def test_a_shape_between_has_its_preset_by_size():
+    """Llama-3.2-3B, whose config.json is not at hand."""
+    shape = LlamaConfig(128256, 3072, 8192, 28, n_heads=24, n_kv_heads=8, d_head=128, tied=True)
+    assert preset_of(shape, "dpo-st") == MEDIUM_LLAMA
+
+
+def test_smaller_models_learn_in_larger_and_more_steps():
+    by_size = [SMALL_LLAMA, MEDIUM_LLAMA, LLAMA]
+    for name in ("sft_learning_rate", "dpo_learning_rate"):
+        rates = [vars(preset)[name] for preset in by_size]
+        assert rates == sorted(rates, reverse=True) and len({*rates}) == 3
+    for name in ("sft_examples_per_step", "dpo_pairs_per_step"):
+        sizes = [vars(preset)[name] for preset in by_size]
+        assert sizes == sorted(sizes) and len({*sizes}) == 3
+    assert [preset.activation_checkpointing for preset in by_size] == [False, True, True]
 
 
 def test_models_of_less_than_a_million_weights_have_presets_of_their_own():
@@ -134,3 +178,8 @@ def test_methods_differ_by_their_rules_alone():
     assert {name for name, method in METHODS.items() if not method.merges_iterations} == {"rest-em"}
     assert {name for name, method in METHODS.items() if method.checks_calculations} == {"rft"}
     assert [METHODS[name].duplicates for name in ("st", "rft", "rest-em")] == ["similarity", "equations", "tokens"]
+
+
+def test_the_precision_of_training_reaches_both_trainings():
+    assert T5.sft(1).dtype is None and T5.dpo(10, 1).dtype is None
+    assert T5.sft(1, torch.bfloat16).dtype == T5.dpo(10, 1, torch.bfloat16).dtype == torch.bfloat16

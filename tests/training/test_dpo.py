@@ -306,3 +306,17 @@ def test_there_is_no_dropout_whatever_mode_the_model_was_in(make):
         assert not any(module.training for module in model.modules())
         results.append(weights(model))
     assert all(torch.equal(weight, result[name]) for result in results[1:] for name, weight in results[0].items())
+
+
+def test_reference_and_policy_are_computed_in_the_precision_asked_for():
+    model, data = tiny(), pairs(6)
+    by_dtype = {}
+    for dtype in (None, torch.float32, torch.bfloat16):
+        reference_P2 = reference_log_probabilities(model, data, micro_batch_tokens=10**6, dtype=dtype)
+        metrics = dpo_gradients(model, data, reference_P2, beta=0.1, micro_batch_tokens=10**6, dtype=dtype)
+        assert reference_P2.dtype == torch.float32
+        by_dtype[dtype] = torch.tensor([*reference_P2.flatten(), metrics["chosen_logp"], metrics["rejected_logp"]])
+    assert torch.equal(by_dtype[None], by_dtype[torch.float32])  # on a CPU
+    differences = (by_dtype[torch.bfloat16] - by_dtype[torch.float32]).abs()
+    assert (differences > 0).all() and torch.allclose(by_dtype[torch.bfloat16], by_dtype[torch.float32], rtol=0.02)
+    assert all(weight.grad is not None and weight.grad.dtype == torch.float32 for weight in model.parameters())

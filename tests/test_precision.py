@@ -1,0 +1,88 @@
+"""Which precision training has on which device, and what is set once for a CUDA device."""
+
+import pytest
+import torch
+from torch import nn
+
+from minidpost import precision
+from minidpost.precision import (
+    autocast,
+    cpu_multiplies_bf16,
+    default_device,
+    prepare_device,
+    sampling_dtype,
+    training_dtype,
+)
+
+LARGE = 10_000_000
+XEON = "processor\t: 0\nflags\t\t: fpu avx2 avx512f {} sse\nbugs\t\t: amx_bf16\n"
+
+
+@pytest.fixture
+def cpu_info(tmp_path, monkeypatch):
+    """Writes what Linux would say of a processor with one more instruction set."""
+    path = tmp_path / "cpuinfo"
+    monkeypatch.setattr(precision, "CPU_INFO", path)
+
+    def write(instructions: str) -> None:
+        path.write_text(XEON.format(instructions))
+
+    return write
+
+
+@pytest.mark.parametrize("instructions", ["avx512_bf16", "amx_bf16", "amx_tile avx512_bf16"])
+def test_large_models_train_in_bf16_where_a_cpu_multiplies_it(cpu_info, instructions):
+    cpu_info(instructions)
+    assert cpu_multiplies_bf16()
+    assert training_dtype("cpu", LARGE) == torch.bfloat16
+    assert training_dtype("cpu", LARGE - 1) == torch.float32
+    assert training_dtype("meta", LARGE) == torch.float32
+
+
+@pytest.mark.parametrize("instructions", ["", "avx512_bf16_of_another_kind", "amx_tile amx_int8", "avx512_vnni"])
+def test_other_cpus_train_in_fp32(cpu_info, instructions):
+    cpu_info(instructions)
+    assert not cpu_multiplies_bf16()
+    assert training_dtype("cpu", 10**12) == torch.float32
+
+
+def test_a_system_that_lists_no_instructions_trains_in_fp32(tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "none")
+    assert training_dtype("cpu", LARGE) == torch.float32
+    (tmp_path / "none").write_text("processor : 0\nFeatures : bf16\n")
+    assert training_dtype("cpu", LARGE) == torch.float32
+
+
+@pytest.mark.parametrize(("has_it", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_gpu_that_only_emulates_bf16_computes_in_fp32(monkeypatch, has_it, expected):
+    def is_supported(including_emulation: bool = True) -> bool:
+        return has_it or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    assert training_dtype("cuda", 1) == training_dtype("cuda:1", LARGE) == expected
+    assert sampling_dtype("cuda") == sampling_dtype("cuda:1") == expected
+    assert sampling_dtype("cpu") == torch.float32
+
+
+def test_cuda_is_the_default_where_there_is_one(monkeypatch):
+    for has_it, expected in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_it=has_it: has_it)
+        assert default_device() == expected
+
+
+def test_autocast_is_in_the_precision_that_is_asked_for():
+    linear = nn.Linear(2, 2)
+    x_12 = torch.ones(1, 2)
+    for dtype, expected in ((None, torch.float32), (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        with autocast(torch.device("cpu"), dtype):
+            assert linear(x_12).dtype == expected
+    assert linear.weight.dtype == torch.float32
+
+
+def test_cudnn_attention_is_off_for_cuda_alone(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)
+    prepare_device("cpu")
+    assert calls == []
+    prepare_device("cuda:1")
+    assert calls == [False]
