@@ -70,9 +70,8 @@ def test_bf16_halves_the_hidden_units_and_adds_copies_of_weights(preset):
 def test_lora_needs_frozen_weights_and_16_bytes_an_adapter_parameter(dtype, size):
     model, preset = meta(), replace(LLAMA, micro_batch_tokens=1000, max_source=10, max_target=10, lora_rank=3)
     n_parameters = sum(p.numel() for p in model.parameters())
-    n_trained = (
-        4 * 3 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
-    )  # query and output, key and value, three of 128
+    # Of each of four layers: query and output, key and value, the three of the feed-forward.
+    n_trained = 4 * 3 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
     assert n_adapter_parameters(model, 3) == n_trained
     copies = 2 * n_trained if size == 2 else 0
     a_layer, inputs = 1000 * (40 * 64 + 4 * size * 128 + 7 * 3 * size), 4 * size * 1000 * 64
@@ -147,9 +146,8 @@ def test_activations_with_adapters_are_not_estimated_too_low(family, dtype):
     add_adapters(model, rank=32, alpha=64.0, seed=0)
     ours = 2 * (20 + 30) * 8 * activation_bytes_a_token(model, preset, dtype, "cpu")
     theirs = saved_bytes(model, 12, dtype) - saved_bytes(model, 4, dtype)
-    print("MEASURED", family, dtype, ours / theirs)
     assert theirs < 1.1 * ours, "an estimate that is too low"
-    assert ours < 2 * theirs  # the stream is bf16 where the weights are, which the estimate takes for fp32
+    assert ours < 1.7 * theirs  # the stream is bf16 where the weights are, which the estimate takes for fp32
 
 
 def test_sampling_needs_weights_cache_and_logits():

@@ -74,7 +74,7 @@ def ctrl_c_is_heard():
 
 
 TRAININGS = [
-    *((loop, family) for loop in LOOPS for family in ("t5", "llama")),
+    *[(loop, family) for loop in LOOPS for family in ("t5", "llama")],
     ("sft", "t5-lora"),
     ("dpo", "llama-lora"),
 ]
