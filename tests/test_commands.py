@@ -459,7 +459,7 @@ def test_a_run_that_cannot_fit_is_refused(call, tiny_model_dir, my_data, monkeyp
     monkeypatch.setattr(estimates, "available_bytes", lambda device: 10**6)
     outcome = call("train.py", "--model", tiny_model_dir, "--data", my_data, "--run-dir", "run", *flags)
     assert outcome.status == 2
-    assert re.fullmatch(r"train\.py: memory: training .* GB, sampling .* GB needed .*", outcome.complaints[0])
+    assert re.fullmatch(r"train\.py: memory: training .* GB, sampling .* MB needed .*", outcome.complaints[0])
     assert not Path("run").exists()
 
 
