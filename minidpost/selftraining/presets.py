@@ -16,7 +16,7 @@ from minidpost.models.t5 import T5Config
 from minidpost.models.weights import empty_model
 from minidpost.precision import forward_dtype
 from minidpost.sampling.sampler import SamplingSettings
-from minidpost.selftraining.methods import METHODS
+from minidpost.selftraining.methods import METHODS, Method
 from minidpost.training.dpo import DPOSettings
 from minidpost.training.optim import Schedule
 from minidpost.training.sft import SFTSettings
@@ -99,13 +99,22 @@ class Preset:
             dtype=dtype,
         )
 
+    @property
+    def freezes_weights(self) -> bool:
+        """Whether adapters are trained (LoRA) instead of the model's own weights."""
+        return self.lora_rank is not None
+
+    def iterations_of(self, method: Method) -> int:
+        """The iterations after the warm-up that a method makes."""
+        return self.iterations if method.iterates else 0
+
     def weights_dtype(self, device: str, dtype: torch.dtype | None = None) -> torch.dtype:
         """The precision in which training holds a model's own weights.
 
         That is fp32 where they are trained. Where they are frozen (LoRA) it is that of forward passes, for which
         `dtype` is what it is for `precision.autocast`: bf16 weights take half the memory, and no copy to be multiplied.
         """
-        return torch.float32 if self.lora_rank is None else forward_dtype(torch.device(device), dtype)
+        return forward_dtype(torch.device(device), dtype) if self.freezes_weights else torch.float32
 
     def schedule(self, learning_rate: float) -> Schedule:
         """The optimizer's settings with this peak learning rate."""

@@ -20,6 +20,7 @@ from torch import nn
 
 from minidpost.models.weights import open_tensors
 from minidpost.storage import staged_file
+from minidpost.training.optim import trained_parameters
 
 
 class Terminated(KeyboardInterrupt):
@@ -128,11 +129,6 @@ class TrainingState:
                 interrupt(self.stop_signal)
         finally:
             restore_handlers()
-
-
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a model that are not frozen, by name."""
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def fingerprint(*identity: object) -> str:
