@@ -40,6 +40,7 @@ SHAPES = {  # name: config, tokenizer, both in ../shared
     "flan-t5-base": ("flan-t5-base", "t5"),
     "flan-t5-large": ("flan-t5-large", "t5"),
     "flan-t5-xl": ("flan-t5-xl", "t5"),
+    "smollm2-135m": ("smollm2-135m", "smollm2"),
     "llama-3.2-1b": ("Llama-3.2-1B", "llama3"),
     "llama-3-8b": ("Meta-Llama-3-8B", "llama3"),
 }

@@ -1,0 +1,559 @@
+"""What one GPU gives: sampling and training at true shapes, beside transformers, and the parts of the recipe added up.
+
+    python -m benchmarks.gpu                      everything, in under 25 minutes
+    python -m benchmarks.gpu --parts sampling --models flan-t5-large --rows 32,256
+    python -m benchmarks.gpu --scale try --device cpu       a minute on two cores: that the script itself has no faults
+
+Weights are random, at the models' true shapes; lengths, questions and annotations are GSM8K's (see scripted.py). All
+weights of sampling are bf16; training has fp32 weights and bf16 autocast. *MBU* is the share of the memory's bandwidth
+and *MFU* the share of the multiplications' peak that the numbers of the method need at least: in a decoding step every
+weight of the decoder and every cached key and value is read once; a token of training costs 6 operations a parameter.
+Bandwidth and peak are those that a large copy and a large product reached on the same card, not the data sheet's.
+
+Every measurement is written to gpu.json as soon as it is there, and gpu.md is made of that; a second call measures what
+is missing. A measurement that fails is a line of the page, and the next one follows.
+"""
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.common import RESULTS, machine_line
+from benchmarks.scripted import SHARED, Work, open_shape, sampled, scripted_work
+from benchmarks.training import gold_sequences, stand_in_pairs
+from minidpost.data import datasets
+from minidpost.models.hf_config import Model
+from minidpost.models.t5 import T5Config
+from minidpost.precision import default_device, prepare_device
+from minidpost.sampling.cuda_graphs import CUDAGraphs
+from minidpost.selftraining.presets import n_parameters, preset_of
+from minidpost.storage import markdown_table, read_json, write_json
+from minidpost.text.templates import Template
+from minidpost.training.dpo import reference_log_probabilities, train_dpo
+from minidpost.training.optim import read_log
+from minidpost.training.sft import train_sft
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("ceilings", "tests", "sampling", "training", "peers", "profile")
+PEER_ROWS = 32  # where transformers is measured beside us
+SAMPLES = 8  # of a question, in sampling
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured."""
+
+    models: tuple[str, ...]
+    rows: tuple[int, ...]
+    waves: int  # completions for each row that is decoded at once
+    max_new_tokens: int | None
+    steps: int  # of a training, after the first ones
+    peak_size: int  # rows and columns of the product that the peak is taken from
+
+
+SCALES = {
+    "whole": Scale(
+        models=("flan-t5-large", "smollm2-135m", "llama-3.2-1b", "llama-3-8b"),
+        rows=(1, 8, 32, 64, 128, 256, 512),
+        waves=3,
+        max_new_tokens=None,
+        steps=8,
+        peak_size=8192,
+    ),
+    "short": Scale(
+        models=("flan-t5-large", "smollm2-135m"),
+        rows=(32, 256),
+        waves=2,
+        max_new_tokens=None,
+        steps=5,
+        peak_size=8192,
+    ),
+    "try": Scale(models=("tiny-t5", "tiny-llama"), rows=(2, 4), waves=2, max_new_tokens=12, steps=1, peak_size=256),
+}
+FIRST_STEPS = 3  # of a training, in which libraries are set up; not timed
+
+
+@dataclass
+class Bench:
+    """What is asked for, and what has been found: measurement by name."""
+
+    options: argparse.Namespace
+    scale: Scale
+    found: dict[str, Any]
+
+    def measure(self, name: str, work: Callable[[], Any]) -> None:
+        """Note what `work` gives, or the error that it ends with; not if it is known already."""
+        if name in self.found and "error" not in self.found[name]:
+            return
+        started = time.perf_counter()
+        try:
+            result = work()
+        except Exception as error:
+            traceback.print_exc()
+            result = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        seconds = time.perf_counter() - started
+        print(f"[{seconds:6.1f} s] {name}: {json.dumps(result)[:300]}", file=sys.stderr, flush=True)
+        self.found[name] = result
+        write_json(self.options.output.with_suffix(".json"), self.found)
+        self.options.output.write_text(page(self.found), encoding="utf-8")
+        free_memory()
+
+
+def main() -> None:
+    """Measure what is asked for and is not known yet."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--models", help="names of shapes with commas between (default: the scale's)")
+    parser.add_argument("--rows", help="rows decoded at once, numbers with commas between (default: the scale's)")
+    parser.add_argument("--scale", choices=SCALES, default="whole", help="how much (default: whole)")
+    parser.add_argument("--shared", type=Path, default=SHARED, help="where configs, tokenizers and data lie")
+    parser.add_argument("--device", default=default_device(), help="(default: cuda if any)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu.md", help="(default: benchmarks/results/gpu.md)")
+    options = parser.parse_args()
+    scale = SCALES[options.scale]
+    if options.models:
+        scale = replace(scale, models=tuple(options.models.split(",")))
+    if options.rows:
+        scale = replace(scale, rows=tuple(map(int, options.rows.split(","))))
+    unknown = set(options.parts.split(",")) - set(PARTS)
+    if unknown:
+        parser.error(f"--parts {min(unknown)}: one of {', '.join(PARTS)} is expected")
+
+    prepare_device(options.device)
+    data = options.output.with_suffix(".json")
+    bench = Bench(options, scale, read_json(data) if data.is_file() else {})
+    bench.found["machine"] = machine(options.device)
+    for part in options.parts.split(","):
+        measurements = {
+            "ceilings": ceilings,
+            "tests": gpu_tests,
+            "sampling": sampling,
+            "training": training,
+            "peers": peers,
+            "profile": profiles,
+        }[part]
+        measurements(bench)
+    print(page(bench.found))
+
+
+def machine(device: str) -> dict[str, str]:
+    """Where this runs."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "no GPU"
+    return {"gpu": name, "line": machine_line()}
+
+
+def wait(device: str) -> None:
+    """Until the device has done all that it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free_memory() -> None:
+    """Give back what no tensor needs any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gb(device: str) -> float:
+    """The most memory that tensors have had since `free_memory`, in GB; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.device(device).type == "cuda" else 0.0
+
+
+def seconds_of(work: Callable[[], object], device: str, n_times: int) -> float:
+    """The median of the seconds that `work` takes on the device, after one time that does not count."""
+    seconds = []
+    for _ in range(n_times + 1):
+        wait(device)
+        started = time.perf_counter()
+        work()
+        wait(device)
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[1:])
+
+
+# -- what the card can do ---------------------------------------------------------------------------------------------
+
+
+def ceilings(bench: Bench) -> None:
+    """The bandwidth of a large copy (read and written), and the speed of a large bf16 product."""
+    device, size = bench.options.device, bench.scale.peak_size
+
+    def bandwidth() -> dict[str, float]:
+        source = torch.empty(2**29 if size > 1000 else 2**20, dtype=torch.bfloat16, device=device).normal_()
+        target = torch.empty_like(source)
+        seconds = seconds_of(lambda: target.copy_(source), device, 10)
+        return {"gb_s": 2 * source.numel() * source.itemsize / seconds / 1e9}
+
+    def product() -> dict[str, float]:
+        left = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+        right = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+        return {"tflop_s": 2 * size**3 / seconds_of(lambda: left @ right, device, 10) / 1e12}
+
+    bench.measure("ceilings/bandwidth", bandwidth)
+    bench.measure("ceilings/product", product)
+
+
+def gpu_tests(bench: Bench) -> None:
+    """The tests that need a GPU; pytest's closing line."""
+
+    def run() -> dict[str, str]:
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests")]
+        output = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout
+        if "failed" in output.splitlines()[-1] or "error" in output.splitlines()[-1]:
+            print(output[-6000:], file=sys.stderr)
+        return {"closing line": output.splitlines()[-1].strip("= ")}
+
+    bench.measure("tests", run)
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def work_for(template: Template, rows: int, bench: Bench) -> Work:
+    """Eight samples of each of so many questions that every row is refilled; one question alone for one row."""
+    n_samples = min(SAMPLES, rows)
+    n_questions = -(-bench.scale.waves * rows // n_samples) if rows > 1 else 2
+    work = scripted_work(template, n_questions, bench.options.shared, n_samples=n_samples)
+    return work.part(len(work.prompts), bench.scale.max_new_tokens)
+
+
+def shortened(work: Work) -> Work:
+    """Scripts that end where completions are cut, so that they can be compared."""
+    assert work.scripts is not None
+    return replace(work, scripts=[script[: work.max_new_tokens] for script in work.scripts])
+
+
+def sampling(bench: Bench) -> None:
+    """Tokens a second with the calculator, for every model and number of rows; and the device's part of a step."""
+    for name in bench.scale.models:
+        opened: list[tuple[nn.Module, Template]] = []
+
+        def open_once(name: str = name, opened: list[Any] = opened) -> tuple[nn.Module, Template]:
+            if not opened:
+                opened.append(open_shape(name, weights_dtype(bench), bench.options.device, bench.options.shared))
+            return opened[0]
+
+        for rows in bench.scale.rows:
+            bench.measure(f"sampling/{name}/{rows}", lambda rows=rows: sampling_at(rows, *open_once(), bench))
+        opened.clear()
+        free_memory()
+
+
+def weights_dtype(bench: Bench) -> torch.dtype:
+    """bf16 on a GPU."""
+    return torch.bfloat16 if torch.device(bench.options.device).type == "cuda" else torch.float32
+
+
+def sampling_at(rows: int, model: Any, template: Template, bench: Bench) -> dict[str, float]:
+    """One number of rows: the whole, and what the device alone takes for a step."""
+    device = bench.options.device
+    work = work_for(template, rows, bench)
+    sampled(model, work.part(rows, 4), rows)  # sets libraries up
+    wait(device)
+    started = time.perf_counter()
+    completions = sampled(model, work, rows)
+    wait(device)
+    seconds = time.perf_counter() - started
+    if completions != shortened(work).scripts:
+        raise RuntimeError("a completion is not its script")
+    started = time.perf_counter()
+    sampled(model, work, rows, has_calculator=False)
+    wait(device)
+    seconds_without = time.perf_counter() - started
+    n_tokens = sum(map(len, completions))
+    result = {
+        "completions": len(completions),
+        "tokens": n_tokens,
+        "seconds": seconds,
+        "tokens_s": n_tokens / seconds,
+        "tokens_s_without_calculator": n_tokens / seconds_without,
+        "peak_gb": peak_gb(device),
+    }
+    return result | device_step(model, work, rows, device)
+
+
+def device_step(model: Any, work: Work, rows: int, device: str) -> dict[str, float]:
+    """The seconds of one decoding step on the device, half of the completions written, and the bytes that it needs."""
+    max_prompt = max(map(len, work.prompts))
+    n_written = sum(map(len, work.scripts or [])) // (2 * len(work.prompts))
+    cache = model.new_cache(rows + 16, max_prompt, work.max_new_tokens + 8)
+    prompts = work.prompts[:rows]
+    for start in range(0, rows, 16):
+        end = min(start + 16, rows)
+        model.prefill(cache, range(start, end), [prompts[i % len(prompts)] for i in range(start, end)])
+    own = cache.own if isinstance(model.config, T5Config) else cache
+    n_new = min(n_written, work.max_new_tokens - 2)
+    with torch.inference_mode():
+        own.set_lengths(range(rows), (own.lengths[:rows] + n_new).tolist())
+    ids_B = torch.full((rows,), 5, device=device)
+    if torch.device(device).type == "cuda":
+        graphs = CUDAGraphs(model, cache)
+        graphs(ids_B)
+        replay = next(iter(graphs.recorded.values())).replay if graphs.recorded else None
+    else:
+        replay = None
+    plan = cache.plan(rows)
+
+    @torch.inference_mode()
+    def plain() -> None:
+        model.step(cache, plan, ids_B)
+
+    seconds = seconds_of(replay or plain, device, 20)
+    return {"step_ms": 1000 * seconds, "step_gb": step_bytes(model, cache, rows) / 1e9}
+
+
+def step_bytes(model: Any, cache: Any, rows: int) -> int:
+    """What a step must read at least: the weights it multiplies with, and each row's keys and values.
+
+    T5's encoder has done its work, and a prompt that several rows continue is read once for all of them.
+    """
+    is_t5 = isinstance(model.config, T5Config)
+    stack = model.stacks[1]
+    weights = n_parameters(stack) + model.config.vocab_size * model.config.d_model
+    itemsize = next(model.parameters()).itemsize
+    own = cache.own if is_t5 else cache
+    n_layers, _, n_heads, _, d_head = own.keys_LBGSK.shape
+    positions = int(own.lengths[:rows].sum())
+    if is_t5:
+        store = cache.prompt.store
+        positions += int(store.lengths[:rows].sum())
+    return itemsize * (weights + 2 * n_layers * n_heads * d_head * positions)
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def training(bench: Bench) -> None:
+    """Tokens a second of SFT and DPO with the model's own preset."""
+    for name in bench.scale.models:
+        if name == "llama-3-8b":
+            continue  # 16 bytes a parameter do not fit on one card
+        bench.measure(f"sft/{name}", lambda name=name: sft_of(name, bench))
+        bench.measure(f"dpo/{name}", lambda name=name: dpo_of(name, bench))
+
+
+def trained_on(name: str, bench: Bench) -> tuple[Model, Any, list[Any], list[Any]]:
+    """A model with fp32 weights, its preset, examples and pairs."""
+    model, template = open_shape(name, torch.float32, bench.options.device, bench.options.shared)
+    preset = preset_of(model.config, "dpo-st")
+    data = "gsm8k" if (bench.options.shared / "data" / "gsm8k" / "train.jsonl").is_file() else "toy"
+    labelled = datasets.load(data, "train", bench.options.shared / "data")[:2000]
+    gold = list(gold_sequences(labelled, template, preset).values())
+    return model, preset, gold, stand_in_pairs(gold[:500], preset)
+
+
+def sft_of(name: str, bench: Bench) -> dict[str, float]:
+    """A few optimizer steps of SFT."""
+    model, preset, gold, _ = trained_on(name, bench)
+    n_steps = FIRST_STEPS + bench.scale.steps
+    settings = preset.sft(SEED)
+    with TemporaryDirectory() as scratch:
+        log = Path(scratch) / "log.jsonl"
+        examples = gold[: n_steps * settings.examples_per_step]
+        train_sft(model, examples, replace(settings, epochs=1), log_path=log)
+        return speed_of(model, log, bench.options.device)
+
+
+def dpo_of(name: str, bench: Bench) -> dict[str, float]:
+    """A few optimizer steps of DPO, and the reference's log-probabilities before."""
+    model, preset, _, pairs = trained_on(name, bench)
+    device = bench.options.device
+    n_steps = FIRST_STEPS + bench.scale.steps
+    settings = replace(preset.dpo(len(pairs), SEED), steps=n_steps)
+    pairs = pairs[: n_steps * settings.pairs_per_step]
+    with TemporaryDirectory() as scratch:
+        log = Path(scratch) / "log.jsonl"
+        reference_log_probabilities(model, pairs[:32], micro_batch_tokens=settings.micro_batch_tokens)
+        wait(device)
+        started = time.perf_counter()
+        reference_P2 = reference_log_probabilities(model, pairs, micro_batch_tokens=settings.micro_batch_tokens)
+        wait(device)
+        seconds = time.perf_counter() - started
+        n_tokens = sum(sequence.n_tokens for pair in pairs for sequence in pair.sequences)
+        train_dpo(model, pairs, reference_P2, settings, log_path=log)
+        return speed_of(model, log, device) | {"reference_tokens_s": n_tokens / seconds}
+
+
+def speed_of(model: Model, log: Path, device: str) -> dict[str, float]:
+    """Out of a training's log, without its first steps."""
+    steps = list(read_log(log))[FIRST_STEPS:]
+    seconds = [step["n_tokens"] / step["tokens_per_second"] for step in steps]
+    return {
+        "tokens_s": sum(step["n_tokens"] for step in steps) / sum(seconds),
+        "step_ms": 1000 * median(seconds),
+        "tokens_a_step": median(step["n_tokens"] for step in steps),
+        "flops_a_token": 6 * parameters_a_token(model),
+        "loss": steps[-1]["loss"],
+        "peak_gb": peak_gb(device),
+    }
+
+
+def parameters_a_token(model: Model) -> float:
+    """The parameters that a token is multiplied with, on average over source and target tokens.
+
+    Of T5 a source token passes the encoder and a target token the decoder, each about half of the whole; the output
+    matrix counts for target tokens. Of GSM8K's tokens about half are targets.
+    """
+    source, target = (n_parameters(stack) for stack in model.stacks)
+    head = model.config.vocab_size * model.config.d_model
+    return (source + target + head) / 2
+
+
+# -- peers ------------------------------------------------------------------------------------------------------------
+
+
+def peers(bench: Bench) -> None:
+    """transformers' generate with a calculator in its loop, at one number of rows, by length of the question."""
+    for name in bench.scale.models:
+        bench.measure(f"peer/{name}/{PEER_ROWS}", lambda name=name: peer_sampling(name, bench))
+
+
+def peer_sampling(name: str, bench: Bench) -> dict[str, float]:
+    """transformers' tokens a second at the same work, in the same precision."""
+    from benchmarks.peers import generate, twin
+
+    device = bench.options.device
+    model, template = open_shape(name, weights_dtype(bench), device, bench.options.shared)
+    work = work_for(template, PEER_ROWS, bench)
+    peer = twin(model)
+    generate(peer, work.part(PEER_ROWS, 4), PEER_ROWS)
+    wait(device)
+    started = time.perf_counter()
+    completions = generate(peer, work, PEER_ROWS)
+    wait(device)
+    seconds = time.perf_counter() - started
+    n_tokens = sum(map(len, completions))
+    return {"tokens": n_tokens, "seconds": seconds, "tokens_s": n_tokens / seconds}
+
+
+# -- where the time goes ----------------------------------------------------------------------------------------------
+
+
+def profiles(bench: Bench) -> None:
+    """Tables of torch's profiler, of sampling and of SFT; to gpu-profile.txt."""
+    path = bench.options.output.with_name("gpu-profile.txt")
+    path.write_text("", encoding="utf-8")
+    for name in bench.scale.models[:2]:
+        bench.measure(f"profile/{name}", lambda name=name: profile_of(name, bench, path))
+
+
+def profile_of(name: str, bench: Bench, path: Path) -> dict[str, float]:
+    """The operations that take most of the time, in plain decoding steps (no graphs) and in SFT's steps."""
+    from torch.profiler import ProfilerActivity, profile
+
+    device = bench.options.device
+    activities = [ProfilerActivity.CPU]
+    if torch.device(device).type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    model, template = open_shape(name, weights_dtype(bench), device, bench.options.shared)
+    rows = bench.scale.rows[-1]
+    work = work_for(template, rows, bench)
+    work = work.part(rows, 24)
+    sampled(model, work, rows)
+
+    def sft_steps() -> None:
+        trained, preset, gold, _ = trained_on(name, bench)
+        settings = replace(preset.sft(SEED), epochs=1)
+        train_sft(trained, gold[: 3 * settings.examples_per_step], settings)
+
+    for title, run in (
+        (f"{name}: plain decoding steps, {rows} rows", lambda: sampled(model, work, rows, use_cuda_graphs=False)),
+        (f"{name}: decoding steps as graphs, {rows} rows", lambda: sampled(model, work, rows)),
+        (f"{name}: three steps of SFT", sft_steps),
+    ):
+        with profile(activities=activities) as profiler:
+            run()
+            wait(device)
+        averages = profiler.key_averages()
+        with open(path, "a", encoding="utf-8") as stream:
+            for key in ("self_device_time_total", "self_cpu_time_total"):
+                table = averages.table(sort_by=key, row_limit=22, max_name_column_width=60)
+                stream.write(f"\n# {title}, by {key}\n{table}\n")
+    return {"rows": rows}
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def page(found: dict[str, Any]) -> str:
+    """What has been measured, as Markdown."""
+    lines = ["# One GPU", "", f"`python -m benchmarks.gpu` · {found['machine']['gpu']}, {found['machine']['line']}", ""]
+    lines += [*(__doc__ or "").split("\n\n")[2:3], ""]
+    bandwidth = found.get("ceilings/bandwidth", {}).get("gb_s")
+    peak = found.get("ceilings/product", {}).get("tflop_s")
+    if bandwidth and peak:
+        lines += [f"A large copy: {bandwidth:,.0f} GB/s. A large bf16 product: {peak:,.0f} TFLOP/s.", ""]
+    if "tests" in found:
+        lines += [f"`pytest -m gpu`: {found['tests'].get('closing line', found['tests'])}.", ""]
+    sampling_rows = [*sampling_lines(found, bandwidth)]
+    if sampling_rows:
+        heads = ["sampling", "rows", "tokens/s", "calculator off", "step, ms", "the device's part, ms", "MBU", "GB"]
+        lines += [markdown_table([*heads, "transformers, tokens/s"], sampling_rows), ""]
+    training_rows = [*training_lines(found, peak)]
+    if training_rows:
+        heads = ["training", "tokens/s", "step, ms", "tokens a step", "MFU", "GB", "reference pass, tokens/s"]
+        lines += [markdown_table(heads, training_rows), ""]
+    errors = [f"- {name}: {value['error']}" for name, value in found.items() if "error" in value]
+    if errors:
+        lines += ["Failed:", "", *errors, ""]
+    return "\n".join(lines)
+
+
+def sampling_lines(found: dict[str, Any], bandwidth: float | None) -> Iterator[list[str]]:
+    """A line for each model and number of rows."""
+    for name, value in found.items():
+        if not name.startswith("sampling/") or "error" in value:
+            continue
+        _, model, rows = name.split("/")
+        step_ms = 1000 * int(rows) / value["tokens_s"]
+        mbu = f"{value['step_gb'] / value['step_ms'] * 1000 / bandwidth:.0%}" if bandwidth else "–"
+        peer = found.get(f"peer/{model}/{rows}", {}).get("tokens_s")
+        yield [
+            model,
+            rows,
+            f"{value['tokens_s']:,.0f}",
+            f"{value['tokens_s_without_calculator']:,.0f}",
+            f"{step_ms:.2f}",
+            f"{value['step_ms']:.2f}",
+            mbu,
+            f"{value['peak_gb']:.1f}",
+            f"{peer:,.0f} ({value['tokens_s'] / peer:.1f}×)" if peer else "–",
+        ]
+
+
+def training_lines(found: dict[str, Any], peak: float | None) -> Iterator[list[str]]:
+    """A line for each training."""
+    for name, value in found.items():
+        if not name.startswith(("sft/", "dpo/")) or "error" in value:
+            continue
+        mfu = f"{value['tokens_s'] * value['flops_a_token'] / peak / 1e12:.0%}" if peak else "–"
+        reference = value.get("reference_tokens_s")
+        yield [
+            name.replace("/", ", "),
+            f"{value['tokens_s']:,.0f}",
+            f"{value['step_ms']:.0f}",
+            f"{value['tokens_a_step']:,.0f}",
+            mfu,
+            f"{value['peak_gb']:.1f}",
+            f"{reference:,.0f}" if reference else "–",
+        ]
+
+
+if __name__ == "__main__":
+    main()
