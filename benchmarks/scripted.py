@@ -25,9 +25,9 @@ from minidpost.data import datasets
 from minidpost.data.example import Example
 from minidpost.models.hf_config import mapping_for, model_type, read_config
 from minidpost.models.hub import WEIGHTS_DIR
-from minidpost.models.kvcache import KVCache, T5Cache
+from minidpost.models.kvcache import KVCache, T5Cache, indices
 from minidpost.models.weights import load_model, load_template
-from minidpost.sampling.cuda_graphs import CUDAGraphs
+from minidpost.sampling.cuda_graphs import recorded_steps
 from minidpost.sampling.sampler import Request, SamplingSettings, sample
 from minidpost.selftraining.presets import T5
 from minidpost.text.templates import Template, template_for
@@ -72,7 +72,8 @@ class ScriptedCache:
     def copy_rows(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> None:
         """Make each target row a copy of its source row, or the next sample of its prompt."""
         self.cache.copy_rows(source_ids, target_ids)
-        self.pointer_B[list(target_ids)] = self.pointer_B[list(source_ids)]
+        source_N = indices(source_ids, self.pointer_B.device)
+        self.pointer_B[indices(target_ids, self.pointer_B.device)] = self.pointer_B[source_N]
         for source, target in zip(source_ids, target_ids, strict=True):
             if source in self.starts:
                 self.pointer_B[target] = next(self.starts[source])
@@ -108,8 +109,13 @@ class ScriptedModel:
 
     def new_cache(self, n_rows: int, max_prompt: int, max_new: int) -> ScriptedCache:
         """The model's, and a pointer a row."""
-        cache = self.model.new_cache(n_rows, max_prompt, max_new)
-        step = CUDAGraphs(self.model, cache) if self.use_cuda_graphs else partial(self.model.decode, cache)
+        step: Step
+        if self.use_cuda_graphs:
+            step = recorded_steps(self.model, n_rows, max_prompt, max_new)
+            cache = step.cache
+        else:
+            cache = self.model.new_cache(n_rows, max_prompt, max_new)
+            step = partial(self.model.decode, cache)
         return ScriptedCache(cache, step, n_rows, self.device)
 
     @torch.inference_mode()

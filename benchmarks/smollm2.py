@@ -4,11 +4,12 @@
     python -m benchmarks.smollm2 train  --model FILE.gguf    train.py with --method st and --method dpo-st
     python -m benchmarks.smollm2 grade  --model FILE.gguf    its models' greedy answers to the test questions
     python -m benchmarks.smollm2 report                      smollm2.md
+    python -m benchmarks.smollm2 all    --model FILE.gguf    base, train and grade side by side, for a GPU
 
 Every part goes on where it was stopped; what it finds lies in benchmarks/results/smollm2/ as JSON. `--scale whole` is
-the paper's recipe (6,705 labelled questions, three iterations, all test questions), for a GPU; `--scale part` is what
-two cores can do in some hours, and says so in the page; `--scale try` shows that everything works. Nothing is chosen by
-a test question.
+the paper's recipe (6,705 labelled questions, K = 3, three iterations, all test questions), for a GPU; `--scale part` is
+what two cores can do in some hours, and says so in the page; `--scale try` shows that everything works. Nothing is
+chosen by a test question.
 
 A seed's ST and DPO-ST runs have the same warm-up, bit for bit, so that it is trained once and copied: the difference
 between them is the DPO step's alone.
@@ -20,6 +21,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +61,21 @@ class Scale:
     iterations: int
     n_test: int | None
     n_dev: int | None
+    n_base: int | None = None  # of each test set, for the base model
     max_new_tokens: int = 300
 
 
 SCALES = {
-    "whole": Scale(flags=("--template", "chat"), iterations=3, n_test=None, n_dev=None),
+    "whole": Scale(
+        flags=(
+            *("--template", "chat", "--samples", "3", "--sft-examples-per-step", "64", "--sft-learning-rate", "3e-4"),
+            *("--dpo-pairs-per-step", "64", "--micro-batch-tokens", "24576", "--pass-questions", "200"),
+        ),
+        iterations=3,
+        n_test=None,
+        n_dev=200,
+        n_base=500,
+    ),
     "part": Scale(
         flags=(
             *("--template", "chat", "--limit", "1000", "--sft-epochs", "2", "--sft-examples-per-step", "32"),
@@ -72,6 +84,7 @@ SCALES = {
         iterations=1,
         n_test=200,
         n_dev=100,
+        n_base=200,
     ),
     "try": Scale(
         flags=(
@@ -82,18 +95,20 @@ SCALES = {
         iterations=1,
         n_test=2,
         n_dev=2,
+        n_base=2,
         max_new_tokens=40,
     ),
 }
 
 
 def main() -> None:
-    """Run one of the four parts."""
+    """Run one of the parts."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("part", choices=("base", "train", "grade", "report"))
+    parser.add_argument("part", choices=("base", "train", "grade", "report", "all"))
     parser.add_argument("--model", help="the GGUF file of SmolLM2-135M-Instruct, or the directory made from it")
     parser.add_argument("--scale", choices=SCALES, default="part", help="how much of the recipe (default: part)")
     parser.add_argument("--seeds", default="1", help="of the runs (default: 1)")
+    parser.add_argument("--methods", default=",".join(METHODS), help=f"(default: {','.join(METHODS)})")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the datasets lie (default: data)")
     parser.add_argument("--runs", type=Path, default=Path("runs/smollm2"), help="(default: runs/smollm2)")
     parser.add_argument("--device", default=default_device(), help="(default: cuda if any)")
@@ -109,8 +124,12 @@ def main() -> None:
     if options.part == "base":
         measure_base(base, options)
         return
-    for seed in [int(seed) for seed in options.seeds.split(",")]:
-        for method in METHODS:
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    if options.part == "all":
+        run_all(base, seeds, options)
+        return
+    for seed in seeds:
+        for method in options.methods.split(","):
             if options.part == "train":
                 train(base, method, seed, options)
             else:
@@ -168,7 +187,7 @@ def measure_base(base: Path, options: argparse.Namespace) -> None:
                 key = f"{prompt}/{test}/{'on' if calculator else 'off'}"
                 if key in found:
                     continue
-                examples = questions(test, "test", options, scale.n_test)
+                examples = questions(test, "test", options, scale.n_base)
                 completions = greedy_completions(model, template, examples, options, calculator=calculator, label=key)
                 found[key] = {
                     "strict": outcomes(completions, examples),
@@ -233,8 +252,43 @@ def train(base: Path, method: str, seed: int, options: argparse.Namespace) -> No
     flags += scale.flags
     warmed_up = run_directory(METHODS[0], seed, options)
     if method != METHODS[0] and not directory.exists():
+        while not has_warmed_up(warmed_up):  # which another process may be at
+            time.sleep(1)
         take_over_warm_up(warmed_up, directory, method)
     subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], check=True)
+
+
+def run_all(base: Path, seeds: Sequence[int], options: argparse.Namespace) -> None:
+    """Train all runs at once, each in a process, beside the base model's answers, and grade models as they come.
+
+    A small model's training and sampling leave a GPU idle half of the time, in which others can use it.
+    """
+    flags = ["--model", str(base), "--scale", options.scale, "--data-dir", str(options.data_dir)]
+    flags += ["--runs", str(options.runs), "--device", options.device, "--slots", str(options.slots)]
+    command = [sys.executable, "-m", "benchmarks.smollm2"]
+    others = [subprocess.Popen([*command, "base", *flags], cwd=ROOT)]
+    for seed in seeds:
+        for method in METHODS:
+            of_run = ["--seeds", str(seed), "--methods", method]
+            others.append(subprocess.Popen([*command, "train", *flags, *of_run], cwd=ROOT))
+    try:
+        is_over = False
+        while not is_over:
+            is_over = all(other.poll() is not None for other in others)  # one that has failed too
+            for seed in seeds:
+                for method in METHODS:
+                    if has_warmed_up(run_directory(method, seed, options)):
+                        grade(method, seed, options)
+            time.sleep(1)
+    finally:
+        for other in others:
+            other.terminate()
+
+
+def has_warmed_up(directory: Path) -> bool:
+    """Whether a run has all of iteration 0."""
+    path = directory / "stages.jsonl"
+    return path.is_file() and '"iteration-0/evaluation.json"' in path.read_text(encoding="utf-8")
 
 
 def take_over_warm_up(done: Path, new: Path, method: str) -> None:
@@ -266,32 +320,33 @@ def grade(method: str, seed: int, options: argparse.Namespace) -> None:
         if not model_dir.is_dir():
             continue
         entry: dict[str, Any] = found.setdefault(key, {})
-        if "dev" in entry:  # the last to be graded: the warm-up, where another method's run has it too
+        measurements = [f"{test}/{calculator}" for calculator in ("on", "off") for test in TESTS]
+        missing = [name for name in ("dev", *measurements) if name not in entry]
+        if not missing:
             continue
         model = load_model(model_dir, sampling_dtype(options.device), options.device)
         template = load_template(model_dir)
-        for test in TESTS:
-            examples = questions(test, "test", options, scale.n_test)
-            for calculator in (True, False):
-                name = f"{test}/{'on' if calculator else 'off'}"
-                if name in entry:
-                    continue
-                label = f"seed {seed}, {key}, {name}"
-                completions = greedy_completions(model, template, examples, options, calculator=calculator, label=label)
+        for name in missing:
+            label = f"seed {seed}, {key}, {name}"
+            if name == "dev":
+                entry[name] = correct_samples(model, template, options, label=label)
+            else:
+                test, _, calculator = name.partition("/")
+                examples = questions(test, "test", options, scale.n_test)
+                is_on = calculator == "on"
+                completions = greedy_completions(model, template, examples, options, calculator=is_on, label=label)
                 entry[name] = outcomes(completions, examples)
-                write_json(path, found)
-        examples = questions("gsm8k", "dev", options, scale.n_dev)
-        rows = samples_by_question(
-            model,
-            template,
-            examples,
-            settings(options, temperature=0.7, seed=777),
-            n_samples=N_SAMPLES,
-            calculator=True,
-            label=f"seed {seed}, {key}, dev, {N_SAMPLES} samples",
-        )
-        entry["dev"] = [sum(bool(sample.is_correct) for sample in row) for row in rows]
-        write_json(path, found)
+            write_json(path, found)
+
+
+def correct_samples(model: Model, template: Template, options: argparse.Namespace, *, label: str) -> list[int]:
+    """How many of each dev question's samples are correct."""
+    examples = questions("gsm8k", "dev", options, SCALES[options.scale].n_dev)
+    random = settings(options, temperature=0.7, seed=777)
+    rows = samples_by_question(
+        model, template, examples, random, n_samples=N_SAMPLES, calculator=True, label=f"{label}, {N_SAMPLES} samples"
+    )
+    return [sum(bool(sample.is_correct) for sample in row) for row in rows]
 
 
 def machine() -> dict[str, Any]:
@@ -346,12 +401,12 @@ def accuracy_table(base: dict[str, Any], found: Sequence[dict[str, Any]]) -> str
         cells = [key, str(len(of_seeds))]
         for test in TESTS:
             for calculator in ("on", "off"):
-                cells.append(percent(np.stack([bits(entry[f"{test}/{calculator}"]) for entry in of_seeds])))
+                graded = [bits(entry[name]) for entry in of_seeds if (name := f"{test}/{calculator}") in entry]
+                cells.append(percent(np.stack(graded)) if graded else "–")
         rows.append(cells)
-    n = {test: len(bits(base[f"{N_SHOTS}-shot/{test}/on"]["strict"])) for test in TESTS}
     heads = ["model", "seeds"]
     for test in TESTS:
-        heads += [f"{test} (n {n[test]:,})", f"{test}, calculator off"]
+        heads += [test, f"{test}, calculator off"]
     return markdown_table(heads, rows)
 
 
@@ -372,8 +427,11 @@ def difference_table(found: Sequence[dict[str, Any]]) -> str:
             continue
         for test in TESTS:
             name = f"{test}/on"
-            values = np.stack([bits(of_seed[after][name]) - bits(of_seed[before][name]) for of_seed in both])
-            rows.append([f"{after} − {before}", test, str(len(both)), *points(values)])
+            graded = [of_seed for of_seed in both if name in of_seed[after] and name in of_seed[before]]
+            if not graded:
+                continue
+            values = np.stack([bits(of_seed[after][name]) - bits(of_seed[before][name]) for of_seed in graded])
+            rows.append([f"{after} − {before}", test, str(len(graded)), *points(values)])
     return markdown_table(
         ["difference", "questions", "seeds", "points", "95 % over questions", "95 % over seeds too"], rows
     )
@@ -384,7 +442,9 @@ def pass_at_table(found: Sequence[dict[str, Any]]) -> str:
     ks = (1, 5, N_SAMPLES)
     rows = []
     for key in models_of(found):
-        of_seeds = [of_seed[key]["dev"] for of_seed in found if key in of_seed]
+        of_seeds = [of_seed[key]["dev"] for of_seed in found if "dev" in of_seed.get(key, {})]
+        if not of_seeds:
+            continue
         rows.append([key, *(percent(np.stack([pass_at(n_correct, k) for n_correct in of_seeds])) for k in ks)])
     n = len(found[0]["sft"]["dev"])
     return markdown_table([f"gsm8k/dev, n {n:,}", *(f"pass@{k}" for k in ks)], rows)

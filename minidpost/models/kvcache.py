@@ -87,25 +87,33 @@ class KVCache:
     def set_lengths(self, row_ids: Sequence[int], lengths: Sequence[int]) -> None:
         """Declare how many positions of the rows are valid."""
         self.lengths[list(row_ids)] = lengths
-        self.length_B[list(row_ids)] = torch.tensor(lengths, device=self.length_B.device)
+        self.length_B[indices(row_ids, self.length_B.device)] = indices(lengths, self.length_B.device)
 
     @torch.inference_mode()
     def copy_rows(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> None:
         """Overwrite each target row with its source row: keys, values and length."""
-        # A single row is copied as a slice, which is several times faster than by a list of one.
-        source = list(source_ids) if len(source_ids) > 1 else source_ids[0]
-        target = list(target_ids) if len(target_ids) > 1 else target_ids[0]
-        n_used = int(self.lengths[source].max())
+        # A single row is copied as a slice, which is several times faster than by indices.
+        source: int | Tensor = source_ids[0]
+        target: int | Tensor = target_ids[0]
+        if len(source_ids) > 1:
+            source = indices(source_ids, self.length_B.device)
+            target = indices(target_ids, self.length_B.device)
+        n_used = int(self.lengths[list(source_ids)].max())
         self.keys_LBGSK[:, target, :, :n_used] = self.keys_LBGSK[:, source, :, :n_used]
         self.values_LBGSK[:, target, :, :n_used] = self.values_LBGSK[:, source, :, :n_used]
         self.length_B[target] = self.length_B[source]
-        self.lengths[target] = self.lengths[source]
+        self.lengths[list(target_ids)] = self.lengths[list(source_ids)]
 
     @torch.inference_mode()
     def clear(self) -> None:
         """Forget all rows; nothing is allocated anew."""
         self.lengths[:] = 0
         self.length_B.zero_()
+
+
+def indices(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Whole numbers as a tensor on the device. A GPU is not waited for, as it is where a list is an index itself."""
+    return torch.tensor(list(numbers)).to(device, non_blocking=True)
 
 
 @dataclass
@@ -143,8 +151,12 @@ class PromptPlan:
     bias_Q11S: Tensor  # 0 for the tokens of a prompt, −inf after them
 
     def to(self, device: torch.device) -> "PromptPlan":
-        """The same on a device."""
-        return PromptPlan(self.table_QR.to(device), self.cell_of_row_B.to(device), self.bias_Q11S.to(device))
+        """The same on a device, which is not waited for."""
+        return PromptPlan(
+            self.table_QR.to(device, non_blocking=True),
+            self.cell_of_row_B.to(device, non_blocking=True),
+            self.bias_Q11S.to(device, non_blocking=True),
+        )
 
     def by_prompt(self, q_B1HK: Tensor) -> Tensor:
         """Put the queries of the rows into the table, (Q, H, R, K)."""

@@ -74,12 +74,18 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, x / √(mean(x²) + eps) · weight; without gradients on a CPU in three passes over x, not six."""
+    """torch's RMSNorm, x / √(mean(x²) + eps) · weight; without gradients on a CPU in three passes over x, not six.
+
+    Under autocast it is computed in the precision of x and given in autocast's, to which the linear layers after it
+    would cast it each for itself.
+    """
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x / rms(x) · weight over the last dimension, (…, D)."""
         if x_BTD.device.type != "cpu" or x_BTD.dtype == torch.bfloat16 or torch.is_grad_enabled():
-            return super().forward(x_BTD)
+            y_BTD = super().forward(x_BTD)
+            kind = x_BTD.device.type
+            return y_BTD.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y_BTD
         # x · weight · √D / √(Σx² + D·eps) is the same number.
         width = x_BTD.shape[-1]
         eps = torch.finfo(x_BTD.dtype).eps if self.eps is None else self.eps

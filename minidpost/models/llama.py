@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidpost.models.kvcache import CachedTokens, KVCache, StepPlan
+from minidpost.models.kvcache import CachedTokens, KVCache, StepPlan, indices
 from minidpost.models.layers import Attendable, LayerStack, Linear, RMSNorm, linear
 
 
@@ -75,7 +75,10 @@ class LlamaConfig:
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of the angles by which queries and keys are turned at each position."""
+    """Cosines and sines of the angles by which queries and keys are turned at each position.
+
+    The sines of a head's first half are negative: (a, b) becomes (a cos − b sin, b cos + a sin).
+    """
 
     cos_BT1K: Tensor
     sin_BT1K: Tensor
@@ -111,19 +114,19 @@ class PackedPrompts:
     """One layer's prompts in the prefill (a layers.Attendable): packed tokens are put into rows, cached, attended to.
 
     Packed token n belongs to position position_N[n] of prompt prompt_N[n], whose keys and values go to the cache's row
-    row_ids[prompt_N[n]].
+    row_Q[prompt_N[n]].
     """
 
     cache: KVCache
     layer: int
-    row_ids: list[int]
+    row_Q: Tensor
     prompt_N: Tensor
     position_N: Tensor
     longest: int
 
     def unpack(self, x_1NHK: Tensor) -> Tensor:
         """A row for each prompt, padded with zeros on the right: (1, N, …) to (Q, T, …)."""
-        x_QTHK = x_1NHK.new_zeros(len(self.row_ids), self.longest, *x_1NHK.shape[2:])
+        x_QTHK = x_1NHK.new_zeros(len(self.row_Q), self.longest, *x_1NHK.shape[2:])
         return x_QTHK.index_put_((self.prompt_N, self.position_N), x_1NHK[0])
 
     def attend(self, q_1NHK: Tensor, k_1NGK: Tensor, v_1NGK: Tensor) -> Tensor:
@@ -131,8 +134,8 @@ class PackedPrompts:
         q_QTHK = self.unpack(q_1NHK)
         k_QTGK = self.unpack(k_1NGK)
         v_QTGK = self.unpack(v_1NGK)
-        self.cache.keys_LBGSK[self.layer, self.row_ids, :, : self.longest] = k_QTGK.transpose(1, 2)
-        self.cache.values_LBGSK[self.layer, self.row_ids, :, : self.longest] = v_QTGK.transpose(1, 2)
+        self.cache.keys_LBGSK[self.layer, self.row_Q, :, : self.longest] = k_QTGK.transpose(1, 2)
+        self.cache.values_LBGSK[self.layer, self.row_Q, :, : self.longest] = v_QTGK.transpose(1, 2)
         # Padding comes after a prompt's tokens, where the causal order hides it from them.
         y_QTHK = CausalAttention().attend(q_QTHK, k_QTGK, v_QTGK)
         return y_QTHK[self.prompt_N, self.position_N][None]
@@ -277,9 +280,12 @@ class Llama(nn.Module):
         """Cosines and sines of the angles at each position, (B, T) to twice (B, T, 1, K)."""
         # Angles are fp32, as published: in bf16 neighbouring positions far from 0 would have the same.
         angle_BTK = position_BT[..., None].float() * frequencies(self.config, position_BT.device)
-        angle_BT1K = torch.cat([angle_BTK, angle_BTK], dim=-1)[..., None, :]  # one for each half of a head
+        cos_BTK = angle_BTK.cos()
+        sin_BTK = angle_BTK.sin()
+        cos_BT1K = torch.cat([cos_BTK, cos_BTK], dim=-1)[..., None, :]  # one for each half of a head
+        sin_BT1K = torch.cat([-sin_BTK, sin_BTK], dim=-1)[..., None, :]
         dtype = self.embedding.weight.dtype
-        return Rotation(angle_BT1K.cos().to(dtype), angle_BT1K.sin().to(dtype))
+        return Rotation(cos_BT1K.to(dtype), sin_BT1K.to(dtype))
 
     @torch.inference_mode()
     def new_cache(self, n_rows: int, max_prompt: int, max_new: int) -> KVCache:
@@ -307,15 +313,16 @@ class Llama(nn.Module):
         cache.set_lengths(row_ids, lengths)
         if longest:
             device = self.embedding.weight.device
-            ids_1N = torch.tensor([[token_id for prompt in prompts for token_id in prompt[:-1]]], device=device)
+            row_Q = indices(row_ids, device)
+            ids_1N = indices([token_id for prompt in prompts for token_id in prompt[:-1]], device)[None]
             # Prompts of 2 and 3 tokens: prompt_N is 0 0 1 1 1, position_N is 0 1 0 1 2.
             is_token_QT = torch.arange(longest) < torch.tensor(lengths)[:, None]
-            prompt_N, position_N = is_token_QT.nonzero().to(device).unbind(1)
+            prompt_N, position_N = is_token_QT.nonzero().to(device, non_blocking=True).unbind(1)
 
             rotation = self.rotation(position_N[None])
             x_1ND = self.embedding(ids_1N)
             for index, layer in enumerate(self.stack.layers):
-                own = PackedPrompts(cache, index, list(row_ids), prompt_N, position_N, longest)
+                own = PackedPrompts(cache, index, row_Q, prompt_N, position_N, longest)
                 x_1ND = layer(x_1ND, rotation, own)
         return [prompt[-1] for prompt in prompts]
 
@@ -342,7 +349,7 @@ class Llama(nn.Module):
 def rotate(x_BTHK: Tensor, rotation: Rotation) -> Tensor:
     """Turn each pair of a head's numbers, (k, k + K/2) as Hugging Face pairs them, by the angle of its position."""
     first_half, second_half = x_BTHK.chunk(2, dim=-1)
-    partner_BTHK = torch.cat([-second_half, first_half], dim=-1)
+    partner_BTHK = torch.cat([second_half, first_half], dim=-1)
     return x_BTHK * rotation.cos_BT1K + partner_BTHK * rotation.sin_BT1K
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidpost.models.kvcache import CachedPrompts, CachedTokens, KVCache, SharedPromptCache, T5Cache, T5Plan
+from minidpost.models.kvcache import CachedPrompts, CachedTokens, KVCache, SharedPromptCache, T5Cache, T5Plan, indices
 from minidpost.models.layers import Attendable, LayerStack, Linear, RMSNorm, linear, mask_bias
 
 
@@ -351,19 +351,19 @@ class T5(nn.Module):
         device = self.embedding.weight.device
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths)
-        padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-        source_QS = torch.tensor(padded, device=device)
-        mask_QS = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+        padded = [token_id for prompt in prompts for token_id in (*prompt, *[0] * (longest - len(prompt)))]
+        source_QS = indices(padded, device).view(len(prompts), longest)
+        mask_QS = torch.arange(longest, device=device) < indices(lengths, device)[:, None]
         encoded_QSD = self.encode(source_QS, mask_QS)
 
         # Every step will read the keys and values of the encoder's output: they are computed once, here.
-        prompt_slots = cache.prompt.begin(row_ids, lengths)
+        slot_Q = indices(cache.prompt.begin(row_ids, lengths), device)
         store = cache.prompt.store
         for index, layer in enumerate(self.decoder.layers):
             assert isinstance(layer, DecoderLayer)
             k_QSHK, v_QSHK = layer.cross_attention.keys_values(encoded_QSD)
-            store.keys_LBGSK[index, prompt_slots, :, :longest] = k_QSHK.transpose(1, 2)
-            store.values_LBGSK[index, prompt_slots, :, :longest] = v_QSHK.transpose(1, 2)
+            store.keys_LBGSK[index, slot_Q, :, :longest] = k_QSHK.transpose(1, 2)
+            store.values_LBGSK[index, slot_Q, :, :longest] = v_QSHK.transpose(1, 2)
         cache.own.set_lengths(row_ids, [0] * len(row_ids))
         return [self.config.start_id] * len(row_ids)
 

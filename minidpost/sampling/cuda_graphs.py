@@ -8,7 +8,8 @@ this is used on a CPU, which launches nothing.
 """
 
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,13 +18,16 @@ from torch import Tensor
 
 from minidpost.models.kvcache import KVCache, PromptPlan, StepPlan, T5Cache, T5Plan
 
-POSITIONS_MULTIPLE = 64  # positions that a step reads are rounded up to a multiple of this
+POSITIONS_MULTIPLE = 128  # positions that a step reads are rounded up to a multiple of this
+MIN_ROWS = 16  # rows are rounded up to a power of two, and to this: below it a step takes no less time
 TOLERANCE = 0.05  # of the greatest logit: by how much a replayed step may differ from the plain one (bf16)
 
 
 class SteppedModel(Protocol):
     """A model whose `decode` is `cache.plan`, its own `step`, and `cache.advance`; see T5 and Llama."""
 
+    def parameters(self) -> Iterator[Tensor]: ...
+    def new_cache(self, n_rows: int, max_prompt: int, max_new: int, /) -> Any: ...
     def decode(self, cache: Any, ids_B: Tensor) -> Tensor: ...
     def step(self, cache: Any, plan: Any, ids_B: Tensor) -> Tensor: ...
 
@@ -63,12 +67,20 @@ class CUDAGraphs:
 
     def __init__(self, model: SteppedModel, cache: KVCache | T5Cache, record: Recorder | None = None):
         """`record` is CUDA's own unless another is given."""
-        self.model = model
+        # The model is not kept alive by what is kept for it, see `recorded_steps`.
+        self._model = weakref.ref(model)
         self.cache = cache
         self.padding = Padding(cache)
         self.record = CUDARecorder(self.padding.tokens.length_B.device) if record is None else record
         self.recorded: dict[tuple[int, ...], Recorded] = {}
         self.has_failed = False
+
+    @property
+    def model(self) -> SteppedModel:
+        """The model whose steps these are."""
+        model = self._model()
+        assert model is not None
+        return model
 
     def __call__(self, ids_B: Tensor) -> Tensor:
         """Feed one token to each of the cache's first B rows; logits_BV of what follows."""
@@ -101,6 +113,40 @@ class CUDAGraphs:
         recorded.ids_B[:n_rows] = ids_B
         recorded.replay()
         return recorded.logits_BV[:n_rows]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A model's latest cache, its sizes, the steps that were recorded with it, and where the weights lay then."""
+
+    sizes: tuple[int, ...]
+    steps: CUDAGraphs
+    addresses: tuple[int, ...]
+
+
+# The latest of each model. Recording takes a second or two, and a model is sampled from several times: its greedy
+# answers to each set of questions, its samples.
+_kept: weakref.WeakKeyDictionary[SteppedModel, Kept] = weakref.WeakKeyDictionary()
+
+
+def recorded_steps(model: SteppedModel, n_rows: int, max_prompt: int, max_new: int) -> CUDAGraphs:
+    """Steps of a model, and their `cache` with room for so much: those of its latest call where they have the room.
+
+    What is kept lives as long as the model. Where its weights have moved since, all is recorded anew.
+    """
+    sizes = (n_rows, max_prompt, max_new)
+    addresses = tuple(weight.data_ptr() for weight in model.parameters())
+    kept = _kept.get(model)
+    if kept is not None and kept.addresses == addresses:
+        if all(there >= asked for there, asked in zip(kept.sizes, sizes, strict=True)):
+            return kept.steps
+    if kept is not None:
+        # Its memory is free before more is taken, and what is asked for next may be as much as was there.
+        sizes = tuple(map(max, kept.sizes, sizes))
+        del _kept[model], kept
+    steps = CUDAGraphs(model, model.new_cache(*sizes))
+    _kept[model] = Kept(sizes, steps, addresses)
+    return steps
 
 
 def sizes_of(plan: StepPlan | T5Plan) -> tuple[int, ...]:
@@ -137,7 +183,7 @@ class Padding:
         is valid of them; such a row may be full, and is then one that has ended.
         """
         _, n_cache_rows, _, max_tokens, _ = self.tokens.keys_LBGSK.shape
-        n_padded = min(power_of_two(len(plan.position_B)), n_cache_rows)
+        n_padded = min(max(power_of_two(len(plan.position_B)), MIN_ROWS), n_cache_rows)
         position_B = self.position_B[:n_padded]
         torch.clamp(self.tokens.length_B[:n_padded], max=max_tokens - 1, out=position_B)
         return StepPlan(self.tokens.row_B[:n_padded], position_B, rounded_up(plan.n_read, max_tokens))
@@ -205,18 +251,20 @@ class CUDARecorder:
     def __call__(self, step: PlannedStep, ids_B: Tensor) -> Recorded:
         """Record a step, replay it, and compare with the plain one; RuntimeError where its logits are others."""
         with torch.cuda.device(self.device):
-            # 1) Run the step twice as it is, on a stream of its own, so that libraries are set up outside the graph.
+            # 1) Run the step as it is, on a stream of its own, so that libraries are set up outside the graph.
             current = torch.cuda.current_stream()
             other = torch.cuda.Stream()
             other.wait_stream(current)
             with torch.cuda.stream(other):
-                for _ in range(2):
-                    expected_BV = step(ids_B)
+                expected_BV = step(ids_B)
             current.wait_stream(other)
-            # 2) Record it.
+            # 2) Record it. Where that fails torch may stay on the stream that was recorded.
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                logits_BV = step(ids_B)
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                    logits_BV = step(ids_B)
+            finally:
+                torch.cuda.set_stream(current)
             # 3) Compare.
             graph.replay()
             limit = TOLERANCE * expected_BV.abs().max().item()

@@ -65,7 +65,10 @@ def generate(
 
     n_done = n_correct = n_tokens = 0
     started = time.perf_counter()
-    n_before = min(first_chunk * sampler.CHUNK, len(requests))
+    n_before = 0
+    if first_chunk:
+        chunk_size = sampler.chunk_size(settings.slots, next(model.parameters()).device)
+        n_before = min(first_chunk * chunk_size, len(requests))
     with tqdm(total=len(requests), initial=n_before, desc=label, unit="row") as progress:
         for row in rows:
             # Requests stand question by question: with 4 samples each, request 9 is sample 1 of question 2.

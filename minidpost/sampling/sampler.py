@@ -17,10 +17,19 @@ its own uniform numbers, one a position (see token_choice), so that a completion
 on the number of slots nor on the order of work, but for rounding.
 
 Requests are worked off in chunks that begin with empty slots, so that even by rounding a chunk's completions depend on
-the chunk alone. Prompts are prefilled PREFILL_BATCH at a time, into rows of the cache after the slots, and copied into
-a slot for each of their samples: all samples of one question in one chunk share one prefill. A step has one transfer
-from the device, its ids. With a small model on a CPU the work is divided among processes (see workers); on a GPU steps
-are CUDA graphs (see cuda_graphs).
+the chunk alone. Prompts are prefilled several at a time, into rows of the cache after the slots, and copied into a slot
+for each of their samples: all samples of one question in one chunk share one prefill. A step has one transfer from the
+device, its ids. With a small model on a CPU the work is divided among processes (see workers); on a GPU steps are CUDA
+graphs (see cuda_graphs).
+
+On a GPU the host's work is hidden behind the device's: step t + 1 begins, on the device, with the ids that step t drew,
+before the host has read them. Nothing comes too late by that: ids that must follow a token of step t take the place of
+what step t + 1 draws, and are known before step t + 2 begins. Only a row that ended in step t is decoded once more, and
+what is drawn for it is thrown away.
+
+    device    step t       step t + 1       step t + 2 …
+    host      reads t − 1, reads t,         reads t + 1 …
+              forces, ends forces, ends
 """
 
 from collections import deque
@@ -32,14 +41,31 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from minidpost.sampling.cuda_graphs import CUDAGraphs
+from minidpost.sampling.cuda_graphs import recorded_steps
 from minidpost.sampling.token_choice import SamplingSettings, choose, row_uniforms
 from minidpost.sampling.workers import n_workers_for, sample_in_workers
 
-__all__ = ["CHUNK", "PREFILL_BATCH", "DecodingModel", "Override", "Request", "Row", "SamplingSettings", "sample"]
+__all__ = [
+    "CHUNK",
+    "PREFILL_BATCH",
+    "DecodingModel",
+    "Override",
+    "Request",
+    "Row",
+    "SamplingSettings",
+    "chunk_size",
+    "prefill_batch",
+    "sample",
+]
 
-CHUNK = 1024  # requests that begin with empty slots; part of what a run's results depend on (in fp32, by rounding)
-PREFILL_BATCH = 16  # prompts that are prefilled together
+# Requests that begin with empty slots; part of what a run's results depend on (in fp32, by rounding). At the end of a
+# chunk slots are empty, so that on a GPU, where there may be many, chunks grow with them.
+CHUNK = 1024
+GPU_CHUNK_PER_SLOT = 16
+# Prompts that are prefilled together. On a GPU starting a prefill's kernels takes as long as several steps, and the
+# more slots there are, the more prompts are needed in each.
+PREFILL_BATCH = 16
+GPU_SLOTS_PER_PREFILLED = 8
 
 
 class Cache(Protocol):
@@ -93,7 +119,10 @@ class Row:
 
     # Needed while the row is written, and dropped at its end.
     prefilled_row: int = -1  # the row of the cache that holds its prompt until it gets a slot
-    next_id: int = -1  # the token that the model is fed next
+    slot: int = -1  # where it is at work
+    next_id: int = -1  # the token that the model is fed next, unless there is one that has not been read
+    is_unread: bool = False  # whether a token has been drawn for it that has not been read when the next step begins
+    drawn_at: int = 0  # the slot that it had in the latest step
     uniforms: Sequence[float] = ()  # its uniform number of each position; none where sampling is greedy
     override: Override | None = None
     pending: deque[int] = field(default_factory=deque)  # forced ids that are still to be emitted
@@ -119,6 +148,7 @@ class Job:
     eos_ids: frozenset[int]
     new_override: Callable[[], Override] | None
     use_cuda_graphs: bool
+    overlap: bool  # whether a step begins before the host has read the one before
     max_prompt: int  # tokens of the longest prompt
 
     @property
@@ -136,30 +166,57 @@ def sample(
     new_override: Callable[[], Override] | None = None,
     first_chunk: int = 0,
     use_cuda_graphs: bool = True,
+    overlap: bool | None = None,
 ) -> Iterator[Row]:
     """Yield the rows of all requests as they end, each request's once; those before `first_chunk` not at all.
 
     A row ends at the end token `eos_id`, or at any of several. All rows of a chunk are yielded before any of the next.
     `new_override` makes the override of one row. Samples of one question should stand together in `requests`: those of
-    one chunk share a prefill. Prompts must not be empty.
+    one chunk share a prefill. Prompts must not be empty. With `overlap` a step begins before the host has read what the
+    one before drew (None: on a GPU); the completions are the same.
     """
-    chunks = chunked(requests, first_chunk)
+    device = next(model.parameters()).device
+    chunks = chunked(requests, first_chunk, chunk_size(settings.slots, device))
+    if overlap is None:
+        overlap = device.type == "cuda"
     # The longest of all prompts, worked off or not, so that a run that continues has caches of the same shape.
     max_prompt = max((len(request.prompt_ids) for request in requests), default=0)
     eos_ids = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
-    job = Job(model, settings, eos_ids, new_override, use_cuda_graphs, max_prompt)
+    job = Job(
+        model=model,
+        settings=settings,
+        eos_ids=eos_ids,
+        new_override=new_override,
+        use_cuda_graphs=use_cuda_graphs and device.type == "cuda",
+        overlap=overlap,
+        max_prompt=max_prompt,
+    )
     n_workers = n_workers_for(model, settings.slots, chunks)
     if n_workers > 1:
         return sample_in_workers(partial(sample_chunks, job), chunks, settings.slots, n_workers)
     return sample_chunks(job, chunks, settings.slots)
 
 
-def chunked(requests: Sequence[Request], first_chunk: int) -> list[Chunk]:
-    """The requests from a chunk on, CHUNK at a time, in groups of the same prompt, the longest prompts first."""
+def chunk_size(n_slots: int, device: torch.device | str) -> int:
+    """The requests of a chunk."""
+    if torch.device(device).type == "cuda":
+        return max(CHUNK, GPU_CHUNK_PER_SLOT * n_slots)
+    return CHUNK
+
+
+def prefill_batch(n_slots: int, device: torch.device | str) -> int:
+    """The prompts that are prefilled together."""
+    if torch.device(device).type == "cuda":
+        return max(PREFILL_BATCH, n_slots // GPU_SLOTS_PER_PREFILLED)
+    return PREFILL_BATCH
+
+
+def chunked(requests: Sequence[Request], first_chunk: int, size: int) -> list[Chunk]:
+    """The requests from a chunk on, `size` at a time, in groups of the same prompt, the longest prompts first."""
     chunks = []
-    for start in range(first_chunk * CHUNK, len(requests), CHUNK):
+    for start in range(first_chunk * size, len(requests), size):
         groups: dict[tuple[int, ...], Group] = {}
-        for request_index, request in enumerate(requests[start : start + CHUNK], start=start):
+        for request_index, request in enumerate(requests[start : start + size], start=start):
             groups.setdefault(request.prompt_ids, []).append((request_index, request))
         chunks.append([groups[prompt] for prompt in sorted(groups, key=len, reverse=True)])
     return chunks
@@ -170,12 +227,16 @@ def sample_chunks(job: Job, chunks: Sequence[Chunk], n_slots: int) -> Iterator[R
     if not chunks:
         return
     sizes = [sum(map(len, chunk)) for chunk in chunks]  # requests of each chunk
-    n_cache_rows = min(n_slots, max(sizes)) + PREFILL_BATCH
-    cache: Any = job.model.new_cache(n_cache_rows, job.max_prompt, job.settings.max_new_tokens)
+    n_cache_rows = min(n_slots, max(sizes)) + prefill_batch(n_slots, job.device)
+    # A row that has ended is decoded once more where steps overlap, and T5 has no room for that but at the end.
+    max_new_tokens = job.settings.max_new_tokens + int(job.overlap)
+    cache: Any
     step: Callable[[Tensor], Tensor]
-    if job.use_cuda_graphs and job.device.type == "cuda":
-        step = CUDAGraphs(job.model, cache)
+    if job.use_cuda_graphs:
+        step = recorded_steps(job.model, n_cache_rows, job.max_prompt, max_new_tokens)
+        cache = step.cache
     else:
+        cache = job.model.new_cache(n_cache_rows, job.max_prompt, max_new_tokens)
         step = partial(job.model.decode, cache)
     for chunk, size in zip(chunks, sizes, strict=True):
         cache.clear()
@@ -186,78 +247,152 @@ def sample_chunk(
     job: Job, chunk: Chunk, n_slots: int, *, cache: Cache, step: Callable[[Tensor], Tensor]
 ) -> Iterator[Row]:
     """Work off one chunk: the loop of continuous batching. `step` feeds ids_B to the cache's first rows; logits_BV."""
-    device = job.device
-    is_greedy = job.settings.temperature == 0
-    eos_ids = job.eos_ids
-    max_new_tokens = job.settings.max_new_tokens
-
     # The rows at work: row i has slot i, which is row i of the cache.
     rows: list[Row] = []
     waiting = prefilled_rows(job, chunk, n_slots, cache)
     for slot in range(n_slots):
         row = next(waiting)
         cache.copy_rows([row.prefilled_row], [slot])
+        row.slot = slot
         rows.append(row)
 
+    unread: deque[Draw] = deque()  # steps that the host has not read, the earliest first
+    latest: Draw | None = None
     while rows:
-        # 1) Feed the latest token of every row to the model, at the row's own position.
-        logits_BV = step(torch.tensor([row.next_id for row in rows]).to(device))
+        # 1) Begin a step: a token for every row. Where steps overlap, the one before is read while this one runs.
+        latest = begin_step(job, rows, latest, step)
+        unread.append(latest)
+        if job.overlap and len(unread) == 1:
+            continue
 
-        # 2) Choose a token for every row. Its ids are the step's one transfer from the device.
-        uniform_B = None
-        if not is_greedy:
-            uniforms = [row.uniforms[len(row.token_ids)] for row in rows]
-            uniform_B = torch.tensor(uniforms, dtype=torch.float64).to(device)
-        chosen_ids: list[int] = choose(logits_BV, uniform_B, job.settings).tolist()
+        # 2) Read what was drawn, force and emit.
+        ended = emit(job, unread.popleft())
+        yield from ended
 
-        ended = []  # slots
-        for slot, row in enumerate(rows):
-            # 3) Force: where ids are pending, the first of them takes the place of what was chosen.
-            is_forced = bool(row.pending)
-            token_id = row.pending.popleft() if is_forced else chosen_ids[slot]
-
-            # 4) Emit the token. The override, unless the token cannot matter to it, may answer with ids to force.
-            row.token_ids.append(token_id)
-            row.forced.append(is_forced)
-            row.next_id = token_id
-            is_end = token_id in eos_ids and not is_forced
-            override = row.override
-            if override is not None and not is_end:
-                if is_forced or not override.is_idle or token_id in override.trigger_ids:
-                    row.pending.extend(override.push(token_id))
-
-            # 5) End the row at an end token that the model chose (a forced one means nothing), or at its last position.
-            if is_end:
-                row.end("stop")
-                ended.append(slot)
-            elif len(row.token_ids) == max_new_tokens:
-                row.end("length")
-                ended.append(slot)
-        yield from [rows[slot] for slot in ended]
-
-        # 6) Refill the slots that are free, the last one first, so that none of the free ones is moved into another.
-        for slot in reversed(ended):
+        # 3) Refill the slots that are free, the last one first, so that none of the free ones is moved into another.
+        for slot in sorted((row.slot for row in ended), reverse=True):
             new_row = next(waiting, None)
             if new_row is not None:
                 cache.copy_rows([new_row.prefilled_row], [slot])
+                new_row.slot = slot
                 rows[slot] = new_row
                 continue
             # Nothing waits. Rows 0 … n − 1 of the cache must be those at work: the last one moves here.
             last_row = rows.pop()
             if slot < len(rows):
                 cache.copy_rows([len(rows)], [slot])
+                last_row.slot = slot
                 rows[slot] = last_row
+
+
+class Draw:
+    """The tokens that one step drew, a row each; on their way from the device to the host."""
+
+    def __init__(self, rows: Sequence[Row], ids_B: Tensor):
+        self.rows = list(rows)  # as they stood in the slots
+        self.ids_B = ids_B
+        self.copied: torch.cuda.Event | None = None
+        self.on_host_B = ids_B
+        if ids_B.is_cuda:
+            self.on_host_B = torch.empty(ids_B.shape, dtype=ids_B.dtype, pin_memory=True)
+            self.on_host_B.copy_(ids_B, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def read(self) -> list[int]:
+        """The ids, as soon as they are there: a step's one transfer from the device."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        ids: list[int] = self.on_host_B.tolist()
+        return ids
+
+
+def begin_step(job: Job, rows: Sequence[Row], latest: Draw | None, step: Callable[[Tensor], Tensor]) -> Draw:
+    """Feed the latest token of every row to the model, at the row's own position, and choose the next one."""
+    ids_B = next_ids(job, rows, latest)
+    logits_BV = step(ids_B)
+    uniform_B = None
+    if job.settings.temperature > 0:
+        # What is drawn for a row that has all its tokens already, one of them unread, is thrown away.
+        last = job.settings.max_new_tokens - 1
+        uniforms = [row.uniforms[min(len(row.token_ids) + row.is_unread, last)] for row in rows]
+        uniform_B = to_device(uniforms, torch.float64, job.device)
+    chosen_B = choose(logits_BV, uniform_B, job.settings)
+    for slot, row in enumerate(rows):
+        row.is_unread = job.overlap
+        row.drawn_at = slot
+    return Draw(rows, chosen_B)
+
+
+def next_ids(job: Job, rows: Sequence[Row], latest: Draw | None) -> Tensor:
+    """What each row is fed, (B,): ids that the host knows, or those of the latest step, which are on the device."""
+    if not job.overlap:
+        return to_device([row.next_id for row in rows], torch.long, job.device)
+    known = []  # −1 where the host does not know it
+    for row in rows:
+        if not row.is_unread:  # its first one
+            known.append(row.next_id)
+        elif row.pending:  # what was drawn will be replaced by this
+            known.append(row.pending[0])
+        else:
+            known.append(-1)
+    known_B = to_device(known, torch.long, job.device)
+    if latest is None:
+        return known_B
+    # A row may have moved to another slot since.
+    drawn_at_B = to_device([row.drawn_at for row in rows], torch.long, job.device)
+    return torch.where(known_B >= 0, known_B, latest.ids_B.index_select(0, drawn_at_B))
+
+
+def emit(job: Job, draw: Draw) -> list[Row]:
+    """Give the rows of a step their tokens, forced or drawn; those that end by it, in the order of their slots."""
+    eos_ids = job.eos_ids
+    max_new_tokens = job.settings.max_new_tokens
+    ended = []
+    for row, drawn_id in zip(draw.rows, draw.read(), strict=True):
+        if row.finish_reason:  # it ended in the step before, when this one had begun
+            continue
+        # 1) Force: where ids are pending, the first of them takes the place of what was drawn.
+        is_forced = bool(row.pending)
+        token_id = row.pending.popleft() if is_forced else drawn_id
+
+        # 2) Emit the token. The override, unless the token cannot matter to it, may answer with ids to force.
+        row.token_ids.append(token_id)
+        row.forced.append(is_forced)
+        row.next_id = token_id
+        is_end = token_id in eos_ids and not is_forced
+        override = row.override
+        if override is not None and not is_end:
+            if is_forced or not override.is_idle or token_id in override.trigger_ids:
+                row.pending.extend(override.push(token_id))
+
+        # 3) End the row at an end token that the model chose (a forced one means nothing), or at its last position.
+        if is_end:
+            row.end("stop")
+            ended.append(row)
+        elif len(row.token_ids) == max_new_tokens:
+            row.end("length")
+            ended.append(row)
+    return ended
+
+
+def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of the values, without waiting for what a GPU is still doing."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype).to(device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 def prefilled_rows(job: Job, chunk: Chunk, n_slots: int, cache: Cache) -> Iterator[Row]:
     """The rows of a chunk before their first token, their prompts in the cache's rows after the slots.
 
-    The next PREFILL_BATCH prompts are prefilled when the first of their rows is asked for. By then every row of the
-    previous ones has been copied into a slot.
+    The next prompts are prefilled when the first of their rows is asked for. By then every row of the previous ones has
+    been copied into a slot.
     """
     settings = job.settings
-    for start in range(0, len(chunk), PREFILL_BATCH):
-        groups = chunk[start : start + PREFILL_BATCH]
+    n_together = prefill_batch(settings.slots, job.device)
+    for start in range(0, len(chunk), n_together):
+        groups = chunk[start : start + n_together]
         row_ids = range(n_slots, n_slots + len(groups))
         prompts = [group[0][1].prompt_ids for group in groups]
         first_ids = job.model.prefill(cache, row_ids, prompts)

@@ -37,7 +37,7 @@ from minidpost.models.lora import n_adapter_parameters
 from minidpost.models.t5 import T5Config
 from minidpost.models.weights import empty_model
 from minidpost.sampling.generate import MAX_PROMPT_TOKENS
-from minidpost.sampling.sampler import PREFILL_BATCH
+from minidpost.sampling.sampler import prefill_batch
 from minidpost.selftraining.methods import METHODS
 from minidpost.selftraining.presets import Preset, n_parameters
 from minidpost.selftraining.run import Data, TokenizedData
@@ -64,7 +64,7 @@ def check_memory(
     """
     needed = {
         "training": training_bytes(model, preset, training_dtype, device),
-        "sampling": sampling_bytes(model, preset, dtype),
+        "sampling": sampling_bytes(model, preset, dtype, device),
     }
     text = ", ".join(f"{stage} {size_text(size)}" for stage, size in needed.items())
     free = available_bytes(device)
@@ -137,10 +137,10 @@ def activation_bytes_a_token(model: Model, preset: Preset, dtype: torch.dtype, d
     return width_bytes * config.d_model + n_hidden * dtype.itemsize * config.d_ff + attention_bytes + adapter_bytes
 
 
-def sampling_bytes(model: Model, preset: Preset, dtype: torch.dtype) -> int:
+def sampling_bytes(model: Model, preset: Preset, dtype: torch.dtype, device: str = "cpu") -> int:
     """Weights, KV cache for the longest prompts that the preset trains on, and logits of all slots."""
     max_prompt = min(preset.max_source, MAX_PROMPT_TOKENS)
-    n_rows = preset.slots + PREFILL_BATCH
+    n_rows = preset.slots + prefill_batch(preset.slots, device)
     cache = empty_model(model.config).to(dtype).new_cache(n_rows, max_prompt, preset.max_new_tokens)
     logits_bytes = 12 * preset.slots * model.config.vocab_size
     return dtype.itemsize * n_parameters(model) + tensor_bytes(cache) + logits_bytes

@@ -27,7 +27,7 @@ from minidpost.models.hf_config import Model
 from minidpost.models.kvcache import T5Cache
 from minidpost.models.weights import load_model
 from minidpost.sampling.cuda_graphs import CUDAGraphs
-from minidpost.sampling.sampler import CHUNK, PREFILL_BATCH
+from minidpost.sampling.sampler import chunk_size, prefill_batch
 from minidpost.sampling.token_choice import choose
 from minidpost.selftraining.estimates import Plan, forward_flops, model_size, run_flops, size_text, training_flops
 from minidpost.selftraining.methods import METHODS
@@ -86,7 +86,7 @@ def is_worth_it(plan: Plan, model: Model) -> bool:
     # Three micro-batches (two of SFT, one of DPO with its reference), a prefill, a decoding step.
     half = n_tokens // 2  # source and target tokens
     training = 3 * training_flops(size, half, half, is_frozen=preset.freezes_weights) + forward_flops(size, half, half)
-    sampling = forward_flops(size, PREFILL_BATCH * preset.max_source, preset.slots)
+    sampling = forward_flops(size, prefill_batch(preset.slots, plan.device) * preset.max_source, preset.slots)
     return training + sampling <= MAX_FRACTION_OF_RUN * run_flops(plan, size)
 
 
@@ -97,19 +97,20 @@ def rehearse_sampling(plan: Plan) -> None:
     """One prefill of the longest prompt, and a decoding step with all slots at their last position."""
     model: Any = load_model(plan.base, plan.dtype, plan.device)
     settings = plan.preset.sampling(seed=0)
-    n_slots = min(settings.slots, CHUNK)
+    n_slots = min(settings.slots, chunk_size(settings.slots, plan.device))
+    n_prompts = prefill_batch(settings.slots, plan.device)
     # Evaluation has other questions than the pool, of which one may be the longest.
     evaluated = [example.question for examples in plan.data.evaluation_sets().values() for example in examples]
     prompts = [*plan.tokens.prompt_ids.values(), *(tuple(plan.template.prompt_ids(text)) for text in evaluated)]
     prompt = max(prompts, key=len)
-    cache = model.new_cache(n_slots + PREFILL_BATCH, len(prompt), settings.max_new_tokens)
+    cache = model.new_cache(n_slots + n_prompts, len(prompt), settings.max_new_tokens)
     is_on_gpu = torch.device(plan.device).type == "cuda"
     step = CUDAGraphs(model, cache) if is_on_gpu else partial(model.decode, cache)
 
     # 1) Prefill as many prompts as are prefilled together, and give every slot one of them.
-    first_ids = model.prefill(cache, range(n_slots, n_slots + PREFILL_BATCH), [prompt] * PREFILL_BATCH)
+    first_ids = model.prefill(cache, range(n_slots, n_slots + n_prompts), [prompt] * n_prompts)
     for slot in range(n_slots):
-        cache.copy_rows([n_slots + slot % PREFILL_BATCH], [slot])
+        cache.copy_rows([n_slots + slot % n_prompts], [slot])
     # 2) All rows stand at the last position that there is.
     tokens = cache.own if isinstance(cache, T5Cache) else cache
     last_position = tokens.keys_LBGSK.shape[3] - 1

@@ -173,6 +173,7 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
         # an interrupted run left need no sampling again.
         progress = run.directory.progress(stage_name)
         without_slots = replace(settings, slots=1)
+        chunk_size = sampler.chunk_size(settings.slots, run.device)
         chunks = Chunks(
             progress,
             stage_name,
@@ -181,7 +182,7 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
             n_samples,
             run.calculator,
             run.dtype,
-            sampler.CHUNK,
+            chunk_size,
         )
         first_chunk = chunks.n_finished()
         generated = generate(
@@ -196,7 +197,7 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
             first_chunk=first_chunk,
         )
         for chunk_index in count(first_chunk):
-            chunk = list(islice(generated, sampler.CHUNK))
+            chunk = list(islice(generated, chunk_size))
             if not chunk:
                 break
             chunks.commit(chunk_index, [asdict(sample) for sample in chunk])

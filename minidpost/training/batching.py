@@ -21,9 +21,11 @@ from minidpost.models.hf_config import Config
 IGNORED_LABEL = -100  # a label that carries no loss
 PADDING_ID = 0  # any id would do: padding is recognised by the rows' lengths, never by its id
 
-# What a micro-batch costs besides its tokens (starting kernels, adding up gradients), in tokens.
+# What a micro-batch costs besides its tokens (starting kernels, adding up gradients), in tokens. On an H200 the kernels
+# of a micro-batch take 80 ms to start, in which SmolLM2-135M and Flan-T5-Large compute more than ten thousand tokens.
 CPU_BATCH_COST = 128
-GPU_BATCH_COST = 2048
+GPU_BATCH_COST = 16384
+GPU_LENGTH_MULTIPLE = 16  # lengths are padded to multiples of this on a GPU: fewer shapes, and aligned ones
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,11 @@ def collate_encoder_decoder(examples: Sequence[TokenizedExample], start_id: int,
     Three examples of the prompts a, b, a give the sources [a, b] and row_B = [0, 1, 0].
     """
     prompts = list(dict.fromkeys(example.prompt_ids for example in examples))
-    source_QS = pad(prompts, PADDING_ID)
-    source_mask_QS = pad([[1] * len(prompt) for prompt in prompts], 0).bool()
-    target_BT = pad([(start_id, *example.target_ids[:-1]) for example in examples], PADDING_ID)
-    label_BT = pad([example.target_ids for example in examples], IGNORED_LABEL)
+    multiple = length_multiple(device)
+    source_QS = pad(prompts, PADDING_ID, multiple)
+    source_mask_QS = pad([[1] * len(prompt) for prompt in prompts], 0, multiple).bool()
+    target_BT = pad([(start_id, *example.target_ids[:-1]) for example in examples], PADDING_ID, multiple)
+    label_BT = pad([example.target_ids for example in examples], IGNORED_LABEL, multiple)
     position_N = labelled_positions(label_BT)
 
     row_B = None
@@ -141,9 +144,10 @@ def collate_decoder_only(examples: Sequence[TokenizedExample], device: torch.dev
         input     4  5  6  8  9
         labels    –  –  8  9  EOS      (– = IGNORED_LABEL: len(prompt) − 1 of them)
     """
-    ids_BT = pad([(*example.prompt_ids, *example.target_ids[:-1]) for example in examples], PADDING_ID)
+    multiple = length_multiple(device)
+    ids_BT = pad([(*example.prompt_ids, *example.target_ids[:-1]) for example in examples], PADDING_ID, multiple)
     labels = [[IGNORED_LABEL] * (len(example.prompt_ids) - 1) + list(example.target_ids) for example in examples]
-    label_BT = pad(labels, IGNORED_LABEL)
+    label_BT = pad(labels, IGNORED_LABEL, multiple)
     position_N = labelled_positions(label_BT)
     inputs = DecoderOnlyInputs(to_device(ids_BT, device))
     return Batch(inputs, to_device(label_BT, device), to_device(position_N, device))
@@ -159,9 +163,15 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Rows of different lengths as one (B, longest) tensor of ids, padded on the right."""
+def length_multiple(device: torch.device | str) -> int:
+    """What the lengths of micro-batches are rounded up to a multiple of."""
+    return GPU_LENGTH_MULTIPLE if torch.device(device).type == "cuda" else 1
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, multiple: int = 1) -> Tensor:
+    """Rows of different lengths as one (B, longest) tensor of ids, padded on the right to a multiple of `multiple`."""
     longest = max(len(row) for row in rows)
+    longest = -(-longest // multiple) * multiple
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.long)
 
 

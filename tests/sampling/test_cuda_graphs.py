@@ -192,13 +192,12 @@ def test_graphs_are_for_gpus(monkeypatch):
     """And there only where they are wanted."""
     made = []
 
-    class Spy(CUDAGraphs):
-        def __init__(self, model: ModelOf, cache: T5Cache):
-            super().__init__(model.model, cache, Recorder())
-            made.append(model.device.type)
+    def recorded_steps(model: ModelOf, n_rows: int, max_prompt: int, max_new: int) -> CUDAGraphs:
+        made.append(model.device.type)
+        return CUDAGraphs(model.model, model.model.new_cache(n_rows, max_prompt, max_new), Recorder())
 
-    monkeypatch.setattr(sampler, "CUDAGraphs", Spy)
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)  # there is no such device here
+    monkeypatch.setattr(sampler, "recorded_steps", recorded_steps)
+    monkeypatch.setattr(sampler, "to_device", lambda values, dtype, _: torch.tensor(values, dtype=dtype))  # none here
     settings = SamplingSettings(max_new_tokens=3, slots=2)
     for device, use_cuda_graphs, expected in (("cpu", True, []), ("cuda", False, []), ("cuda", True, ["cuda"])):
         list(sample(ModelOf(device), ragged_requests(2, 1), settings, END, use_cuda_graphs=use_cuda_graphs))

@@ -16,6 +16,7 @@ from minidpost.models.lora import add_adapters, n_adapter_parameters
 from minidpost.models.t5 import T5, T5Config
 from minidpost.models.weights import empty_model
 from minidpost.precision import autocast
+from minidpost.sampling import sampler
 from minidpost.selftraining import estimates
 from minidpost.selftraining.estimates import (
     Plan,
@@ -152,7 +153,7 @@ def test_activations_with_adapters_are_not_estimated_too_low(family, dtype):
 
 def test_sampling_needs_weights_cache_and_logits():
     preset = replace(LLAMA, slots=8, max_source=30, max_new_tokens=20)
-    cache = Llama(CONFIG).bfloat16().new_cache(8 + estimates.PREFILL_BATCH, 30, 20)
+    cache = Llama(CONFIG).bfloat16().new_cache(8 + sampler.PREFILL_BATCH, 30, 20)
     n_rows, n_layers, n_kv_heads, n_positions, d_head = 8 + 16, 4, 2, 30 + 20, 16
     keys_and_values = 2 * 2 * n_rows * n_layers * n_kv_heads * n_positions * d_head  # two bytes a number
     lengths_and_indices = 2 * 8 * n_rows
