@@ -22,6 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -47,7 +48,7 @@ from minidpost.training.optim import read_log
 from minidpost.training.sft import train_sft
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("ceilings", "tests", "sampling", "training", "peers", "profile")
+PARTS = ("ceilings", "tests", "attention", "sampling", "training", "peers", "profile")
 PEER_ROWS = 32  # where transformers is measured beside us
 SAMPLES = 8  # of a question, in sampling
 SEED = 0
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--models", help="names of shapes with commas between (default: the scale's)")
     parser.add_argument("--rows", help="rows decoded at once, numbers with commas between (default: the scale's)")
+    parser.add_argument("--micro-batch-tokens", type=int, help="of training (default: the preset's)")
     parser.add_argument("--scale", choices=SCALES, default="whole", help="how much (default: whole)")
     parser.add_argument("--shared", type=Path, default=SHARED, help="where configs, tokenizers and data lie")
     parser.add_argument("--device", default=default_device(), help="(default: cuda if any)")
@@ -141,6 +143,7 @@ def main() -> None:
         measurements = {
             "ceilings": ceilings,
             "tests": gpu_tests,
+            "attention": attentions,
             "sampling": sampling,
             "training": training,
             "peers": peers,
@@ -213,13 +216,110 @@ def gpu_tests(bench: Bench) -> None:
     """The tests that need a GPU; pytest's closing line."""
 
     def run() -> dict[str, str]:
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_gpu.py")]
+        tests = str(ROOT / "tests" / "test_gpu.py")
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", tests]
         output = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout
         if "failed" in output.splitlines()[-1] or "error" in output.splitlines()[-1]:
             print(output[-6000:], file=sys.stderr)
         return {"closing line": output.splitlines()[-1].strip("= ")}
 
     bench.measure("tests", run)
+
+
+# -- attention of decoding steps -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Rows whose queries share keys and values: heads, queries each, positions that are read and that there are."""
+
+    heads: int
+    queries: int
+    read: int
+    room: int
+    rows_a_prompt: int = 1
+    bias_heads: int = 1
+
+
+ATTENTION_SHAPES = {
+    "smollm2-135m": AttentionShape(heads=3, queries=3, read=256, room=556),
+    "llama-3-8b": AttentionShape(heads=8, queries=4, read=256, room=556),
+    "flan-t5-large, own tokens": AttentionShape(heads=16, queries=1, read=128, room=301, bias_heads=16),
+    "flan-t5-large, prompts": AttentionShape(heads=16, queries=8, read=128, room=200, rows_a_prompt=8),
+}
+
+
+def attentions(bench: Bench) -> None:
+    """Ways to compute one layer's attention in a decoding step, as CUDA graphs; microseconds."""
+    for name, shape in ATTENTION_SHAPES.items():
+        for rows in bench.scale.rows:
+            if rows >= shape.rows_a_prompt:
+                bench.measure(f"attention/{name}/{rows}", lambda s=shape, r=rows: attention_times(s, r, bench))
+
+
+@torch.inference_mode()
+def attention_times(shape: AttentionShape, rows: int, bench: Bench) -> dict[str, Any]:
+    """Microseconds of each way, the median of 20 replays of 20 layers; and how far its result is from fp32's."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    device = bench.options.device
+    dtype = weights_dtype(bench)
+    n = rows // shape.rows_a_prompt
+    n_layers = 20  # so that keys and values come from memory, not from the cache
+    q = torch.randn(n, shape.heads, shape.queries, 64, device=device, dtype=dtype)
+    k, v = torch.randn(2, n_layers, n, shape.heads, shape.room, 64, device=device, dtype=dtype)
+    length_B = torch.randint(shape.read // 2, shape.read, (n,), device=device)
+    bias = torch.zeros(n, shape.bias_heads, 1, shape.read, device=device, dtype=dtype)
+    bias.masked_fill_(torch.arange(shape.read, device=device) >= length_B[:, None, None, None], -torch.inf)
+
+    def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, bias, scale=0.125)
+
+    def products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        weight = torch.matmul(q * 0.125, k.mT).add_(bias).softmax(-1)
+        return torch.matmul(weight, v)
+
+    expected = products(q.float(), k[0, :, :, : shape.read].float(), v[0, :, :, : shape.read].float(), bias.float())
+    ways: dict[str, Any] = {"products": (products, None), "efficient": (fused, SDPBackend.EFFICIENT_ATTENTION)}
+    if torch.device(device).type == "cuda":
+        ways["cudnn"] = (fused, SDPBackend.CUDNN_ATTENTION)
+    found: dict[str, Any] = {}
+    for way, (attend, backend) in ways.items():
+
+        def layers(attend: Any = attend) -> torch.Tensor:
+            for layer in range(n_layers):
+                y = attend(q, k[layer, :, :, : shape.read], v[layer, :, :, : shape.read], bias)
+            return y
+
+        try:
+            torch.backends.cuda.enable_cudnn_sdp(way == "cudnn")
+            chosen = sdpa_kernel(backend) if backend else nullcontext()
+            with chosen:
+                run = recorded(layers) if torch.device(device).type == "cuda" else layers
+                seconds = seconds_of(run, device, 20)
+                y = attend(q, k[0, :, :, : shape.read], v[0, :, :, : shape.read], bias)
+            found[way] = round(1e6 * seconds / n_layers, 2)
+            found[f"{way}, error"] = float((y.float() - expected).norm() / expected.norm())
+        except RuntimeError as error:
+            found[way] = str(error).splitlines()[0][:80]
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(False)
+    n_bytes = 2 * k[0, :, :, : shape.read].numel() * k.itemsize
+    found["bytes"] = n_bytes
+    return found
+
+
+def recorded(work: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    """The work as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------
@@ -357,6 +457,8 @@ def trained_on(name: str, bench: Bench) -> tuple[Model, Any, list[Any], list[Any
     """A model with fp32 weights, its preset, examples and pairs."""
     model, template = open_shape(name, torch.float32, bench.options.device, bench.options.shared)
     preset = preset_of(model.config, "dpo-st")
+    if bench.options.micro_batch_tokens:
+        preset = replace(preset, micro_batch_tokens=bench.options.micro_batch_tokens)
     data = "gsm8k" if (bench.options.shared / "data" / "gsm8k" / "train.jsonl").is_file() else "toy"
     labelled = datasets.load(data, "train", bench.options.shared / "data")[:2000]
     gold = list(gold_sequences(labelled, template, preset).values())

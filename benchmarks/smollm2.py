@@ -7,9 +7,9 @@
     python -m benchmarks.smollm2 all    --model FILE.gguf    base, train and grade side by side, for a GPU
 
 Every part goes on where it was stopped; what it finds lies in benchmarks/results/smollm2/ as JSON. `--scale whole` is
-the paper's recipe (6,705 labelled questions, K = 3, three iterations, all test questions), for a GPU; `--scale part` is
-what two cores can do in some hours, and says so in the page; `--scale try` shows that everything works. Nothing is
-chosen by a test question.
+the paper's recipe (6,705 labelled questions, K = 3, three iterations, all of GSM8K's test questions), for a GPU;
+`--scale part` is what two cores can do in some hours, and says so in the page; `--scale try` shows that everything
+works. Nothing is chosen by a test question.
 
 A seed's ST and DPO-ST runs have the same warm-up, bit for bit, so that it is trained once and copied: the difference
 between them is the DPO step's alone.
@@ -59,7 +59,8 @@ class Scale:
 
     flags: tuple[str, ...]
     iterations: int
-    n_test: int | None
+    n_test: int | None  # of GSM8K
+    n_other_test: int | None  # of each of the other sets
     n_dev: int | None
     n_base: int | None = None  # of each test set, for the base model
     max_new_tokens: int = 300
@@ -73,8 +74,9 @@ SCALES = {
         ),
         iterations=3,
         n_test=None,
+        n_other_test=500,
         n_dev=200,
-        n_base=500,
+        n_base=300,
     ),
     "part": Scale(
         flags=(
@@ -83,6 +85,7 @@ SCALES = {
         ),
         iterations=1,
         n_test=200,
+        n_other_test=200,
         n_dev=100,
         n_base=200,
     ),
@@ -94,6 +97,7 @@ SCALES = {
         ),
         iterations=1,
         n_test=2,
+        n_other_test=2,
         n_dev=2,
         n_base=2,
         max_new_tokens=40,
@@ -266,7 +270,8 @@ def run_all(base: Path, seeds: Sequence[int], options: argparse.Namespace) -> No
     flags = ["--model", str(base), "--scale", options.scale, "--data-dir", str(options.data_dir)]
     flags += ["--runs", str(options.runs), "--device", options.device, "--slots", str(options.slots)]
     command = [sys.executable, "-m", "benchmarks.smollm2"]
-    others = [subprocess.Popen([*command, "base", *flags], cwd=ROOT)]
+    of_base = ["--slots", str(max(1, options.slots // 2))]  # its prompts are long
+    others = [subprocess.Popen([*command, "base", *flags, *of_base], cwd=ROOT)]
     for seed in seeds:
         for method in METHODS:
             of_run = ["--seeds", str(seed), "--methods", method]
@@ -332,7 +337,8 @@ def grade(method: str, seed: int, options: argparse.Namespace) -> None:
                 entry[name] = correct_samples(model, template, options, label=label)
             else:
                 test, _, calculator = name.partition("/")
-                examples = questions(test, "test", options, scale.n_test)
+                n = scale.n_test if test == "gsm8k" else scale.n_other_test
+                examples = questions(test, "test", options, n)
                 is_on = calculator == "on"
                 completions = greedy_completions(model, template, examples, options, calculator=is_on, label=label)
                 entry[name] = outcomes(completions, examples)

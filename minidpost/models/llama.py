@@ -284,7 +284,11 @@ class Llama(nn.Module):
         sin_BTK = angle_BTK.sin()
         cos_BT1K = torch.cat([cos_BTK, cos_BTK], dim=-1)[..., None, :]  # one for each half of a head
         sin_BT1K = torch.cat([-sin_BTK, sin_BTK], dim=-1)[..., None, :]
+        # That of the queries and keys: autocast's where that is at work, else the weights'.
         dtype = self.embedding.weight.dtype
+        kind = position_BT.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
         return Rotation(cos_BT1K.to(dtype), sin_BT1K.to(dtype))
 
     @torch.inference_mode()
