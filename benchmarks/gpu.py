@@ -280,9 +280,12 @@ def attention_times(shape: AttentionShape, rows: int, bench: Bench) -> dict[str,
         return torch.matmul(weight, v)
 
     expected = products(q.float(), k[0, :, :, : shape.read].float(), v[0, :, :, : shape.read].float(), bias.float())
-    ways: dict[str, Any] = {"products": (products, None), "efficient": (fused, SDPBackend.EFFICIENT_ATTENTION)}
+    ways: dict[str, Any] = {"products": (products, None)}
     if torch.device(device).type == "cuda":
-        ways["cudnn"] = (fused, SDPBackend.CUDNN_ATTENTION)
+        ways |= {
+            "efficient": (fused, SDPBackend.EFFICIENT_ATTENTION),
+            "cudnn": (fused, SDPBackend.CUDNN_ATTENTION),
+        }
     found: dict[str, Any] = {}
     for way, (attend, backend) in ways.items():
 

@@ -124,6 +124,7 @@ def main() -> None:
     if options.model is None:
         parser.error("--model is missing")
     prepare_device(options.device)
+    FOUND.mkdir(parents=True, exist_ok=True)
     base = find_model(options.model)
     if options.part == "base":
         measure_base(base, options)
