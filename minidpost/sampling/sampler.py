@@ -150,11 +150,7 @@ class Job:
     use_cuda_graphs: bool
     overlap: bool  # whether a step begins before the host has read the one before
     max_prompt: int  # tokens of the longest prompt
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lies."""
-        return next(self.model.parameters()).device
+    device: torch.device  # where the model lies
 
 
 def sample(
@@ -190,6 +186,7 @@ def sample(
         use_cuda_graphs=use_cuda_graphs and device.type == "cuda",
         overlap=overlap,
         max_prompt=max_prompt,
+        device=device,
     )
     n_workers = n_workers_for(model, settings.slots, chunks)
     if n_workers > 1:
@@ -309,18 +306,14 @@ class Draw:
 
 def begin_step(job: Job, rows: Sequence[Row], latest: Draw | None, step: Callable[[Tensor], Tensor]) -> Draw:
     """Feed the latest token of every row to the model, at the row's own position, and choose the next one."""
-    ids_B = next_ids(job, rows, latest)
-    logits_BV = step(ids_B)
     uniform_B = None
     if job.settings.temperature > 0:
         # What is drawn for a row that has all its tokens already, one of them unread, is thrown away.
         last = job.settings.max_new_tokens - 1
         uniforms = [row.uniforms[min(len(row.token_ids) + row.is_unread, last)] for row in rows]
         uniform_B = to_device(uniforms, torch.float64, job.device)
-    chosen_B = choose(logits_BV, uniform_B, job.settings)
-    for slot, row in enumerate(rows):
-        row.is_unread = job.overlap
-        row.drawn_at = slot
+    ids_B = next_ids(job, rows, latest)
+    chosen_B = choose(step(ids_B), uniform_B, job.settings)
     return Draw(rows, chosen_B)
 
 
@@ -329,9 +322,13 @@ def next_ids(job: Job, rows: Sequence[Row], latest: Draw | None) -> Tensor:
     if not job.overlap:
         return to_device([row.next_id for row in rows], torch.long, job.device)
     known = []  # −1 where the host does not know it
-    for row in rows:
+    drawn_at = []  # the slot of the latest step: a row may have moved to another since
+    for slot, row in enumerate(rows):
+        drawn_at.append(row.drawn_at)
+        row.drawn_at = slot
         if not row.is_unread:  # its first one
             known.append(row.next_id)
+            row.is_unread = True
         elif row.pending:  # what was drawn will be replaced by this
             known.append(row.pending[0])
         else:
@@ -339,9 +336,8 @@ def next_ids(job: Job, rows: Sequence[Row], latest: Draw | None) -> Tensor:
     known_B = to_device(known, torch.long, job.device)
     if latest is None:
         return known_B
-    # A row may have moved to another slot since.
-    drawn_at_B = to_device([row.drawn_at for row in rows], torch.long, job.device)
-    return torch.where(known_B >= 0, known_B, latest.ids_B.index_select(0, drawn_at_B))
+    drawn_B = latest.ids_B.index_select(0, to_device(drawn_at, torch.long, job.device))
+    return torch.where(known_B >= 0, known_B, drawn_B)
 
 
 def emit(job: Job, draw: Draw) -> list[Row]:
@@ -353,8 +349,11 @@ def emit(job: Job, draw: Draw) -> list[Row]:
         if row.finish_reason:  # it ended in the step before, when this one had begun
             continue
         # 1) Force: where ids are pending, the first of them takes the place of what was drawn.
-        is_forced = bool(row.pending)
-        token_id = row.pending.popleft() if is_forced else drawn_id
+        token_id = drawn_id
+        is_forced = False
+        if row.pending:
+            token_id = row.pending.popleft()
+            is_forced = True
 
         # 2) Emit the token. The override, unless the token cannot matter to it, may answer with ids to force.
         row.token_ids.append(token_id)
@@ -363,7 +362,7 @@ def emit(job: Job, draw: Draw) -> list[Row]:
         is_end = token_id in eos_ids and not is_forced
         override = row.override
         if override is not None and not is_end:
-            if is_forced or not override.is_idle or token_id in override.trigger_ids:
+            if is_forced or token_id in override.trigger_ids or not override.is_idle:
                 row.pending.extend(override.push(token_id))
 
         # 3) End the row at an end token that the model chose (a forced one means nothing), or at its last position.
