@@ -113,14 +113,15 @@ def activation_bytes_a_token(model: Model, preset: Preset, dtype: torch.dtype, d
 
     The numbers are fitted to the tensors that autograd keeps (saved_tensors_hooks) with the shapes of Flan-T5 and
     SmolLM2: tensors of the width of the model are fp32 in part even under autocast (the residual stream, the norms),
-    those of the feed-forward are of `dtype`. T5 has more of the former, by its cross-attention and its dropout.
+    those of the feed-forward are of `dtype`. T5 has more of the former, by its cross-attention and its dropout. On an
+    H200 the estimates for SmolLM2-135M and Flan-T5-Large were up to a fifth above what was measured (results/gpu.md).
     """
     config = model.config
     is_t5 = isinstance(config, T5Config)
     if is_t5:
-        width_bytes = 72 if dtype == torch.float32 else 58
+        width_bytes = 72 if dtype == torch.float32 else 46
     else:
-        width_bytes = 40
+        width_bytes = 40 if dtype == torch.float32 else 28
     # The hidden units before and after the activation, the other branch of a gated one, and the product; in T5 also
     # what dropout makes of them, and its mask.
     n_hidden = 6 if is_t5 else 4

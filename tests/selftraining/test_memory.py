@@ -63,8 +63,10 @@ def test_bf16_halves_the_hidden_units_and_adds_copies_of_weights(preset):
     n_layers_kept = 1 if preset.activation_checkpointing else 4
     n_parameters = sum(p.numel() for p in model.parameters())
     difference = training_bytes(model, preset) - training_bytes(model, preset, torch.bfloat16)
-    # Four hidden units of the feed-forward take two bytes less; two bytes a parameter are copied, of the layers kept.
-    assert difference == n_layers_kept * (n_tokens * 4 * 2 * CONFIG.d_ff) - 2 * n_parameters * n_layers_kept // 4
+    # Four hidden units of the feed-forward take two bytes less, and so do six tensors of the model's width; two bytes a
+    # parameter are copied, of the layers kept.
+    a_token = 4 * 2 * CONFIG.d_ff + 6 * 2 * CONFIG.d_model
+    assert difference == n_layers_kept * n_tokens * a_token - 2 * n_parameters * n_layers_kept // 4
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
@@ -75,7 +77,8 @@ def test_lora_needs_frozen_weights_and_16_bytes_an_adapter_parameter(dtype, size
     n_trained = 4 * 3 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
     assert n_adapter_parameters(model, 3) == n_trained
     copies = 2 * n_trained if size == 2 else 0
-    a_layer, inputs = 1000 * (40 * 64 + 4 * size * 128 + 7 * 3 * size), 4 * size * 1000 * 64
+    width_bytes = 40 if size == 4 else 28
+    a_layer, inputs = 1000 * (width_bytes * 64 + 4 * size * 128 + 7 * 3 * size), 4 * size * 1000 * 64
     expected = size * n_parameters + 16 * n_trained + inputs + a_layer + copies // 4 + 12 * 1000 * 1000
     assert training_bytes(model, preset, dtype) == expected
     assert disk_bytes(model, preset, "st") == 4 * 4 * (n_parameters + n_trained) + 2 * 12 * n_trained
