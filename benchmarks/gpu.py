@@ -11,7 +11,8 @@ weight of the decoder and every cached key and value is read once; a token of tr
 Bandwidth and peak are those that a large copy and a large product reached on the same card, not the data sheet's.
 
 Every measurement is written to gpu.json as soon as it is there, and gpu.md is made of that; a second call measures what
-is missing. A measurement that fails is a line of the page, and the next one follows.
+is missing. A measurement that fails is a line of the page, and the next one follows. What gpu-before.json has (an earlier
+version's gpu.json) stands beside it, and gpu-findings.md at the head of the page.
 """
 
 import argparse
@@ -49,6 +50,7 @@ from minidpost.training.sft import train_sft
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("ceilings", "tests", "attention", "sampling", "training", "peers", "profile")
+WAYS = ("efficient", "cudnn", "products")  # torch's memory-efficient kernel, cuDNN's, two products and a softmax
 PEER_ROWS = 32  # where transformers is measured beside us
 SAMPLES = 8  # of a question, in sampling
 SEED = 0
@@ -110,8 +112,20 @@ class Bench:
         print(f"[{seconds:6.1f} s] {name}: {json.dumps(result)[:300]}", file=sys.stderr, flush=True)
         self.found[name] = result
         write_json(self.options.output.with_suffix(".json"), self.found)
-        self.options.output.write_text(page(self.found), encoding="utf-8")
+        self.write_page()
         free_memory()
+
+    def write_page(self) -> None:
+        """Make the page of what is known."""
+        output: Path = self.options.output
+        before = output.with_name(f"{output.stem}-before.json")
+        findings = output.with_name(f"{output.stem}-findings.md")
+        text = page(
+            self.found,
+            read_json(before) if before.is_file() else None,
+            findings.read_text(encoding="utf-8") if findings.is_file() else "",
+        )
+        output.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -131,15 +145,16 @@ def main() -> None:
         scale = replace(scale, models=tuple(options.models.split(",")))
     if options.rows:
         scale = replace(scale, rows=tuple(map(int, options.rows.split(","))))
-    unknown = set(options.parts.split(",")) - set(PARTS)
+    options.parts = [part for part in options.parts.split(",") if part]
+    unknown = set(options.parts) - set(PARTS)
     if unknown:
         parser.error(f"--parts {min(unknown)}: one of {', '.join(PARTS)} is expected")
 
     prepare_device(options.device)
     data = options.output.with_suffix(".json")
     bench = Bench(options, scale, read_json(data) if data.is_file() else {})
-    bench.found["machine"] = machine(options.device)
-    for part in options.parts.split(","):
+    bench.found.setdefault("machine", machine(options.device))
+    for part in options.parts:
         measurements = {
             "ceilings": ceilings,
             "tests": gpu_tests,
@@ -150,7 +165,8 @@ def main() -> None:
             "profile": profiles,
         }[part]
         measurements(bench)
-    print(page(bench.found))
+    bench.write_page()
+    print(options.output.read_text(encoding="utf-8"))
 
 
 def machine(device: str) -> dict[str, str]:
@@ -600,68 +616,96 @@ def profile_of(name: str, bench: Bench, path: Path) -> dict[str, float]:
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
-def page(found: dict[str, Any]) -> str:
-    """What has been measured, as Markdown."""
+def page(found: dict[str, Any], before: dict[str, Any] | None = None, findings: str = "") -> str:
+    """What has been measured, as Markdown; beside it what an earlier version had, and what was learned."""
+    before = before or {}
     lines = ["# One GPU", "", f"`python -m benchmarks.gpu` · {found['machine']['gpu']}, {found['machine']['line']}", ""]
     lines += [*(__doc__ or "").split("\n\n")[2:3], ""]
+    lines += [findings.strip(), ""] if findings else []
     bandwidth = found.get("ceilings/bandwidth", {}).get("gb_s")
     peak = found.get("ceilings/product", {}).get("tflop_s")
     if bandwidth and peak:
         lines += [f"A large copy: {bandwidth:,.0f} GB/s. A large bf16 product: {peak:,.0f} TFLOP/s.", ""]
     if "tests" in found:
         lines += [f"`pytest -m gpu`: {found['tests'].get('closing line', found['tests'])}.", ""]
-    sampling_rows = [*sampling_lines(found, bandwidth)]
-    if sampling_rows:
-        heads = ["sampling", "rows", "tokens/s", "calculator off", "step, ms", "the device's part, ms", "MBU", "GB"]
-        lines += [markdown_table([*heads, "transformers, tokens/s"], sampling_rows), ""]
-    training_rows = [*training_lines(found, peak)]
-    if training_rows:
-        heads = ["training", "tokens/s", "step, ms", "tokens a step", "MFU", "GB", "reference pass, tokens/s"]
-        lines += [markdown_table(heads, training_rows), ""]
+    tables = (
+        (
+            [
+                *("sampling", "rows", "tokens/s", "before", "calculator off", "the device's part of a step, ms"),
+                *("rows / that, tokens/s", "MBU", "GB", "transformers, tokens/s"),
+            ],
+            sampling_lines(found, before, bandwidth),
+        ),
+        (
+            ["training", "tokens/s", "before", "step, ms", "tokens a step", "MFU", "GB", "reference pass, tokens/s"],
+            training_lines(found, before, peak),
+        ),
+        (["attention of a step, one layer, µs", "rows", "GB/s at best", *WAYS], attention_lines(found)),
+    )
+    for heads, rows in tables:
+        cells = [*rows]
+        if cells:
+            lines += [markdown_table(heads, cells), ""]
     errors = [f"- {name}: {value['error']}" for name, value in found.items() if "error" in value]
     if errors:
         lines += ["Failed:", "", *errors, ""]
     return "\n".join(lines)
 
 
-def sampling_lines(found: dict[str, Any], bandwidth: float | None) -> Iterator[list[str]]:
+def sampling_lines(found: dict[str, Any], before: dict[str, Any], bandwidth: float | None) -> Iterator[list[str]]:
     """A line for each model and number of rows."""
     for name, value in found.items():
         if not name.startswith("sampling/") or "error" in value:
             continue
         _, model, rows = name.split("/")
-        step_ms = 1000 * int(rows) / value["tokens_s"]
-        mbu = f"{value['step_gb'] / value['step_ms'] * 1000 / bandwidth:.0%}" if bandwidth else "–"
         peer = found.get(f"peer/{model}/{rows}", {}).get("tokens_s")
         yield [
             model,
             rows,
             f"{value['tokens_s']:,.0f}",
+            rate(before.get(name)),
             f"{value['tokens_s_without_calculator']:,.0f}",
-            f"{step_ms:.2f}",
             f"{value['step_ms']:.2f}",
-            mbu,
+            f"{1000 * int(rows) / value['step_ms']:,.0f}",
+            f"{value['step_gb'] / value['step_ms'] * 1000 / bandwidth:.0%}" if bandwidth else "–",
             f"{value['peak_gb']:.1f}",
             f"{peer:,.0f} ({value['tokens_s'] / peer:.1f}×)" if peer else "–",
         ]
 
 
-def training_lines(found: dict[str, Any], peak: float | None) -> Iterator[list[str]]:
+def rate(value: dict[str, Any] | None) -> str:
+    """Tokens a second, where they are known."""
+    return f"{value['tokens_s']:,.0f}" if value and "tokens_s" in value else "–"
+
+
+def training_lines(found: dict[str, Any], before: dict[str, Any], peak: float | None) -> Iterator[list[str]]:
     """A line for each training."""
     for name, value in found.items():
         if not name.startswith(("sft/", "dpo/")) or "error" in value:
             continue
-        mfu = f"{value['tokens_s'] * value['flops_a_token'] / peak / 1e12:.0%}" if peak else "–"
         reference = value.get("reference_tokens_s")
         yield [
             name.replace("/", ", "),
             f"{value['tokens_s']:,.0f}",
+            rate(before.get(name)),
             f"{value['step_ms']:.0f}",
             f"{value['tokens_a_step']:,.0f}",
-            mfu,
+            f"{value['tokens_s'] * value['flops_a_token'] / peak / 1e12:.0%}" if peak else "–",
             f"{value['peak_gb']:.1f}",
             f"{reference:,.0f}" if reference else "–",
         ]
+
+
+def attention_lines(found: dict[str, Any]) -> Iterator[list[str]]:
+    """A line for each shape and number of rows."""
+    for name, value in found.items():
+        if not name.startswith("attention/") or "error" in value:
+            continue
+        _, shape, rows = name.split("/")
+        times = [value.get(way) for way in WAYS]
+        least = min(time for time in times if isinstance(time, float))
+        cells = [f"{time:.0f}" if isinstance(time, float) else "–" for time in times]
+        yield [shape, rows, f"{value['bytes'] / least / 1000:,.0f}", *cells]
 
 
 if __name__ == "__main__":

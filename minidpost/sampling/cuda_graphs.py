@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minidpost.models.kvcache import KVCache, PromptPlan, StepPlan, T5Cache, T5Plan
 
-POSITIONS_MULTIPLE = 128  # positions that a step reads are rounded up to a multiple of this
+POSITIONS_MULTIPLE = 64  # positions that a step reads are rounded up to a multiple of this
 MIN_ROWS = 16  # rows are rounded up to a power of two, and to this: below it a step takes no less time
 TOLERANCE = 0.05  # of the greatest logit: by how much a replayed step may differ from the plain one (bf16)
 
