@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -30,7 +31,7 @@ from minidpost.models.hub import BUNDLED, PUBLISHED, find_model
 from minidpost.models.weights import TEMPLATES, check_weights, empty_model, load_template
 from minidpost.precision import DTYPES, default_device, sampling_dtype, training_dtype
 from minidpost.selftraining.algorithm import self_train
-from minidpost.selftraining.estimates import Plan, check_disk, check_memory, warn_of_hours
+from minidpost.selftraining.estimates import Plan, check_disk, check_memory, slots_for, warn_of_hours
 from minidpost.selftraining.flags import (
     MAY_CHANGE,
     add_hyperparameters,
@@ -58,13 +59,15 @@ def main() -> None:
     default = preset_for(base, options.method)
     if replaced.get("lora_rank") is not None:
         default = for_lora(default)
+    model = empty_model(read_config(base))
+    dtype = sampling_dtype(options.device, options.dtype)
+    default = replace(default, slots=slots_for(model, default, dtype, options.device))
     preset = resolve_preset(options, default, replaced)
     check_weights(base)
     data = load_data(options)
     template = load_template(base, options.template)
     tokens = tokenize(data, template, base)
     run_dir = options.run_dir or Path("runs") / run_name(options, data, base=base, differing=changes(default, preset))
-    model = empty_model(read_config(base))
     plan = Plan(
         base=base,
         method=options.method,
@@ -72,7 +75,7 @@ def main() -> None:
         data=data,
         template=template,
         tokens=tokens,
-        dtype=sampling_dtype(options.device, options.dtype),
+        dtype=dtype,
         training_dtype=resolve_training_dtype(options, n_parameters(model)),
         device=options.device,
     )

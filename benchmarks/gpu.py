@@ -11,8 +11,8 @@ weight of the decoder and every cached key and value is read once; a token of tr
 Bandwidth and peak are those that a large copy and a large product reached on the same card, not the data sheet's.
 
 Every measurement is written to gpu.json as soon as it is there, and gpu.md is made of that; a second call measures what
-is missing. A measurement that fails is a line of the page, and the next one follows. What gpu-before.json has (an earlier
-version's gpu.json) stands beside it, and gpu-findings.md at the head of the page.
+is missing. A measurement that fails is a line of the page, and the next one follows. What an earlier version had,
+gpu-before.json, stands beside it, and gpu-findings.md at the head of the page.
 """
 
 import argparse

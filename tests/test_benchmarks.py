@@ -13,7 +13,7 @@ import torch
 from llama_oracle import LLAMA_SHAPES, random_llama
 from t5_oracle import SHAPES, random_t5
 
-from benchmarks import logprob_gap, peers, profiling, sampling, scaling, smollm2
+from benchmarks import gpu, host, logprob_gap, peers, profiling, sampling, scaling, smollm2
 from benchmarks.profiling import profile
 from benchmarks.scaling import Clocked, Limits, Rates, least_seconds, recipe_seconds
 from benchmarks.scripted import ScriptedModel, Work, natural_work, scripted_work
@@ -328,3 +328,59 @@ def test_another_methods_run_takes_over_the_warm_up(tmp_path):
 )
 def test_the_last_number_of_a_model_that_was_never_told_how_to_end(completion, expected):
     assert smollm2.with_last_number(completion) == expected
+
+
+def test_a_run_has_warmed_up_when_iteration_0_is_evaluated(tmp_path):
+    assert not smollm2.has_warmed_up(tmp_path)
+    write_jsonl(tmp_path / "stages.jsonl", [{"stage": "iteration-0/sft"}])
+    assert not smollm2.has_warmed_up(tmp_path)
+    write_jsonl(tmp_path / "stages.jsonl", [{"stage": "iteration-0/sft"}, {"stage": "iteration-0/evaluation.json"}])
+    assert smollm2.has_warmed_up(tmp_path)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("has_calculator", [False, True])
+def test_the_hosts_part_is_of_the_steps_that_write_the_scripts(tiny_template, tmp_path, overlap, has_calculator):
+    """Scripts are followed to the token; as many steps as the longest row needs at least, and few more."""
+    work = scripted_work(tiny_template, 12, tmp_path)
+    seconds, n_steps = host.host_seconds(work, 4, has_calculator=has_calculator, overlap=overlap)
+    n_tokens = sum(map(len, work.scripts))
+    assert seconds > 0
+    assert n_tokens / 4 <= n_steps <= n_tokens / 4 + max(map(len, work.scripts)) + len(work.scripts)
+
+
+def test_the_gpus_page_stands_beside_what_was_before():
+    """Every measurement is a row; what failed is named; shares are of what the card itself reached."""
+    found = {
+        "machine": {"gpu": "a GPU", "line": "torch"},
+        "ceilings/bandwidth": {"gb_s": 2000.0},
+        "ceilings/product": {"tflop_s": 500.0},
+        "sampling/m/32": {"tokens_s": 800.0, "tokens_s_without_calculator": 820.0, "step_ms": 2.0, "step_gb": 1.0}
+        | {"peak_gb": 3.0},
+        "peer/m/32": {"tokens_s": 100.0},
+        "sft/m": {"tokens_s": 1e5, "step_ms": 10.0, "tokens_a_step": 1000.0, "flops_a_token": 1e9, "peak_gb": 5.0},
+        "attention/m/32": {"products": 10.0, "efficient": 20.0, "cudnn": "no such kernel", "bytes": 10_000_000},
+        "dpo/m": {"error": "OutOfMemoryError: 80 GB"},
+    }
+    page = gpu.page(found, {"sampling/m/32": {"tokens_s": 400.0}}, "It is **fast**.")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    assert ["m", "32", "800", "400", "820", "2.00", "16,000", "25%", "3.0", "100 (8.0×)"] in rows
+    assert ["sft, m", "100,000", "–", "10", "1,000", "20%", "5.0", "–"] in rows
+    assert ["m", "32", "1,000", "20", "–", "10"] in rows
+    assert "- dpo/m: OutOfMemoryError: 80 GB" in page
+    assert "It is **fast**." in page
+
+
+@pytest.mark.slow
+def test_the_gpus_benchmark_runs_on_a_cpu(tmp_path):
+    """So that the first minute on a GPU is not spent on its faults; a second call measures nothing again."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--scale", "try", "--device", "cpu"]
+    command += ["--models", "tiny-t5", "--output", str(tmp_path / "gpu.md")]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=1200)
+    found = read_json(tmp_path / "gpu.json")
+    parts = {name.split("/")[0] for name in found}
+    assert parts == {"machine", "ceilings", "tests", "attention", "sampling", "sft", "dpo", "peer", "profile"}
+    assert not [name for name, value in found.items() if "error" in value]
+    again = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    assert " s] " not in again.stderr
+    assert read_json(tmp_path / "gpu.json") == found

@@ -22,7 +22,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -46,6 +46,8 @@ from minidpost.training.batching import TokenizedExample, drop_too_long, token_c
 from minidpost.training.losses import LOGITS_AT_ONCE
 
 GB = 10**9
+GPU_SLOTS = (1024, 512, 256, 128)  # of which the first that fits is taken
+FRACTION_FOR_SAMPLING = 1 / 3  # of a GPU's memory
 TIGHT = 1.25  # free disk space below this multiple of what is needed is warned about
 MIN_PARAMETERS_FOR_WARNING = 50_000_000  # from here on training on a CPU takes long enough for a warning
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -145,6 +147,21 @@ def sampling_bytes(model: Model, preset: Preset, dtype: torch.dtype, device: str
     cache = empty_model(model.config).to(dtype).new_cache(n_rows, max_prompt, preset.max_new_tokens)
     logits_bytes = 12 * preset.slots * model.config.vocab_size
     return dtype.itemsize * n_parameters(model) + tensor_bytes(cache) + logits_bytes
+
+
+def slots_for(model: Model, preset: Preset, dtype: torch.dtype, device: str) -> int:
+    """How many rows are decoded at once where nothing else is asked for.
+
+    On a CPU the preset's number. On a GPU a step of many rows hardly takes longer than one of few: as many as need no
+    more than a third of its memory, so that every GPU of one kind has the same number, whatever else is at work there.
+    """
+    if torch.device(device).type != "cuda":
+        return preset.slots
+    n_bytes = torch.cuda.get_device_properties(device).total_memory
+    for slots in GPU_SLOTS:
+        if FRACTION_FOR_SAMPLING * n_bytes >= sampling_bytes(model, replace(preset, slots=slots), dtype, device):
+            return slots
+    return preset.slots
 
 
 def tensor_bytes(cache: KVCache | SharedPromptCache | T5Cache) -> int:

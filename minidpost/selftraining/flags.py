@@ -95,7 +95,7 @@ GROUPS: dict[str, dict[str, Flag]] = {
     "memory and speed (results change by rounding alone; a run may be continued with other values)": {
         "micro_batch_tokens": Flag("padded tokens of a forward pass in training, at most"),
         "activation_checkpointing": Flag("compute activations twice in training, for less memory"),
-        "slots": Flag("completions that are sampled at the same time"),
+        "slots": Flag("completions that are sampled at the same time; on a GPU more, by its memory"),
     },
 }
 FLAGS = {name: flag for group in GROUPS.values() for name, flag in group.items()}

@@ -341,3 +341,24 @@ def test_hours_are_written_with_two_digits():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_rate_of_products_is_positive_and_finite(dtype):
     assert 0 < product_flops_per_second(dtype, seconds=0.0, width=8) < float("inf")
+
+
+def test_on_a_gpu_slots_are_by_its_memory(monkeypatch):
+    """As many as need a third of it, powers of two from 128 to 1,024; on a CPU the preset's number."""
+    preset = replace(LLAMA, slots=64, max_source=200, max_new_tokens=300)
+    config = LlamaConfig(32000, 2048, 5632, 22, n_heads=32, n_kv_heads=4, d_head=64)  # TinyLlama
+    model = empty_model(config)
+
+    def slots_with(gigabytes: float) -> int:
+        properties = namedtuple("Properties", "total_memory")(int(gigabytes * 1e9))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        return estimates.slots_for(model, preset, torch.bfloat16, "cuda")
+
+    chosen = [slots_with(size) for size in (8, 16, 24, 48, 80, 140)]
+    assert chosen == sorted(chosen)
+    assert chosen[0] == 64 and chosen[-1] == 1024 and len({*chosen}) > 3
+    for size in (24, 48, 80):
+        slots = slots_with(size)
+        needed = [sampling_bytes(model, replace(preset, slots=n), torch.bfloat16, "cuda") for n in (slots, 2 * slots)]
+        assert needed[0] <= size * 1e9 / 3 < needed[1]
+    assert estimates.slots_for(model, preset, torch.bfloat16, "cpu") == 64
