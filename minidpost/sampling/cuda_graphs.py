@@ -142,7 +142,8 @@ def recorded_steps(model: SteppedModel, n_rows: int, max_prompt: int, max_new: i
             return kept.steps
     if kept is not None:
         # Its memory is free before more is taken, and what is asked for next may be as much as was there.
-        sizes = tuple(map(max, kept.sizes, sizes))
+        n_rows, max_prompt, max_new = map(max, kept.sizes, sizes)
+        sizes = (n_rows, max_prompt, max_new)
         del _kept[model], kept
     steps = CUDAGraphs(model, model.new_cache(*sizes))
     _kept[model] = Kept(sizes, steps, addresses)

@@ -24,7 +24,7 @@ graphs (see cuda_graphs).
 
 On a GPU the host's work is hidden behind the device's: step t + 1 begins, on the device, with the ids that step t drew,
 before the host has read them. Nothing comes too late by that: ids that must follow a token of step t take the place of
-what step t + 1 draws, and are known before step t + 2 begins. Only a row that ended in step t is decoded once more, and
+step t + 1's choice, and are known before step t + 2 begins. Only a row that ended in step t is decoded once more, and
 what is drawn for it is thrown away.
 
     device    step t       step t + 1       step t + 2 …

@@ -99,7 +99,7 @@ def test_completions_of_recorded_steps_are_the_same(make_model, monkeypatch):
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 6, 11, 40])
 @pytest.mark.parametrize("slots", [1, 3])
 def test_the_calculators_results_come_in_time(slots, max_new_tokens):
-    """Every case of the calculator's: what the model draws where an id is forced is the end, and is thrown away."""
+    """Every case of the calculator's: what the model chooses where an id is forced is the end, and is thrown away."""
     expected = [parse(case) for case in CASES.values()]
     scripts = [[*without_results(*case, "END"), END] for case in expected]  # a row is decoded once more after its end
     settings = SamplingSettings(max_new_tokens=max_new_tokens, slots=slots)
