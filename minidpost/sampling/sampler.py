@@ -135,31 +135,34 @@ def sample(
     *,
     new_override: Callable[[], Override] | None = None,
     first_chunk: int = 0,
+    chunk_size: int | None = None,
     use_cuda_graphs: bool = True,
 ) -> Iterator[Row]:
     """Yield the rows of all requests as they end, each request's once; those before `first_chunk` not at all.
 
-    A row ends at the end token `eos_id`, or at any of several. All rows of a chunk are yielded before any of the next.
-    `new_override` makes the override of one row. Samples of one question should stand together in `requests`: those of
-    one chunk share a prefill. Prompts must not be empty.
+    A row ends at the end token `eos_id`, or at any of several. All rows of a chunk, of `chunk_size` requests (None:
+    CHUNK), are yielded before any of the next. `new_override` makes the override of one row. Samples of one question
+    should stand together in `requests`: those of one chunk share a prefill. Prompts must not be empty.
     """
-    chunks = chunked(requests, first_chunk)
+    chunks = chunked(requests, CHUNK if chunk_size is None else chunk_size)
     # The longest of all prompts, worked off or not, so that a run that continues has caches of the same shape.
     max_prompt = max((len(request.prompt_ids) for request in requests), default=0)
     eos_ids = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
     job = Job(model, settings, eos_ids, new_override, use_cuda_graphs, max_prompt)
+    # Likewise of all chunks: how the questions of a chunk are dealt to workers decides which rows share a step.
     n_workers = n_workers_for(model, settings.slots, chunks)
+    remaining = chunks[first_chunk:]
     if n_workers > 1:
-        return sample_in_workers(partial(sample_chunks, job), chunks, settings.slots, n_workers)
-    return sample_chunks(job, chunks, settings.slots)
+        return sample_in_workers(partial(sample_chunks, job), remaining, settings.slots, n_workers)
+    return sample_chunks(job, remaining, settings.slots)
 
 
-def chunked(requests: Sequence[Request], first_chunk: int) -> list[Chunk]:
-    """The requests from a chunk on, CHUNK at a time, in groups of the same prompt, the longest prompts first."""
+def chunked(requests: Sequence[Request], chunk_size: int) -> list[Chunk]:
+    """The requests, `chunk_size` at a time, in groups of the same prompt, the longest prompts first."""
     chunks = []
-    for start in range(first_chunk * CHUNK, len(requests), CHUNK):
+    for start in range(0, len(requests), chunk_size):
         groups: dict[tuple[int, ...], Group] = {}
-        for request_index, request in enumerate(requests[start : start + CHUNK], start=start):
+        for request_index, request in enumerate(requests[start : start + chunk_size], start=start):
             groups.setdefault(request.prompt_ids, []).append((request_index, request))
         chunks.append([groups[prompt] for prompt in sorted(groups, key=len, reverse=True)])
     return chunks

@@ -20,7 +20,7 @@ are trained on as they are.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -149,7 +149,6 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
             run.dtype,
             sampler.CHUNK,
         )
-        first_chunk = chunks.n_finished()
         generated = generate(
             loaded,
             run.template,
@@ -159,13 +158,9 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
             n_samples=n_samples,
             calculator=run.calculator,
             label=f"{iteration}/{name}",
-            first_chunk=first_chunk,
+            first_chunk=chunks.n_finished(),
         )
-        for chunk_index in count(first_chunk):
-            chunk = list(islice(generated, sampler.CHUNK))
-            if not chunk:
-                break
-            chunks.commit(chunk_index, [asdict(sample) for sample in chunk])
+        chunks.save((asdict(sample) for sample in generated), sampler.CHUNK)
 
         # Rows finish in any order; the file is sorted by question.
         samples = [Sample(**record) for record in chunks.records()]
