@@ -6,26 +6,37 @@
     python sample.py --input questions.jsonl --output completions.jsonl
 
 A completion is shown in GSM8K's form; on a terminal what the calculator wrote stands out. With --output every
-completion is a row of JSONL: index, sample, question, completion, answer, finish_reason, token_ids, forced.
+completion is a row of JSONL: index, sample, the fields of the question's own row, question, completion, answer,
+finish_reason, token_ids, forced. Rows are saved a chunk at a time, and after a kill the same command goes on.
 """
 
 import argparse
 import os
 import re
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from minidpost import cli
 from minidpost.data import datasets
-from minidpost.sampling.generate import Sample, generate
+from minidpost.data.datasets import QuestionFile
+from minidpost.errors import when_memory_runs_out
+from minidpost.models.hf_config import Model
+from minidpost.progress import Progress
+from minidpost.sampling import sampler
+from minidpost.sampling.generate import Sample, check_prompt, generate
 from minidpost.sampling.sampler import SamplingSettings
-from minidpost.storage import write_jsonl
+from minidpost.selftraining.job import Job, progress_directory
+from minidpost.selftraining.run_directory import Chunks, model_hash
 from minidpost.text.grading import extract_answer
 from minidpost.text.templates import Template
+from minidpost.training.state import fingerprint
 
 N_SHOWN = 5  # toy dev questions that are answered where none is given
+BLOCK = 16  # chunks whose questions are in memory together
 BOLD, PLAIN = "\x1b[1;36m", "\x1b[0m"
 ANNOTATION = re.compile(r"<<(?:[^<>]*=)?([^<>]*)>>")  # `<<48/2=24>>`, the group being its result
 
@@ -33,12 +44,12 @@ ANNOTATION = re.compile(r"<<(?:[^<>]*=)?([^<>]*)>>")  # `<<48/2=24>>`, the group
 def main() -> None:
     """Read the questions, complete them, show or write the completions."""
     options = parse_options()
-    cli.check_output(options.output)
-    if options.input:
-        questions = datasets.load_questions(options.input)
-    else:
-        questions = options.questions or [example.question for example in datasets.load("toy", "dev")[:N_SHOWN]]
-    _, model, template = cli.open_model(options)
+    if options.output:
+        progress = progress_directory(options.output)
+        cli.check_output("--output", options.output, overwrite=options.overwrite, progress=progress)
+    questions = Questions(options)
+    directory, model, template = cli.open_model(options)
+    questions.check(template)
     settings = SamplingSettings(
         temperature=options.temperature,
         top_k=options.top_k,
@@ -47,14 +58,44 @@ def main() -> None:
         slots=options.slots,
         seed=options.seed,
     )
-    calculator = not options.no_calculator
-    samples = list(generate(model, template, questions, settings, n_samples=options.samples, calculator=calculator))
-    samples.sort(key=lambda sample: (sample.example_index, sample.sample_index))
     if options.output:
-        write_jsonl(options.output, map(record, samples))
-        print(f"{len(samples):,} completions of {len(questions):,} questions: {options.output}")
-    else:
-        show(samples, template)
+        write(options, questions, directory=directory, model=model, template=template, settings=settings)
+        return
+    texts = [row["question"] for row in questions.rows()]
+    calculator = not options.no_calculator
+    samples = list(generate(model, template, texts, settings, n_samples=options.samples, calculator=calculator))
+    samples.sort(key=lambda sample: (sample.example_index, sample.sample_index))
+    show(samples, template)
+
+
+class Questions:
+    """What is to be answered: rows of a file, or questions of the command line; `n` counts them."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Read and check all rows once; UserError where one is broken."""
+        self.file: QuestionFile | None = datasets.open_questions(options.input) if options.input else None
+        self.texts: list[str] = options.questions
+        if not self.file and not self.texts:
+            self.texts = [example.question for example in datasets.load("toy", "dev")[:N_SHOWN]]
+        self.n = sum(1 for _ in self.rows())
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows, each with its `question` and the user's own fields."""
+        return self.file.rows() if self.file else iter({"question": text} for text in self.texts)
+
+    def check(self, template: Template) -> None:
+        """UserError where a question is empty, or longer than a prompt may be."""
+        for number, row in enumerate(self.rows(), start=1):
+            check_prompt(number, row["question"], template.prompt_ids(row["question"]))
+
+    def check_unchanged(self) -> None:
+        """UserError where the file of the questions was written to."""
+        if self.file:
+            self.file.check_unchanged()
+
+    def sha256(self) -> str:
+        """What tells these questions from others."""
+        return self.file.sha256() if self.file else fingerprint(self.texts)
 
 
 def parse_options() -> argparse.Namespace:
@@ -68,8 +109,14 @@ def parse_options() -> argparse.Namespace:
         metavar="FILE",
         help="questions to answer: JSONL with `question`, text with one a line, or - for either on standard input",
     )
+    cli.add_output(parser, "JSONL file that completions are written to instead of being shown")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="JSONL file that completions are written to instead of being shown"
+        "--chunk",
+        type=cli.POSITIVE,
+        default=sampler.CHUNK,
+        metavar="N",
+        help=f"rows of --output that are saved together: of fewer, a kill costs less, and sampling is a little slower "
+        f"(default: {sampler.CHUNK})",
     )
     parser.add_argument(
         "--samples", type=cli.POSITIVE, default=1, metavar="N", help="completions of each question (default: 1)"
@@ -104,12 +151,103 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def record(sample: Sample) -> dict[str, Any]:
-    """One row of the output file."""
+def write(
+    options: argparse.Namespace,
+    questions: Questions,
+    *,
+    directory: Path,
+    model: Model,
+    template: Template,
+    settings: SamplingSettings,
+) -> None:
+    """Write a row for each completion to --output, going on where the same command was stopped."""
+    weight = next(model.parameters())
+    names = "template samples temperature top_k top_p max_new_tokens slots seed no_calculator chunk".split()
+    identity = {
+        "command": "sample.py",
+        "weights": model_hash(directory),
+        "questions": questions.sha256(),
+        **{name: vars(options)[name] for name in names},
+        "dtype": str(weight.dtype),
+        "device": weight.device.type,
+    }
+    advice = f"fewer --slots (now {options.slots:,}) need less; the same command with them continues here"
+    with Job([options.output], identity, overwrite=options.overwrite) as job, when_memory_runs_out(advice):
+        if job.is_finished:
+            job.remove()
+        else:
+            chunks = job.chunks("rows")
+            sample_chunks(options, questions, chunks, model=model, template=template, settings=settings)
+            job.finish({options.output: lambda path: concatenate(chunks.files(), path)})
+    print(f"{questions.n * options.samples:,} completions of {questions.n:,} questions: {options.output}")
+
+
+def sample_chunks(
+    options: argparse.Namespace,
+    questions: Questions,
+    chunks: Chunks,
+    *,
+    model: Model,
+    template: Template,
+    settings: SamplingSettings,
+) -> None:
+    """Sample and save the chunks that are missing; in memory are the questions of one block of chunks.
+
+    A chunk's rows depend on its block alone, and blocks are the same wherever a job was stopped. With --chunk 4 and
+    --samples 3 a block has 16 * 4 // 3 = 21 questions, whose 63 rows make 15 chunks of 4 and one of 3.
+    """
+    questions_per_block = max(1, BLOCK * options.chunk // options.samples)
+    chunks_per_block = -(-questions_per_block * options.samples // options.chunk)  # rounded up
+    rows = questions.rows()
+    n_rows = questions.n * options.samples
+    with Progress(total=n_rows, initial=chunks.n_records, desc="sampling", unit="row") as progress:
+        for block_index in range(-(-questions.n // questions_per_block)):
+            block = list(islice(rows, questions_per_block))
+            n_finished = chunks.n_finished() - block_index * chunks_per_block  # chunks of this block and later ones
+            if n_finished >= chunks_per_block:
+                continue
+            questions.check_unchanged()
+            samples = generate(
+                model,
+                template,
+                [row["question"] for row in block],
+                settings,
+                n_samples=options.samples,
+                calculator=not options.no_calculator,
+                first_chunk=n_finished,
+                chunk_size=options.chunk,
+                progress=progress,
+            )
+            # Rows end in any order. A chunk's are those of successive questions, so that sorted chunks make a sorted
+            # file.
+            while chunk := list(islice(samples, options.chunk)):
+                chunk.sort(key=place)
+                first_index = block_index * questions_per_block
+                records = [record(sample, block[sample.example_index], first_index) for sample in chunk]
+                chunks.commit(chunks.n_finished(), records)
+
+
+def place(sample: Sample) -> tuple[int, int]:
+    """Where a completion stands among all: by question, then by sample."""
+    return sample.example_index, sample.sample_index
+
+
+def concatenate(sources: Sequence[Path], target: Path) -> None:
+    """Write the content of all sources, one after another."""
+    with open(target, "wb") as output:
+        for source in sources:
+            with open(source, "rb") as stream:
+                shutil.copyfileobj(stream, output)
+
+
+def record(sample: Sample, row: dict[str, Any], first_index: int) -> dict[str, Any]:
+    """One row of the output file: what is ours, and the fields of the question's own `row`.
+
+    `first_index` is that of the first question of the sample's block. A field that has the name of one of ours is
+    called input_NAME.
+    """
     answer = extract_answer(sample.completion)
-    return {
-        "index": sample.example_index,
-        "sample": sample.sample_index,
+    ours = {
         "question": sample.question,
         "completion": sample.completion,
         "answer": None if answer is None else f"{answer:f}",
@@ -117,6 +255,14 @@ def record(sample: Sample) -> dict[str, Any]:
         "token_ids": sample.token_ids,
         "forced": sample.forced,
     }
+    result: dict[str, Any] = {"index": first_index + sample.example_index, "sample": sample.sample_index}
+    for name, value in row.items():
+        if name == "question":
+            continue
+        while name in result or name in ours:
+            name = f"input_{name}"
+        result[name] = value
+    return result | ours
 
 
 def show(samples: Sequence[Sample], template: Template) -> None:

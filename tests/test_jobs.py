@@ -1,0 +1,278 @@
+"""Commands that survive: sample.py and eval.py after Ctrl-C, kills and damage, with other settings, with large inputs.
+
+An interruption is a KeyboardInterrupt at a chosen chunk, in this process; fault_injection/kill_jobs.py kills processes
+at random instants.
+"""
+
+# ruff: noqa: F811  (fixtures are imported, and named again as arguments)
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_commands import KNOWN, MIA, ROOT, TOM, call, knowing_model_dir, read_rows, write_lines  # noqa: F401
+
+from minidpost.data import datasets
+from minidpost.errors import UserError
+from minidpost.selftraining.job import Job
+from minidpost.selftraining.run_directory import Chunks
+
+torch.set_num_threads(1)
+
+GOES_ON = "interrupted; the same command continues from here"
+OWN = {"id": "a7", "answer": [1, None], "input_answer": "½", "index": {"page": 3}}
+
+
+class Interrupted:
+    """A context in which a command is interrupted where it would save a chunk after `n_chunks`."""
+
+    def __init__(self, n_chunks: int):
+        self.n_left = n_chunks
+        self.patch = pytest.MonkeyPatch()
+
+    def __enter__(self):
+        commit = Chunks.commit
+
+        def counted(chunks, chunk_index, records):
+            if self.n_left == 0:
+                raise KeyboardInterrupt
+            self.n_left -= 1
+            commit(chunks, chunk_index, records)
+
+        self.patch.setattr(Chunks, "commit", counted)
+
+    def __exit__(self, *error):
+        self.patch.undo()
+
+
+@pytest.fixture
+def sampling(tiny_model_dir, tmp_path) -> list:
+    """A command of 5 questions and 15 rows, in two blocks and five chunks, but for its --output."""
+    write_lines(tmp_path / "q.jsonl", *({"question": f"Tom has {n} apples. How many?", "id": n} for n in range(5)))
+    flags = ["--samples", 3, "--temperature", 3, "--max-new-tokens", 5, "--chunk", 4, "--slots", 2]
+    return ["sample.py", "--input", "q.jsonl", "--checkpoint", tiny_model_dir, *flags]
+
+
+@pytest.fixture
+def whole(call, sampling) -> bytes:
+    """What the command writes that nothing disturbs."""
+    assert call(*sampling, "--output", "whole.jsonl").status == 0
+    return Path("whole.jsonl").read_bytes()
+
+
+# -- sample.py --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_chunks", [0, 1, 3])
+def test_sampling_goes_on_where_it_was_interrupted(call, sampling, whole, n_chunks):
+    with Interrupted(n_chunks):
+        outcome = call(*sampling, "--output", "rows.jsonl")
+    assert (outcome.status, outcome.complaints) == (130, [f"sample.py: {GOES_ON}"])
+    assert not Path("rows.jsonl").exists()
+    assert len(list(Path("rows.jsonl.progress").glob("*.jsonl"))) == n_chunks
+    outcome = call(*sampling, "--output", "rows.jsonl")
+    assert (outcome.status, outcome.complaints) == (0, [])
+    assert Path("rows.jsonl").read_bytes() == whole
+    assert {path.name for path in Path().iterdir()} == {"q.jsonl", "rows.jsonl", "whole.jsonl"}
+
+
+def test_only_missing_chunks_are_sampled(call, sampling, whole, monkeypatch):
+    with Interrupted(3):
+        call(*sampling, "--output", "rows.jsonl")
+    committed, commit = [], Chunks.commit
+
+    def noting(chunks, chunk_index, records):
+        committed.append((chunk_index, len(records)))
+        commit(chunks, chunk_index, records)
+
+    monkeypatch.setattr(Chunks, "commit", noting)
+    call(*sampling, "--output", "rows.jsonl")
+    assert committed == [(3, 3)]
+
+
+def test_blocks_of_questions_make_one_file_in_order(call, sampling, whole, monkeypatch):
+    """In memory are 2 questions at a time, in chunks of 4 and 2 rows, which a stop falls between."""
+    source = (ROOT / "sample.py").read_text(encoding="utf-8").replace("BLOCK = 16", "BLOCK = 2")
+    command = Path("sample.py")
+    command.write_text(source)
+    with Interrupted(3):
+        assert call(command.absolute(), *sampling[1:], "--output", "rows.jsonl").status == 130
+    assert call(command.absolute(), *sampling[1:], "--output", "rows.jsonl").status == 0
+    rows = read_rows("rows.jsonl")
+    assert rows == [json.loads(line) for line in whole.splitlines()]
+    assert [(row["index"], row["sample"], row["id"]) for row in rows] == [(i, k, i) for i in range(5) for k in range(3)]
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"index": 0}\n', b'{"index": 0, "sam'])
+def test_a_damaged_chunk_is_sampled_again(call, sampling, whole, damage):
+    with Interrupted(3):
+        call(*sampling, "--output", "rows.jsonl")
+    chunk = sorted(Path("rows.jsonl.progress").glob("*.jsonl"))[1]
+    chunk.write_bytes(damage)
+    (chunk.parent / ".half.jsonl.77.unfinished").write_bytes(b'{"index": 0, "sam')
+    Path(".rows.jsonl.unfinished").write_bytes(b'{"index": 0, "sam')
+    with pytest.warns(UserWarning, match=f"{chunk.name} was changed since it was written; its part is done again"):
+        assert call(*sampling, "--output", "rows.jsonl").status == 0
+    assert Path("rows.jsonl").read_bytes() == whole
+    assert {path.name for path in Path().iterdir()} == {"q.jsonl", "rows.jsonl", "whole.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        (["--seed", 7], "seed = 42, this command has 7"),
+        (["--samples", 2], "samples = 3, this command has 2"),
+        (["--temperature", 2], "temperature = 3.0, this command has 2.0"),
+        (["--chunk", 5], "chunk = 4, this command has 5"),
+        (["--no-calculator"], "no_calculator = False, this command has True"),
+        (["--dtype", "bf16"], "dtype = torch.float32, this command has torch.bfloat16"),
+        (["--input", "other.jsonl"], "questions = "),
+        (["--checkpoint", "OTHER"], "weights = "),
+    ],
+)
+def test_other_settings_are_refused_by_name(call, sampling, knowing_model_dir, changes, complaint):
+    with Interrupted(2):
+        call(*sampling, "--output", "rows.jsonl")
+    write_lines("other.jsonl", *({"question": f"Tom has {n} apples. How many?"} for n in range(5)))
+    changes = [knowing_model_dir if change == "OTHER" else change for change in changes]
+    before = {path: path.read_bytes() for path in Path("rows.jsonl.progress").iterdir()}
+    outcome = call(*sampling, *changes, "--output", "rows.jsonl")
+    assert outcome.status == 2
+    (line,) = outcome.complaints
+    assert line.startswith(f"sample.py: rows.jsonl.progress was begun with {complaint}")
+    assert line.endswith("; --overwrite begins anew")
+    assert {path: path.read_bytes() for path in Path("rows.jsonl.progress").iterdir()} == before
+    assert call(*sampling, *changes, "--output", "rows.jsonl", "--overwrite").status == 0
+    assert call(*sampling, *changes, "--output", "undisturbed.jsonl").status == 0
+    assert Path("rows.jsonl").read_bytes() == Path("undisturbed.jsonl").read_bytes()
+
+
+def test_fewer_slots_may_go_on_with_a_warning(call, sampling):
+    with Interrupted(2):
+        call(*sampling, "--output", "rows.jsonl")
+    with pytest.warns(UserWarning, match="slots = 2, this command has 1: rounding may differ"):
+        assert call(*sampling, "--slots", 1, "--output", "rows.jsonl").status == 0
+    assert len(read_rows("rows.jsonl")) == 15
+
+
+def test_what_is_there_is_replaced_only_when_asked_and_whole(call, sampling, whole):
+    write_lines("rows.jsonl", "old")
+    outcome = call(*sampling, "--output", "rows.jsonl")
+    message = "sample.py: --output rows.jsonl: exists already; --overwrite replaces it, or choose another name"
+    assert (outcome.status, outcome.complaints) == (2, [message])
+    with Interrupted(2):
+        assert call(*sampling, "--output", "rows.jsonl", "--overwrite").status == 130
+    assert Path("rows.jsonl").read_text() == "old\n"
+    outcome = call(*sampling, "--output", "rows.jsonl")
+    assert outcome.complaints == ["sample.py: rows.jsonl: exists already; --overwrite replaces it"]
+    assert len(list(Path("rows.jsonl.progress").glob("*.jsonl"))) == 2
+    assert call(*sampling, "--output", "rows.jsonl", "--overwrite").status == 0
+    assert Path("rows.jsonl").read_bytes() == whole
+    assert not Path("rows.jsonl.progress").exists()
+
+
+def test_a_kill_after_the_output_has_its_name(call, sampling, whole, monkeypatch):
+    def killed(job):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "remove", killed)
+        assert call(*sampling, "--output", "rows.jsonl").status == 130
+    assert Path("rows.jsonl").read_bytes() == whole
+    assert call(*sampling, "--seed", 7, "--output", "rows.jsonl").status == 2
+    outcome = call(*sampling, "--output", "rows.jsonl")
+    assert (outcome.status, outcome.out) == (0, "15 completions of 5 questions: rows.jsonl\n")
+    assert Path("rows.jsonl").read_bytes() == whole
+    assert not Path("rows.jsonl.progress").exists()
+    Path("rows.jsonl").write_text("mine\n")
+    assert call(*sampling, "--output", "rows.jsonl").status == 2
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": 1, "settings": 3}', '{"format": 1, "settings": {}}'])
+def test_a_broken_description_of_a_job_is_one_line(call, sampling, content):
+    with Interrupted(2):
+        call(*sampling, "--output", "rows.jsonl")
+    Path("rows.jsonl.progress/job.json").write_text(content)
+    outcome = call(*sampling, "--output", "rows.jsonl")
+    assert outcome.status == 2
+    (line,) = outcome.complaints
+    assert "rows.jsonl.progress" in line
+    assert "--overwrite begins anew" in line
+    assert call(*sampling, "--output", "rows.jsonl", "--overwrite").status == 0
+
+
+def test_a_directory_that_is_no_progress_is_left_alone(call, sampling):
+    Path("rows.jsonl.progress").mkdir()
+    write_lines("rows.jsonl.progress/notes.txt", "mine")
+    for flags in ([], ["--overwrite"]):
+        outcome = call(*sampling, "--output", "rows.jsonl", *flags)
+        assert outcome.status == 2
+        assert "rows.jsonl.progress exists and is no job's progress" in outcome.complaints[0]
+    assert [path.name for path in Path("rows.jsonl.progress").iterdir()] == ["notes.txt"]
+
+
+def test_a_second_process_on_an_output_is_refused(call, sampling):
+    Path("rows.jsonl.progress").mkdir()  # not by a command in this process, which would hold the lock itself
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    arguments = [sys.executable, "-c", hold, "rows.jsonl.progress/.lock"]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        outcome = call(*sampling, "--output", "rows.jsonl", "--overwrite")
+        other.stdin.close()
+    line = "sample.py: rows.jsonl.progress: another process is at work here; wait for it, or choose another --output"
+    assert (outcome.status, outcome.complaints) == (2, [line])
+    assert call(*sampling, "--output", "rows.jsonl").status == 0
+
+
+def test_a_users_own_fields_are_kept(call, knowing_model_dir):
+    write_lines("q.jsonl", {"question": TOM, **OWN}, {"question": f" {MIA}", "completion": 1.5})
+    call("sample.py", "--input", "q.jsonl", "--checkpoint", knowing_model_dir, "--output", "rows.jsonl")
+    tom, mia = read_rows("rows.jsonl")
+    assert (tom["index"], tom["answer"], tom["completion"], tom["id"]) == (0, "7", KNOWN[TOM], "a7")
+    assert (tom["input_answer"], tom["input_input_answer"], tom["input_index"]) == ([1, None], "½", {"page": 3})
+    assert (mia["question"], mia["input_completion"], mia["completion"]) == (MIA, 1.5, KNOWN[MIA])
+    call("sample.py", "--input", "rows.jsonl", "--checkpoint", knowing_model_dir, "--output", "again.jsonl")
+    assert [row["input_token_ids"] for row in read_rows("again.jsonl")] == [tom["token_ids"], mia["token_ids"]]
+
+
+def test_questions_that_change_while_they_are_answered_are_noticed(tmp_path):
+    path = write_lines(tmp_path / "q.txt", TOM, MIA)
+    questions = datasets.open_questions(str(path))
+    questions.check_unchanged()
+    write_lines(path, TOM, MIA, TOM)
+    with pytest.raises(UserError, match=r"q\.txt was changed while its questions were answered"):
+        questions.check_unchanged()
+
+
+def test_what_can_be_read_once_is_read_often(tmp_path):
+    """A pipe with a file's name, as `--input <(…)` gives one."""
+    pipe = tmp_path / "q.jsonl"
+    subprocess.run(["mkfifo", pipe], check=True)
+    with subprocess.Popen(["sh", "-c", f'printf \'{{"question": "How?"}}\\n\' > "{pipe}"']):
+        questions = datasets.open_questions(str(pipe))
+    assert [list(questions.rows()) for _ in range(2)] == [[{"question": "How?"}]] * 2
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_questions(tiny_model_dir, tmp_path):
+    """A question's row has 12,000 characters: 7,000 more of them are 84 MB where they are held together."""
+    note = "x" * 12_000
+    program = (
+        "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__');"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peaks = []
+    for n in (1_000, 8_000):
+        with open(tmp_path / f"{n}.jsonl", "w") as stream:
+            stream.writelines(json.dumps({"question": f"Tom has {i}?", "note": note}) + "\n" for i in range(n))
+        flags = ["--checkpoint", tiny_model_dir, "--max-new-tokens", 1, "--chunk", 64, "--output", f"{n}-rows.jsonl"]
+        command = [sys.executable, "-c", program, ROOT / "sample.py", "--input", f"{n}.jsonl", *map(str, flags)]
+        outcome = subprocess.run(
+            command, cwd=tmp_path, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        assert outcome.returncode == 0, outcome.stderr
+        peaks.append(int(outcome.stdout.split()[-1]) * 1024)
+    assert peaks[1] - peaks[0] < 40e6
