@@ -7,8 +7,10 @@ at random instants.
 # ruff: noqa: F811  (fixtures are imported, and named again as arguments)
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,9 @@ from test_commands import KNOWN, MIA, ROOT, TOM, call, knowing_model_dir, read_r
 
 from minidpost.data import datasets
 from minidpost.errors import UserError
+from minidpost.sampling import sampler
+from minidpost.selftraining.comparison import differences
+from minidpost.selftraining.evaluation import paired_difference
 from minidpost.selftraining.job import Job
 from minidpost.selftraining.run_directory import Chunks
 
@@ -276,3 +281,130 @@ def test_memory_does_not_grow_with_the_number_of_questions(tiny_model_dir, tmp_p
         assert outcome.returncode == 0, outcome.stderr
         peaks.append(int(outcome.stdout.split()[-1]) * 1024)
     assert peaks[1] - peaks[0] < 40e6
+
+
+# -- eval.py ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluating(tiny_model_dir, monkeypatch) -> list:
+    """A command of four sets, each greedy and sampled: 4 and 8 rows, in chunks of 3; but for its --output."""
+    monkeypatch.setattr(sampler, "CHUNK", 3)
+    flags = ["--limit", 4, "--max-new-tokens", 5, "--calculator", "on", "--pass-at", "1,2", "--maj-at", 2, "--slots", 2]
+    return ["eval.py", "--checkpoint", tiny_model_dir, *flags]
+
+
+def test_evaluation_goes_on_where_it_was_interrupted(call, evaluating, monkeypatch):
+    shown = call(*evaluating, "--output", "whole.json", "--save-completions", "whole.jsonl").out
+    assert call(*evaluating).out == shown  # what is saved changes nothing
+    outputs = ["--output", "a.json", "--save-completions", "a.jsonl"]
+    for n_chunks in (0, 4, 6):
+        with Interrupted(n_chunks):
+            outcome = call(*evaluating, *outputs)
+        assert (outcome.status, outcome.complaints) == (130, [f"eval.py: {GOES_ON}"])
+    assert len(list(Path("a.json.progress").glob("*.jsonl"))) == 10
+    outcome = call(*evaluating, "--seed", 1, *outputs)
+    assert outcome.complaints == [
+        "eval.py: a.json.progress was begun with seed = 42, this command has 1; --overwrite begins anew"
+    ]
+    # The first two sets have five chunks each, and are not sampled again.
+    committed, commit = [], Chunks.commit
+    monkeypatch.setattr(Chunks, "commit", lambda *a: (committed.append(a), commit(*a))[1])
+    outcome = call(*evaluating, *outputs)
+    assert (outcome.status, outcome.out, len(committed)) == (0, shown, 10)
+    assert Path("a.json").read_bytes() == Path("whole.json").read_bytes()
+    assert Path("a.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+    assert {path.name for path in Path().iterdir()} == {"a.json", "a.jsonl", "whole.json", "whole.jsonl"}
+
+
+def test_an_evaluation_that_is_finished_is_shown_again(call, evaluating, monkeypatch):
+    """After a kill between the naming of the output and the end of the command."""
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    shown = call(*evaluating).out
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "remove", killed)
+        assert call(*evaluating, "--output", "a.json").status == 130
+    monkeypatch.setattr(Chunks, "commit", killed)
+    outcome = call(*evaluating, "--output", "a.json")
+    assert (outcome.status, outcome.out) == (0, shown)
+    assert [path.name for path in Path().iterdir()] == ["a.json"]
+
+
+def test_results_say_what_they_were_measured_with(call, evaluating):
+    call(*evaluating, "--output", "a.json", "--save-completions", "a.jsonl")
+    content = json.loads(Path("a.json").read_text())
+    assert content["versions"].keys() == {"minidpost", "python", "torch"}
+    assert content["settings"]["seed"] == 42
+    assert content["settings"]["temperature"] == 0.7
+    result = content["results"][0]
+    assert (len(result["correct"]), len(result["n_correct"]), len(result["majority"]["2"])) == (4, 4, 4)
+    rows = read_rows("a.jsonl")
+    assert len(rows) == 4 * (4 + 8)
+    first = [row for row in rows if row["task"] == "toy/test"]
+    kinds = [(row["kind"], row["example_index"], row["sample_index"]) for row in first]
+    assert kinds == [("greedy", i, 0) for i in range(4)] + [("sampled", i, k) for i in range(4) for k in range(2)]
+    assert [int(row["is_correct"]) for row in first[:4]] == result["correct"]
+
+
+def test_a_question_that_is_too_long_claims_nothing(call, evaluating, monkeypatch):
+    monkeypatch.setattr(datasets, "load", lambda *arguments: [datasets.Example("How? " * 3000, "1")])
+    outcome = call(*evaluating, "--output", "a.json")
+    assert outcome.status == 2
+    assert "tokens; the limit is 1,024" in outcome.complaints[0]
+    assert not list(Path().iterdir())
+
+
+def entry(task: str, correct: list[int], **sampled) -> dict:
+    """A part of what eval.py writes for one set."""
+    return {"task": task, "calculator": True, "n": len(correct), "correct": correct, **sampled}
+
+
+def test_differences_are_of_pairs(tmp_path):
+    sampled = {"n_samples": 4, "pass_at": {"1": {}, "2": {}}, "majority": {"2": [1, 1, 0]}}
+    after = entry("a", [1, 1, 0], n_correct=[4, 2, 0], **sampled)
+    before = entry("a", [0, 1, 0, 1], n_correct=[2, 1, 0, 1], n_samples=2, majority={"2": [0, 1, 0, 1], "1": [0] * 4})
+    found = differences(after, before)
+    assert found["accuracy"] == asdict(paired_difference([0, 1, 0], [1, 1, 0]))
+    assert found["accuracy"]["n"] == 3
+    assert found["pass_at"]["1"] == asdict(paired_difference([1, 0.5, 0], [1, 0.5, 0]))
+    assert found["pass_at"]["2"]["value"] == pytest.approx((0 + (5 / 6 - 1) + 0) / 3)
+    assert found["maj_at"] == {"2": asdict(paired_difference([0, 1, 0], [1, 1, 0]))}
+    assert differences(after, entry("a", [1, 1])) == {"accuracy": asdict(paired_difference([1, 1], [1, 1]))}
+
+
+def test_the_difference_to_an_earlier_evaluation_and_to_a_run(call, knowing_model_dir, tiny_model_dir, monkeypatch):
+    known = [datasets.Example(TOM, "7"), datasets.Example(MIA, "5")]
+    monkeypatch.setattr(datasets, "load", lambda name, split, data_dir: known)
+    flags = ["--split", "dev", "--max-new-tokens", 30, "--calculator", "on"]
+    call("eval.py", "--checkpoint", tiny_model_dir, *flags, "--output", "tiny.json")
+    outcome = call(
+        "eval.py", "--checkpoint", knowing_model_dir, *flags, "--baseline", "tiny.json", "--output", "a.json"
+    )
+    line = re.compile(r"toy/dev \| on         \| 2         \| \+50\.0 \(−48\.0 to \+100\.0\)")
+    assert line.search(outcome.out)
+    assert json.loads(Path("a.json").read_text())["results"][0]["difference"]["accuracy"]["value"] == 0.5
+
+    for name, content in {
+        "config.json": {"settings": {"no_calculator": False}},
+        "results.json": {"best_iteration": 1},
+        "iteration-1/evaluation.json": {"sft": {"greedy": {"toy/dev": {"correct": [0, 0]}}}},
+    }.items():
+        Path("run", name).parent.mkdir(parents=True, exist_ok=True)
+        write_lines(Path("run", name), content)
+    assert line.search(call("eval.py", "--checkpoint", knowing_model_dir, *flags, "--baseline", "run").out)
+
+    # What cannot be compared is refused before anything is measured.
+    known[0] = datasets.Example(TOM, "8")
+    for flags_and_complaint in [
+        ([*flags, "--baseline", "tiny.json"], "its questions of toy/dev are others than those measured now"),
+        ([*flags[:-1], "off", "--baseline", "run"], "none of the tasks is in it; it has toy/dev with calculator on"),
+        ([*flags, "--baseline", "none.json"], "--baseline none.json: cannot be read"),
+        ([*flags, "--baseline", "run/config.json"], "a JSON file of eval.py --output"),
+        ([*flags, "--baseline", "."], "cannot be read (results.json: No such file"),
+    ]:
+        outcome = call("eval.py", "--checkpoint", tiny_model_dir, *flags_and_complaint[0])
+        assert (outcome.status, len(outcome.complaints)) == (2, 1)
+        assert flags_and_complaint[1] in outcome.complaints[0]

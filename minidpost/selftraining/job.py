@@ -75,7 +75,7 @@ class Job:
         # 2) What a killed process was writing is of no use.
         remove_unfinished(self.path)
         for path in self.outputs:
-            _staged(path).unlink(missing_ok=True)
+            _remove_staged(path)
         if begun is None:
             self._write_config()
 
@@ -108,7 +108,7 @@ class Job:
                 to_disk(path.parent)
         finally:
             for path in writers:
-                _staged(path).unlink(missing_ok=True)
+                _remove_staged(path)
         self.remove()
 
     def remove(self) -> None:
@@ -189,6 +189,14 @@ def progress_directory(output: Path) -> Path:
 def _staged(path: Path) -> Path:
     """The temporary name of an output. The job's lock keeps others away from it."""
     return path.with_name(f".{path.name}.unfinished")
+
+
+def _remove_staged(path: Path) -> None:
+    """Remove what was written for an output, also by a function that stages again, under a name beside that one."""
+    staged = _staged(path)
+    for leftover in [*path.parent.iterdir()] if path.parent.is_dir() else []:
+        if leftover.name.startswith((staged.name, f".{staged.name}.")):
+            leftover.unlink(missing_ok=True)
 
 
 def _key(path: Path) -> str:
