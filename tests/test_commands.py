@@ -443,6 +443,10 @@ def test_a_whole_run_of_each_method(call, tiny_model_dir, my_data, method):
         *(f"iteration-{iteration}" for iteration in iterations),
         *(".lock", "config.json", "stages.jsonl", "log.txt", "results.json", "report.md", "figures"),
     }
+    # Where the run stands as a whole: every stage has its number among all.
+    begun = re.findall(r" (iteration-\S+) \(stage (\d+) of (\d+)", (run / "log.txt").read_text())
+    stages = [row["stage"] for row in read_rows(run / "stages.jsonl")]
+    assert begun == [(name, str(number), str(len(stages))) for number, name in enumerate(stages, start=1)]
 
 
 def test_rest_em_without_a_correct_sample_is_one_line(call, tiny_model_dir, my_data):

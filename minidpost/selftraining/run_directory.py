@@ -65,7 +65,8 @@ class RunDirectory:
     """The directory of one run, locked by this process until the process ends.
 
     `settings` are what makes a run the same run; `stages` has the metadata of every finished stage by name: what the
-    stage reported, its `seconds`, and `sha256`, the hash of each of its files.
+    stage reported, its `seconds`, and `sha256`, the hash of each of its files. `planned` are the names of all stages of
+    the run, in order, where they are known: they say where the run stands.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class RunDirectory:
         UserError: another process works here, the settings or the format differ, a finished file was changed.
         """
         self.path = Path(path)
+        self.planned: Sequence[str] = ()
         self.settings = json.loads(json.dumps(settings, default=str))  # as they will be read back
         config = self.path / "config.json"
         if self.path.exists() and not self._is_run_directory():
@@ -116,7 +118,7 @@ class RunDirectory:
         A name with a suffix is that of a file, any other that of a directory.
         """
         path = self.path / name
-        self.log(name)
+        self.log(f"{name}{self._standing(name)}")
         started = time.perf_counter()
         with staged_file(path) if path.suffix else staged_directory(path) as temporary:
             stage = Stage(temporary)
@@ -132,6 +134,27 @@ class RunDirectory:
     def progress(self, name: str) -> Path:
         """The directory of what an unfinished stage can be continued from; it is removed when the stage is finished."""
         return self.path / f"{name}.progress"
+
+    def _standing(self, name: str) -> str:
+        """Where the run stands when a stage begins: ` (stage 7 of 10, 12 min so far, about 5 min left)`.
+
+        A stage is taken to need as long as the latest of its kind, such as iteration-1/sft for iteration-2/sft. While
+        there is none for each that remains, what this one's took is told instead, if there is one.
+        """
+        if name not in self.planned:
+            return ""
+        seconds_of_kind: dict[str, float] = {}
+        for finished, metadata in self.stages.items():
+            seconds_of_kind[kind_of(finished)] = metadata["seconds"]
+        parts = [f"stage {self.planned.index(name) + 1} of {len(self.planned)}"]
+        if self.stages:
+            parts.append(f"{duration(sum(metadata['seconds'] for metadata in self.stages.values()))} so far")
+        remaining = [kind_of(stage) for stage in self.planned if stage not in self.stages]
+        if all(kind in seconds_of_kind for kind in remaining):
+            parts.append(f"about {duration(sum(seconds_of_kind[kind] for kind in remaining))} left")
+        elif kind_of(name) in seconds_of_kind:
+            parts.append(f"the last of its kind took {duration(seconds_of_kind[kind_of(name)])}")
+        return f" ({', '.join(parts)})"
 
     def log(self, text: str) -> None:
         """Write one line to the terminal, between progress bars, and to log.txt."""
@@ -233,6 +256,20 @@ class RunDirectory:
                     change = "is missing" if actual is None else "was changed"
                     raise UserError(f"{file} {change} since its stage was finished; restore it, or --fresh")
         return stages
+
+
+def kind_of(stage: str) -> str:
+    """What a stage is in every iteration: `sft` for iteration-2/sft."""
+    return stage.partition("/")[2] or stage
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it: 40 s, 12 min, 3.4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def file_hashes(path: Path) -> dict[str, str]:
