@@ -6,24 +6,31 @@ at random instants.
 
 # ruff: noqa: F811  (fixtures are imported, and named again as arguments)
 
+import io
 import json
 import re
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from test_commands import KNOWN, MIA, ROOT, TOM, call, knowing_model_dir, read_rows, write_lines  # noqa: F401
 
+import sample as sample_command
 from minidpost.data import datasets
 from minidpost.errors import UserError
+from minidpost.models.weights import load_model, load_template
 from minidpost.sampling import sampler
+from minidpost.sampling.generate import Sample
+from minidpost.sampling.sampler import Request, Row
 from minidpost.selftraining.comparison import differences
 from minidpost.selftraining.evaluation import paired_difference
 from minidpost.selftraining.job import Job
 from minidpost.selftraining.run_directory import Chunks
+from minidpost.text.tokenizer import load_tokenizer
 
 torch.set_num_threads(1)
 
@@ -408,3 +415,85 @@ def test_the_difference_to_an_earlier_evaluation_and_to_a_run(call, knowing_mode
         outcome = call("eval.py", "--checkpoint", tiny_model_dir, *flags_and_complaint[0])
         assert (outcome.status, len(outcome.complaints)) == (2, 1)
         assert flags_and_complaint[1] in outcome.complaints[0]
+
+
+# -- on a terminal ----------------------------------------------------------------------------------------------------
+
+
+def pieces_of(template, token_ids: list[int], forced: list[bool], capsys) -> list[str]:
+    """What is printed after each of these tokens, and at the end."""
+    stream, pieces = sample_command.Stream(template), []
+    for n in range(1, len(token_ids) + 1):
+        stream.write(Row(0, Request((), ""), token_ids[:n], forced[:n]))
+        pieces.append(capsys.readouterr().out)
+    sample = Sample(0, 0, "", None, template.decode(token_ids), None, token_ids, forced, "stop")
+    stream.end(sample)
+    pieces.append(capsys.readouterr().out)
+    sample_command.show([sample], template, with_questions=False)
+    assert "".join(pieces) == capsys.readouterr().out
+    return pieces
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_stream_prints_what_the_whole_would(family, tiny_template, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    directory = ROOT / "weights" / f"tiny-{family}"
+    template = load_template(directory, None)
+    rationale = "Tom pays $<<2*3=6>>6 for 3 - 1 = 2 pens.\nHe has $ -5 [left] <<7 left.\n#### 6"
+    token_ids = template.target_ids(rationale)
+    pieces = pieces_of(template, token_ids, [False] * len(token_ids), capsys)
+    assert sum(map(bool, pieces)) > 8  # in pieces indeed
+    # Whatever a model may write.
+    random = Random(1)
+    size = load_tokenizer(directory).vocab_size
+    texts = (" [", "]", " $", " #", "####", " <<", ">>", " -", "5", "=")
+    marks = [token_id for text in texts for token_id in template.target_ids(text)]
+    for _ in range(60):
+        ids = [random.choice(marks) if random.random() < 0.6 else random.randrange(size) for _ in range(25)]
+        forced = [False]
+        while len(forced) < len(ids):
+            forced.append(not forced[-1] and random.random() < 0.4)  # what is forced never goes on after its end
+        pieces_of(template, ids, forced, capsys)
+
+
+def test_forced_tokens_stand_out_in_a_stream(call, knowing_model_dir, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    outcome = call("sample.py", TOM, "--checkpoint", knowing_model_dir, terminal=True)
+    bold = f"{sample_command.BOLD}7{sample_command.PLAIN}"
+    assert outcome.out == f"{TOM}\n    Tom has <<3+4={bold}>>7 apples.\n    #### 7\n"
+    assert "%|" not in outcome.err  # no bar in between
+
+
+def test_several_are_shown_in_order_as_they_end(tiny_template, capsys):
+    order = [(1, 0), (0, 1), (0, 0), (2, 0), (1, 1), (2, 1)]
+    ended, shown = [], []
+
+    def samples():
+        for i, k in order:
+            ended.append((i, k))
+            yield Sample(i, k, "", None, "", None, [], [], "stop")
+
+    for sample in sample_command.in_order(samples(), 2):
+        shown.append((sample_command.place(sample), len(ended)))
+    assert shown == [((0, 0), 3), ((0, 1), 3), ((1, 0), 3), ((1, 1), 5), ((2, 0), 5), ((2, 1), 6)]
+
+
+@pytest.mark.parametrize("end", ["\n", "", f"\n{TOM}\n"])
+def test_one_question_after_another(call, knowing_model_dir, monkeypatch, end):
+    """An empty line or the end of the input ends; a question that is too long does not."""
+    loaded = []
+    monkeypatch.setattr("minidpost.cli.load_model", lambda *a: (loaded.append(a), load_model(*a))[1])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{MIA}\n{'How? ' * 3000}\n{TOM}\n{end}"))
+    outcome = call("sample.py", "--interactive", "--checkpoint", knowing_model_dir)
+    answers = ["    " + KNOWN[question].replace("\n", "\n    ") for question in (MIA, TOM)]
+    assert outcome.status == 0
+    assert outcome.out.strip("\n") == "\n".join(answers).strip("\n")
+    assert (len(loaded), len(outcome.complaints)) == (1, 1)
+    assert "the limit is 1,024" in outcome.complaints[0]
+
+
+def test_interactive_is_for_a_terminal_alone(call, tiny_model_dir):
+    outcome = call("sample.py", "--interactive", "--output", "rows.jsonl", "--checkpoint", tiny_model_dir)
+    assert outcome.status == 2
+    assert "--interactive asks and answers on the terminal" in outcome.complaints[0]

@@ -1,14 +1,14 @@
 """Questions in, graded completions out: a model's template, the sampler and the grading, with a progress bar."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 from minidpost.errors import UserError
 from minidpost.progress import Progress
 from minidpost.sampling import sampler
-from minidpost.sampling.sampler import DecodingModel, Request, SamplingSettings, sample
+from minidpost.sampling.sampler import DecodingModel, Request, Row, SamplingSettings, sample
 from minidpost.text import grading
 from minidpost.text.templates import Template
 
@@ -43,11 +43,13 @@ def generate(
     first_chunk: int = 0,
     chunk_size: int | None = None,
     progress: Progress | None = None,
+    on_token: Callable[[Row], None] | None = None,
 ) -> Iterator[Sample]:
     """Yield `n_samples` completions of every question as they end, beginning with the sampler's chunk `first_chunk`.
 
     With the questions' `answers` completions are graded, and the progress bar, which is headed by `label`, shows the
     accuracy so far. A `progress` of the caller's, which several calls may share, is used instead of one of this call's.
+    `on_token` is called with a row after each of its tokens, while it is written.
     UserError: an empty question, or one that is longer than MAX_PROMPT_TOKENS.
     """
     prompts = [tuple(template.prompt_ids(question)) for question in questions]
@@ -65,6 +67,7 @@ def generate(
         new_override=template.new_calculator if calculator else None,
         first_chunk=first_chunk,
         chunk_size=chunk_size,
+        on_token=on_token,
     )
 
     n_done = n_correct = n_tokens = 0

@@ -120,6 +120,7 @@ class Job:
     new_override: Callable[[], Override] | None
     use_cuda_graphs: bool
     max_prompt: int  # tokens of the longest prompt
+    on_token: Callable[[Row], None] | None = None  # is shown every row after each of its tokens
 
     @property
     def device(self) -> torch.device:
@@ -137,20 +138,22 @@ def sample(
     first_chunk: int = 0,
     chunk_size: int | None = None,
     use_cuda_graphs: bool = True,
+    on_token: Callable[[Row], None] | None = None,
 ) -> Iterator[Row]:
     """Yield the rows of all requests as they end, each request's once; those before `first_chunk` not at all.
 
     A row ends at the end token `eos_id`, or at any of several. All rows of a chunk, of `chunk_size` requests (None:
     CHUNK), are yielded before any of the next. `new_override` makes the override of one row. Samples of one question
-    should stand together in `requests`: those of one chunk share a prefill. Prompts must not be empty.
+    should stand together in `requests`: those of one chunk share a prefill. Prompts must not be empty. `on_token` is
+    called with a row after each of its tokens, while it is written; all rows are then written in this process.
     """
     chunks = chunked(requests, CHUNK if chunk_size is None else chunk_size)
     # The longest of all prompts, worked off or not, so that a run that continues has caches of the same shape.
     max_prompt = max((len(request.prompt_ids) for request in requests), default=0)
     eos_ids = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
-    job = Job(model, settings, eos_ids, new_override, use_cuda_graphs, max_prompt)
+    job = Job(model, settings, eos_ids, new_override, use_cuda_graphs, max_prompt, on_token)
     # Likewise of all chunks: how the questions of a chunk are dealt to workers decides which rows share a step.
-    n_workers = n_workers_for(model, settings.slots, chunks)
+    n_workers = n_workers_for(model, settings.slots, chunks) if on_token is None else 1
     remaining = chunks[first_chunk:]
     if n_workers > 1:
         return sample_in_workers(partial(sample_chunks, job), remaining, settings.slots, n_workers)
@@ -228,6 +231,8 @@ def sample_chunk(
             if override is not None and not is_end:
                 if is_forced or not override.is_idle or token_id in override.trigger_ids:
                     row.pending.extend(override.push(token_id))
+            if job.on_token is not None:
+                job.on_token(row)
 
             # 5) End the row at an end token that the model chose (a forced one means nothing), or at its last position.
             if is_end:

@@ -370,7 +370,7 @@ def test_a_run_says_where_it_stands(tmp_path):
     assert [line.split(" ", 1)[1] for line in log.splitlines()] == [
         "iteration-0/sft (stage 1 of 5)",
         "iteration-1/pairs.jsonl (stage 2 of 5, 60 s so far)",
-        "iteration-1/sft (stage 3 of 5, 62 s so far, about 122 s left)",
+        "iteration-1/sft (stage 3 of 5, 62 s so far, about 2 min left)",
         "iteration-2/pairs.jsonl (stage 4 of 5, 6 min so far, about 5 min left)",
         "iteration-2/sft (stage 5 of 5, 6 min so far, about 5 min left)",
         "elsewhere.json",
