@@ -195,15 +195,18 @@ def reference_log_probabilities(
     """
     model.eval()  # no dropout
     weight = next(model.parameters())
-    max_tokens = micro_batch_tokens
-    if weight.device.type != "cpu":
-        max_tokens *= GPU_REFERENCE_BATCH_FACTOR
+    max_tokens = micro_batch_tokens * reference_batch_factor(weight.device)
 
     reference_P2 = torch.empty(len(pairs), 2, dtype=at_least_fp32(weight.dtype))
     batches = pair_micro_batches(model, pairs, max_tokens)
     for indices in Progress(batches, desc=f"{stage} reference", unit="batch", leave=False):
         reference_P2[indices] = pair_log_probabilities(model, [pairs[i] for i in indices], dtype).cpu()
     return reference_P2
+
+
+def reference_batch_factor(device: torch.device) -> int:
+    """How many times as large as in training the reference's micro-batches are."""
+    return 1 if device.type == "cpu" else GPU_REFERENCE_BATCH_FACTOR
 
 
 def pair_log_probabilities(model: Model, pairs: Sequence[PreferencePair], dtype: torch.dtype | None = None) -> Tensor:

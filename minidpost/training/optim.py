@@ -38,14 +38,20 @@ class Schedule:
 
 
 def adamw(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
-    """AdamW over all parameters; vectors (the norms' weights, biases) do not decay."""
-    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
-    vectors = [weight for weight in model.parameters() if weight.dim() == 1]
+    """AdamW over all parameters that are not frozen; vectors (the norms' weights, biases) do not decay."""
+    trained = trained_parameters(model).values()
+    matrices = [weight for weight in trained if weight.dim() > 1]
+    vectors = [weight for weight in trained if weight.dim() == 1]
     groups = [
         {"params": matrices, "weight_decay": schedule.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=schedule.learning_rate, fused=True)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model that are not frozen, by name."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def apply_step(

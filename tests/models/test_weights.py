@@ -218,12 +218,12 @@ def test_new_shards_hide_no_older_whole_file(saved):
     model = random_t5(SHAPES[SHAPE], seed=5)
     names = dict(t5_names(model.config))
     tensors = {names[name]: weight.detach() for name, weight in model.named_parameters()}
-    write_tensors(tensors, saved, max_shard_bytes=20_000)
+    write_tensors(tensors.items(), saved, max_shard_bytes=20_000)
     assert_same_model(load_model(saved), model)
 
 
 def test_shards_hold_every_tensor_once_within_their_size(saved):
-    write_tensors(load_file(saved / WEIGHTS), saved, max_shard_bytes=20_000)
+    write_tensors(load_file(saved / WEIGHTS).items(), saved, max_shard_bytes=20_000)
     index = json.loads((saved / INDEX).read_text())
     shards = {path.name: load_file(path) for path in saved.glob("*.safetensors")}
     assert index["weight_map"] == {name: shard for shard, tensors in shards.items() for name in tensors}
@@ -231,6 +231,29 @@ def test_shards_hold_every_tensor_once_within_their_size(saved):
     assert index["metadata"]["total_size"] == sum(sizes) > 100_000
     assert max(sizes) <= 20_000 and len(sizes) < 2 * sum(sizes) / 20_000
     assert sorted(shards)[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+
+
+def test_at_most_a_shard_is_held_while_shards_are_written(saved):
+    """The tensors are made as they are asked for, and freed as soon as their shard is on the disk."""
+    alive: set[str] = set()
+    most = 0
+
+    def made_one_by_one():
+        nonlocal most
+        for index in range(20):
+            tensor = torch.full((1000,), float(index))
+            alive.add(f"tensor {index}")
+            weakref.finalize(tensor, alive.discard, f"tensor {index}")
+            most = max(most, len(alive))
+            yield f"tensor {index}", tensor
+
+    write_tensors(made_one_by_one(), saved, max_shard_bytes=16_000)  # four tensors
+    assert most <= 5 + 1  # a shard, the next tensor, and the one that the generator still names
+    index = json.loads((saved / INDEX).read_text())
+    assert len({*index["weight_map"].values()}) == 5 and index["metadata"]["total_size"] == 80_000
+    assert not [*saved.glob("*unfinished*")]
+    for name, shard in index["weight_map"].items():
+        assert load_file(saved / shard)[name].eq(float(name.split()[1])).all()
 
 
 # Memory

@@ -1,0 +1,404 @@
+"""The recipe on a real pretrained model: SmolLM2-135M-Instruct on GSM8K, base model, SFT, ST and DPO-ST.
+
+    python -m benchmarks.smollm2 base   --model FILE.gguf    what the model can before: zero-shot, and with examples
+    python -m benchmarks.smollm2 train  --model FILE.gguf    train.py with --method st and --method dpo-st
+    python -m benchmarks.smollm2 grade  --model FILE.gguf    its models' greedy answers to the test questions
+    python -m benchmarks.smollm2 report                      smollm2.md
+
+Every part goes on where it was stopped; what it finds lies in benchmarks/results/smollm2/ as JSON. `--scale whole` is
+the paper's recipe (6,705 labelled questions, three iterations, all test questions), for a GPU; `--scale part` is what
+two cores can do in some hours, and says so in the page; `--scale try` shows that everything works. Nothing is chosen by
+a test question.
+
+A seed's ST and DPO-ST runs have the same warm-up, bit for bit, so that it is trained once and copied: the difference
+between them is the DPO step's alone.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import RESULTS, instruction_set, machine_line
+from benchmarks.effect import bits, pass_at, percent, points
+from minidpost.data import datasets
+from minidpost.data.example import Example
+from minidpost.models.hf_config import Model
+from minidpost.models.hub import find_model
+from minidpost.models.weights import load_model, load_template
+from minidpost.precision import default_device, prepare_device, sampling_dtype
+from minidpost.sampling.sampler import SamplingSettings
+from minidpost.selftraining.evaluation import samples_by_question
+from minidpost.storage import markdown_table, read_json, write_json
+from minidpost.text.grading import is_correct
+from minidpost.text.templates import LlamaTemplate, Template, Tokenizer
+from minidpost.text.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+FOUND = RESULTS / "smollm2"
+PAGE = RESULTS / "smollm2.md"
+TESTS = ("gsm8k", "multiarith", "asdiv", "svamp")
+METHODS = ("st", "dpo-st")
+N_SHOTS = 3
+N_SAMPLES = 10  # a question, for pass@1 … pass@10
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of the recipe is run: train.py's flags, and how many questions are graded (None: all)."""
+
+    flags: tuple[str, ...]
+    iterations: int
+    n_test: int | None
+    n_dev: int | None
+    max_new_tokens: int = 300
+
+
+SCALES = {
+    "whole": Scale(flags=("--template", "chat"), iterations=3, n_test=None, n_dev=None),
+    "part": Scale(
+        flags=(
+            *("--template", "chat", "--limit", "1000", "--sft-epochs", "2", "--sft-examples-per-step", "32"),
+            *("--samples", "10", "--micro-batch-tokens", "4096", "--pass-questions", "100"),
+        ),
+        iterations=1,
+        n_test=200,
+        n_dev=100,
+    ),
+    "try": Scale(
+        flags=(
+            *("--template", "chat", "--limit", "6", "--sft-epochs", "1", "--sft-examples-per-step", "4"),
+            *("--samples", "2", "--dpo-samples", "2", "--micro-batch-tokens", "2048", "--pass-questions", "2"),
+            *("--pass-at", "2", "--max-new-tokens", "40"),
+        ),
+        iterations=1,
+        n_test=2,
+        n_dev=2,
+        max_new_tokens=40,
+    ),
+}
+
+
+def main() -> None:
+    """Run one of the four parts."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("part", choices=("base", "train", "grade", "report"))
+    parser.add_argument("--model", help="the GGUF file of SmolLM2-135M-Instruct, or the directory made from it")
+    parser.add_argument("--scale", choices=SCALES, default="part", help="how much of the recipe (default: part)")
+    parser.add_argument("--seeds", default="1", help="of the runs (default: 1)")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the datasets lie (default: data)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/smollm2"), help="(default: runs/smollm2)")
+    parser.add_argument("--device", default=default_device(), help="(default: cuda if any)")
+    parser.add_argument("--slots", type=int, default=64, help="rows that are decoded at once (default: 64)")
+    options = parser.parse_args()
+    if options.part == "report":
+        report(options.scale)
+        return
+    if options.model is None:
+        parser.error("--model is missing")
+    prepare_device(options.device)
+    base = find_model(options.model)
+    if options.part == "base":
+        measure_base(base, options)
+        return
+    for seed in [int(seed) for seed in options.seeds.split(",")]:
+        for method in METHODS:
+            if options.part == "train":
+                train(base, method, seed, options)
+            else:
+                grade(method, seed, options)
+
+
+def questions(name: str, split: str, options: argparse.Namespace, n: int | None) -> list[Example]:
+    """The first n questions of a dataset's split, all for None."""
+    return datasets.load(name, split, options.data_dir)[:n]
+
+
+# -- the base model ---------------------------------------------------------------------------------------------------
+
+
+class FewShotTemplate(LlamaTemplate):
+    """The Alpaca-style frame, answered examples before it, each of which ends as a fine-tuned model ends."""
+
+    def __init__(self, tokenizer: Tokenizer, shots: Sequence[Example]):
+        """Put `shots` before every question."""
+        super().__init__(tokenizer)
+        self._shot_ids: list[int] = []
+        for shot in shots:
+            self._shot_ids += [*super().prompt_ids(shot.question), *self.target_ids(shot.rationale or "")]
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """The ids in front of a completion."""
+        return [*self._shot_ids, *super().prompt_ids(question)]
+
+
+def shortest_shots(base: Path, labelled: Iterable[Example]) -> list[Example]:
+    """Of the first hundred labelled questions those with the shortest prompts and rationales of two steps or more.
+
+    Prompts are at most 1,024 tokens, and a question must fit in behind them.
+    """
+    tokenizer = load_tokenizer(base)
+    candidates = [example for example in labelled if (example.rationale or "").count("<<") >= 2][:100]
+    by_length = sorted(candidates, key=lambda e: len(tokenizer.encode(f"{e.question}{e.rationale}")))
+    return by_length[:N_SHOTS]
+
+
+def measure_base(base: Path, options: argparse.Namespace) -> None:
+    """Greedy answers of the base model: in its chat format without examples, and after examples in GSM8K's form."""
+    scale = SCALES[options.scale]
+    path = FOUND / f"{options.scale}-base.json"
+    found: dict[str, Any] = read_json(path) if path.is_file() else machine()
+    model = load_model(base, sampling_dtype(options.device), options.device)
+    shots = shortest_shots(base, questions("gsm8k", "train", options, None))
+    templates: dict[str, Template] = {
+        "zero-shot": load_template(base, "chat"),
+        f"{N_SHOTS}-shot": FewShotTemplate(load_tokenizer(base), shots),
+    }
+    for prompt, template in templates.items():
+        for test in TESTS:
+            for calculator in (True, False) if prompt != "zero-shot" else (False,):
+                key = f"{prompt}/{test}/{'on' if calculator else 'off'}"
+                if key in found:
+                    continue
+                examples = questions(test, "test", options, scale.n_test)
+                completions = greedy_completions(model, template, examples, options, calculator=calculator, label=key)
+                found[key] = {
+                    "strict": outcomes(completions, examples),
+                    "last number": outcomes(map(with_last_number, completions), examples),
+                    "first completions": completions[:3],
+                }
+                write_json(path, found)
+
+
+def settings(options: argparse.Namespace, temperature: float, seed: int = 0) -> SamplingSettings:
+    """Those of a grading."""
+    max_new_tokens = SCALES[options.scale].max_new_tokens
+    return SamplingSettings(temperature=temperature, max_new_tokens=max_new_tokens, slots=options.slots, seed=seed)
+
+
+def greedy_completions(
+    model: Model,
+    template: Template,
+    examples: Sequence[Example],
+    options: argparse.Namespace,
+    *,
+    calculator: bool,
+    label: str,
+) -> list[str]:
+    """What a model answers to each question."""
+    greedy = settings(options, temperature=0.0)
+    rows = samples_by_question(model, template, examples, greedy, n_samples=1, calculator=calculator, label=label)
+    return [sample.completion for (sample,) in rows]
+
+
+def outcomes(completions: Iterable[str], examples: Sequence[Example]) -> str:
+    """A character for each question: 1 where the completion's final answer is correct, else 0."""
+    pairs = zip(completions, examples, strict=True)
+    return "".join(str(int(is_correct(completion, example.answer))) for completion, example in pairs)
+
+
+def with_last_number(completion: str) -> str:
+    """A completion whose last number, whatever stands around it, is its final answer.
+
+    Not what the paper grades by: a model that was never told to end in `#### 18` is judged too harshly by that.
+    """
+    words = [word.strip(".,:;!?()*$%") for word in completion.replace("$", " ").split()]
+    numbers = [word for word in words if word.replace(",", "").replace(".", "", 1).lstrip("-").isdigit()]
+    return f"#### {numbers[-1]}" if numbers else ""
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def run_directory(method: str, seed: int, options: argparse.Namespace) -> Path:
+    """Where a run lies."""
+    return Path(options.runs) / f"{options.scale}-{method}-{seed}"
+
+
+def train(base: Path, method: str, seed: int, options: argparse.Namespace) -> None:
+    """Run train.py, after taking over the other method's warm-up where that is there."""
+    scale = SCALES[options.scale]
+    directory = run_directory(method, seed, options)
+    flags = ["--model", str(base), "--data", "gsm8k", "--data-dir", str(options.data_dir), "--method", method]
+    flags += ["--seed", str(seed), "--run-dir", str(directory), "--device", options.device]
+    flags += ["--iterations", str(scale.iterations), "--slots", str(options.slots), "--test-questions", "0"]
+    flags += scale.flags
+    warmed_up = run_directory(METHODS[0], seed, options)
+    if method != METHODS[0] and not directory.exists():
+        take_over_warm_up(warmed_up, directory, method)
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], check=True)
+
+
+def take_over_warm_up(done: Path, new: Path, method: str) -> None:
+    """Make a run directory that has all of iteration 0, as the run of another method with the same seed left it."""
+    unfinished = new.with_name(f"{new.name}.copying")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    shutil.copytree(done / "iteration-0", unfinished / "iteration-0")
+    config = read_json(done / "config.json")
+    config["settings"]["method"] = method
+    write_json(unfinished / "config.json", config)
+    lines = (done / "stages.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    of_warm_up = [line for line in lines if json.loads(line)["stage"].startswith("iteration-0/")]
+    (unfinished / "stages.jsonl").write_text("".join(of_warm_up), encoding="utf-8")
+    os.replace(unfinished, new)
+
+
+def grade(method: str, seed: int, options: argparse.Namespace) -> None:
+    """Greedy answers of a run's models to the test questions, with and without calculator; pass@k on dev."""
+    scale = SCALES[options.scale]
+    directory = run_directory(method, seed, options)
+    path = FOUND / f"{options.scale}-{seed}.json"
+    found: dict[str, Any] = read_json(path) if path.is_file() else machine()
+    found["settings"] = read_json(directory / "config.json")["settings"]["preset"]
+    write_json(path, found)
+    for iteration in range(scale.iterations + 1):
+        model_dir = directory / f"iteration-{iteration}" / "sft"
+        key = f"{method}/{iteration}" if iteration else "sft"
+        if not model_dir.is_dir():
+            continue
+        entry: dict[str, Any] = found.setdefault(key, {})
+        if "dev" in entry:  # the last to be graded: the warm-up, where another method's run has it too
+            continue
+        model = load_model(model_dir, sampling_dtype(options.device), options.device)
+        template = load_template(model_dir)
+        for test in TESTS:
+            examples = questions(test, "test", options, scale.n_test)
+            for calculator in (True, False):
+                name = f"{test}/{'on' if calculator else 'off'}"
+                if name in entry:
+                    continue
+                label = f"seed {seed}, {key}, {name}"
+                completions = greedy_completions(model, template, examples, options, calculator=calculator, label=label)
+                entry[name] = outcomes(completions, examples)
+                write_json(path, found)
+        examples = questions("gsm8k", "dev", options, scale.n_dev)
+        rows = samples_by_question(
+            model,
+            template,
+            examples,
+            settings(options, temperature=0.7, seed=777),
+            n_samples=N_SAMPLES,
+            calculator=True,
+            label=f"seed {seed}, {key}, dev, {N_SAMPLES} samples",
+        )
+        entry["dev"] = [sum(bool(sample.is_correct) for sample in row) for row in rows]
+        write_json(path, found)
+
+
+def machine() -> dict[str, Any]:
+    """Where something was measured."""
+    return {"machine": f"{machine_line()}, {instruction_set()}"}
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+
+def report(scale: str) -> None:
+    """Write smollm2.md from what has been found at a scale."""
+    paths = sorted(FOUND.glob(f"{scale}-[0-9]*.json"))
+    found = [read_json(path) for path in paths]
+    seeds = [path.stem.rpartition("-")[2] for path in paths]
+    base = read_json(FOUND / f"{scale}-base.json")
+    flags = " ".join(SCALES[scale].flags)
+    lines = [
+        "# SmolLM2-135M-Instruct on GSM8K",
+        "",
+        f"`python -m benchmarks.smollm2` (base, train, grade, report) `--scale {scale} --seeds {','.join(seeds)}` · "
+        f"{base['machine']}",
+        "",
+        f"train.py's flags: `{flags} --iterations {SCALES[scale].iterations}`. Greedy accuracy in percent, with the "
+        "half-width of its 95 % interval over the questions; all models are the last iteration's named in their row.",
+        "",
+    ]
+    findings = FOUND / "findings.md"
+    if findings.is_file():
+        lines += [findings.read_text(encoding="utf-8").strip(), ""]
+    lines += [accuracy_table(base, found), ""]
+    if found:
+        lines += [difference_table(found), "", pass_at_table(found), ""]
+    lines += completions_of(base)
+    PAGE.write_text("\n".join(lines), encoding="utf-8")
+    print(PAGE.read_text(encoding="utf-8"))
+
+
+def accuracy_table(base: dict[str, Any], found: Sequence[dict[str, Any]]) -> str:
+    """Rows of models, columns of test sets with and without calculator."""
+    rows = []
+    for prompt in ("zero-shot", f"{N_SHOTS}-shot"):
+        for grading in ("strict", "last number"):
+            cells = [f"base, {prompt}, {'####' if grading == 'strict' else grading}", "–"]
+            for test in TESTS:
+                for calculator in ("on", "off"):
+                    entry = base.get(f"{prompt}/{test}/{calculator}")
+                    cells.append(percent(bits(entry[grading])[None]) if entry else "–")
+            rows.append(cells)
+    for key in models_of(found):
+        of_seeds = [of_seed[key] for of_seed in found if key in of_seed]
+        cells = [key, str(len(of_seeds))]
+        for test in TESTS:
+            for calculator in ("on", "off"):
+                cells.append(percent(np.stack([bits(entry[f"{test}/{calculator}"]) for entry in of_seeds])))
+        rows.append(cells)
+    n = {test: len(bits(base[f"{N_SHOTS}-shot/{test}/on"]["strict"])) for test in TESTS}
+    heads = ["model", "seeds"]
+    for test in TESTS:
+        heads += [f"{test} (n {n[test]:,})", f"{test}, calculator off"]
+    return markdown_table(heads, rows)
+
+
+def models_of(found: Sequence[dict[str, Any]]) -> list[str]:
+    """The graded models, each once, in the order in which they were made."""
+    keys = {key: None for of_seed in found for key in of_seed if key == "sft" or "/" in key}
+    return [*keys]
+
+
+def difference_table(found: Sequence[dict[str, Any]]) -> str:
+    """Differences over the same questions and seeds, with calculator."""
+    keys = models_of(found)
+    compared = [(f"dpo-st/{i}", f"st/{i}") for i in range(1, 10)] + [(key, "sft") for key in keys]
+    rows = []
+    for after, before in compared:
+        both = [of_seed for of_seed in found if after in of_seed and before in of_seed]
+        if not both or after == before:
+            continue
+        for test in TESTS:
+            name = f"{test}/on"
+            values = np.stack([bits(of_seed[after][name]) - bits(of_seed[before][name]) for of_seed in both])
+            rows.append([f"{after} − {before}", test, str(len(both)), *points(values)])
+    return markdown_table(
+        ["difference", "questions", "seeds", "points", "95 % over questions", "95 % over seeds too"], rows
+    )
+
+
+def pass_at_table(found: Sequence[dict[str, Any]]) -> str:
+    """pass@k on dev."""
+    ks = (1, 5, N_SAMPLES)
+    rows = []
+    for key in models_of(found):
+        of_seeds = [of_seed[key]["dev"] for of_seed in found if key in of_seed]
+        rows.append([key, *(percent(np.stack([pass_at(n_correct, k) for n_correct in of_seeds])) for k in ks)])
+    n = len(found[0]["sft"]["dev"])
+    return markdown_table([f"gsm8k/dev, n {n:,}", *(f"pass@{k}" for k in ks)], rows)
+
+
+def completions_of(base: dict[str, Any]) -> list[str]:
+    """What the base model writes, for a reader to see."""
+    lines = ["The base model's first completion of each prompt:", ""]
+    for prompt in ("zero-shot", f"{N_SHOTS}-shot"):
+        entry = base.get(f"{prompt}/gsm8k/off")
+        if entry:
+            lines += [f"{prompt}:", "", "```", entry["first completions"][0], "```", ""]
+    return lines
+
+
+if __name__ == "__main__":
+    main()
