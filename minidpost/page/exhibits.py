@@ -17,7 +17,7 @@ and the interval is that of the mean over questions. Differences are paired by q
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -44,16 +44,25 @@ N_CELL = re.compile(r"([0-9][0-9,]*(?:\.[0-9]+)?)")
 def all_exhibits(runs: Sequence[RunFiles], *, benchmark: Path | None, files: Files) -> list[dict[str, Any]]:
     """Every exhibit of the paper, in its order; `benchmark` is the file that benchmarks/sampling.py wrote."""
     measured = [run for run in runs if run.results is not None]
-    return [
-        figure_1(measured),
-        table_2(measured),
-        figure_4(benchmark),
-        figure_5(measured),
-        table_3(measured),
-        table_4(measured),
-        figure_6(measured, files),
-        figure_7(measured),
+    makers: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+        ("figure-1", lambda: figure_1(measured)),
+        ("table-2", lambda: table_2(measured)),
+        ("figure-4", lambda: figure_4(benchmark)),
+        ("figure-5", lambda: figure_5(measured)),
+        ("table-3", lambda: table_3(measured)),
+        ("table-4", lambda: table_4(measured)),
+        ("figure-6", lambda: figure_6(measured, files)),
+        ("figure-7", lambda: figure_7(measured)),
     ]
+    found = []
+    for name, make in makers:
+        try:
+            found.append(make())
+        except BROKEN as error:  # each file is as it should be, but they do not fit together
+            title = name.replace("-", " ").capitalize()
+            needs = f"runs whose files fit together ({error!s:.100})"
+            found.append(missing(name, title, needs=needs, making=command(None)))
+    return found
 
 
 # -- which runs belong together ---------------------------------------------------------------------------------------

@@ -201,6 +201,11 @@ def report_page(results: dict[str, Any]) -> str:
 
 def results_table(results: dict[str, Any]) -> str:
     """The results as Markdown, a row for each iteration: dev, the test set and pass@k; then the other test sets."""
+    return "\n\n".join(markdown_table(heads, rows) for heads, rows in results_rows(results))
+
+
+def results_rows(results: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+    """The heads and rows of the tables of `results_table`."""
     entries = results["iterations"]
     names = list(entries[0]["accuracy"])
     main = [name for name in names if name in (results["dev"], results["test"])]
@@ -220,14 +225,14 @@ def results_table(results: dict[str, Any]) -> str:
                 f"{entry['flops']:.2g}",
             ]
         )
-    tables = [markdown_table(heads, rows)]
+    tables = [(heads, rows)]
 
     others = [name for name in names if name not in main]
     if others:
         heads = ["model", *(head(name, entries[0]["accuracy"][name]) for name in others)]
         rows = [[row_name(results, entry), *(percent(entry["accuracy"][name]) for name in others)] for entry in entries]
-        tables.append(markdown_table(heads, rows))
-    return "\n\n".join(tables)
+        tables.append((heads, rows))
+    return tables
 
 
 def head(name: str, score: dict[str, Any]) -> str:
@@ -263,6 +268,11 @@ def dpo_entries(results: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str,
 
 def before_and_after_table(results: dict[str, Any]) -> str:
     """Greedy accuracy, pass@1, pass@k and maj@k on dev before and after each DPO, as Markdown."""
+    return markdown_table(*before_and_after_rows(results))
+
+
+def before_and_after_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The heads and rows of `before_and_after_table`."""
     rows = []
     for before, entry in dpo_entries(results):
         after = entry["dpo"]
@@ -274,7 +284,7 @@ def before_and_after_table(results: dict[str, Any]) -> str:
             change = after["difference"][kind][key]
             cells = [percent(scores[kind][key]) for scores in (before, after)]
             rows.append([str(entry["iteration"]), name, str(change["n"]), *cells, points(change)])
-    return markdown_table(["iteration", "", "n", "before DPO", "after DPO", "difference"], rows)
+    return ["iteration", "", "n", "before DPO", "after DPO", "difference"], rows
 
 
 def points(difference: dict[str, Any]) -> str:
