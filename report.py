@@ -18,7 +18,7 @@ from minidpost.cli import RUNS, Parser, add_data_dir, checked, one_line, run_com
 from minidpost.errors import UserError
 from minidpost.page.document import check_page, page_data, read_runs, write_page
 from minidpost.page.export import export
-from minidpost.page.runs import Files, RunFiles, find_runs
+from minidpost.page.runs import Files, RunFiles, find_runs, is_run
 from minidpost.page.watch import Watched, new_server
 
 BENCHMARK = Path("benchmarks") / "results" / "sampling.md"
@@ -66,7 +66,9 @@ def parse_options() -> argparse.Namespace:
         "--output", type=Path, default=Path("report.html"), metavar="FILE", help="the page (default: report.html)"
     )
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
-    parser.add_argument("--export", type=Path, metavar="DIR", help="also write the exhibits as PNG, SVG, Markdown, LaTeX")
+    parser.add_argument(
+        "--export", type=Path, metavar="DIR", help="also write the exhibits as PNG, SVG, Markdown, LaTeX"
+    )
     parser.add_argument(
         "--no-samples", action="store_true", help="leave the samples out: a smaller page, without questions to read"
     )
@@ -89,7 +91,7 @@ def parse_options() -> argparse.Namespace:
 
 def default_runs() -> list[Path]:
     """The directory of all runs; UserError where there is none yet."""
-    if not RUNS.is_dir():
+    if not RUNS.is_dir() or not any(is_run(path) for path in RUNS.iterdir()):
         raise UserError(f"{RUNS}: no run here yet; python train.py makes one, or name a run's directory")
     return [RUNS]
 

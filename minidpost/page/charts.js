@@ -1,7 +1,7 @@
 // Charts as inline SVG: lines and bars, each with a legend, a table of its values, and a reading by pointer or arrow keys.
 
 const N_COLOURS = 8;
-const PLOT = { height: 250, left: 46, right: 14, top: 24, bottom: 34 };
+const PLOT = { height: 250, right: 14, top: 24, bottom: 34 };
 const MANY_POINTS = 900; // beyond, a line is drawn as means of so many equal parts
 
 function colour(place) {
@@ -9,6 +9,7 @@ function colour(place) {
 }
 
 function strokeOf(line) {
+  if (line.origin === "metric") return "var(--soft)";
   return line.origin === "paper" ? "var(--paper)" : colour(line.colour);
 }
 
@@ -112,8 +113,11 @@ function chart(kind, panel) {
 }
 
 function legendOf(panel) {
-  if (panel.series.length < 2 && panel.series[0].origin !== "paper") return make("div", { class: "legend" }, make("span", {}, panel.series[0].name));
-  const entries = panel.series.map((line) => {
+  // The checkboxes above the trainings name the runs; of two metrics in one chart each has its own kind of line.
+  const dashes = [...new Set(panel.series.map((line) => line.metric))].map((name, place) => ({ name, colour: 0, isDashed: place > 0, origin: "metric" }));
+  const lines = panel.series[0].isThin ? dashes : panel.series;
+  if (lines === dashes && lines.length < 2) return "";
+  const entries = lines.map((line) => {
     const sample = svg("svg", { viewBox: "0 0 22 10", width: 22, height: 10, "aria-hidden": "true" });
     sample.append(svg("line", { x1: 0, x2: 22, y1: 5, y2: 5, stroke: strokeOf(line), "stroke-width": panel.groups ? 8 : 2.5, "stroke-dasharray": panel.groups ? null : dashOf(line) }));
     return make("span", {}, sample, line.name);
@@ -159,18 +163,20 @@ function thinned(points) {
 }
 
 function drawLines(panel, width, id) {
-  const { height, left, right, top, bottom } = PLOT;
+  const { height, right, top, bottom } = PLOT;
   const all = panel.series.flatMap((line) => line.points);
   const xs = all.map((point) => point.x);
   const ys = all.flatMap((point) => [point.value, point.low ?? point.value, point.high ?? point.value]);
   const isFew = !panel.series[0].isThin;
-  const x = scaleOf(xs, [left + (isFew ? 10 : 0), width - right - (isFew ? 10 : 0)], panel.x, 0);
   const y = scaleOf(ys, [height - bottom, top], panel.y, 0.06);
+  const yTicks = ticksOf(y.low, y.high, panel.y, 6);
+  const left = 14 + 6.5 * Math.max(3, ...yTicks.map((tick) => tickText(tick, panel.y).length));
+  const x = scaleOf(xs, [left + (isFew ? 10 : 0), width - right - (isFew ? 10 : 0)], panel.x, 0);
   const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", tabindex: "0", "aria-label": visible(summary(panel)), id });
   drawing.append(svg("text", { x: 2, y: 13 }, panel.y.label));
 
   // 1) Axes.
-  for (const tick of ticksOf(y.low, y.high, panel.y, 6)) {
+  for (const tick of yTicks) {
     drawing.append(svg("line", { class: "gridline", x1: left, x2: width - right, y1: y.at(tick), y2: y.at(tick) }));
     drawing.append(svg("text", { x: left - 6, y: y.at(tick) + 4, "text-anchor": "end" }, tickText(tick, panel.y)));
   }
@@ -303,7 +309,7 @@ function drawBars(panel, width, id) {
         drawing.append(svg("text", { x: 2, y: y + 12 }, "–"));
         return;
       }
-      drawing.append(svg("rect", { x: 0, y, width: Math.max(1, at(point.value)), height: bar, rx: 2, fill: strokeOf(line) }));
+      drawing.append(svg("rect", { x: 0, y, width: Math.max(1, at(point.value)), height: bar, rx: 2, fill: panel.origins[place] === "paper" ? "var(--paper)" : strokeOf(line), opacity: panel.origins[place] === "paper" && row === 0 ? 0.6 : 1 }));
       if (point.low !== undefined) drawing.append(svg("line", { x1: at(point.low), x2: at(point.high), y1: y + bar / 2, y2: y + bar / 2, stroke: "var(--ink)" }));
       drawing.append(svg("text", { class: "value", x: at(point.high ?? point.value) + 6, y: y + 12 }, valueText(point, panel.y)));
     });

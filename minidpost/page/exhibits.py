@@ -86,9 +86,7 @@ class Row:
     @property
     def seeds(self) -> str:
         """The seeds and the iterations that were taken: `seed 42, iteration 2`."""
-        seeds = ", ".join(str(run.seed) for run in self.runs)
-        iterations = ", ".join(map(str, self.iterations))
-        return f"seed{'s' if len(self.runs) > 1 else ''} {seeds}, iteration {iterations}"
+        return f"{listed('seed', [run.seed for run in self.runs])}, {listed('iteration', self.iterations)}"
 
     def outcomes(self, set_name: str, seeds: Iterable[object] | None = None) -> list[float] | None:
         """Each question's outcome, averaged over the runs, or over those of some seeds; None where they do not match."""
@@ -109,6 +107,11 @@ class Row:
             return result_of(self.runs[0], self.iterations[0], set_name)
         outcomes = self.outcomes(set_name)
         return None if outcomes is None else asdict(mean_score(outcomes))
+
+
+def listed(word: str, values: Sequence[object]) -> str:
+    """`seed 42`, `seeds 1, 2`."""
+    return f"{word}{'s' if len(values) > 1 else ''} {', '.join(map(str, values))}"
 
 
 def result_of(run: RunFiles, iteration: int, set_name: str) -> dict[str, Any] | None:
@@ -140,7 +143,9 @@ def family_title(runs: Sequence[RunFiles]) -> str:
 def variant_of(run: RunFiles) -> dict[str, Any]:
     """The hyperparameters by which a run's results may differ from another's."""
     preset = run.settings.get("preset")
-    return {name: value for name, value in preset.items() if name not in NOT_A_VARIANT} if isinstance(preset, dict) else {}
+    return (
+        {name: value for name, value in preset.items() if name not in NOT_A_VARIANT} if isinstance(preset, dict) else {}
+    )
 
 
 def rows_of(runs: Sequence[RunFiles]) -> list[Row]:
@@ -309,7 +314,7 @@ def difference_row(before: Row, after: Row, sets: Sequence[str]) -> dict[str, An
     seeds = [run.seed for run in after.runs if run.seed in {other.seed for other in before.runs}]
     if not seeds:
         return None
-    cells: list[Any] = [f"{after.label} − {before.label}", f"seed{'s' if len(seeds) > 1 else ''} " + ", ".join(map(str, seeds))]
+    cells: list[Any] = [f"{after.label} − {before.label}", listed("seed", seeds)]
     for name in sets:
         of_before = before.outcomes(name, seeds)
         of_after = after.outcomes(name, seeds)
@@ -334,11 +339,21 @@ def table_3(runs: Sequence[RunFiles]) -> dict[str, Any]:
                 run = row.runs[0]
                 calculator = "no" if run.setting("no_calculator") else "yes"
                 method = f"DPO-ST (K = {run.setting('samples', '?')})"
-                cells = [method, run.model, n_annotations(run), "human", calculator, cell(score), f"{test}, {row.seeds}"]
+                cells = [
+                    method,
+                    run.model,
+                    n_annotations(run),
+                    "human",
+                    calculator,
+                    cell(score),
+                    f"{test}, {row.seeds}",
+                ]
                 found.append({"origin": "ours", "cells": cells})
     if not found:
         needs = "a run of dpo-st; the paper's are of Flan-T5-Large on GSM8K with K = 3, 5 and 10"
-        return missing("table-3", title, needs=needs, making=command(None, model="flan-t5-large", data="gsm8k", samples=10))
+        return missing(
+            "table-3", title, needs=needs, making=command(None, model="flan-t5-large", data="gsm8k", samples=10)
+        )
     rows = [
         {
             "origin": "paper",
@@ -386,7 +401,9 @@ def table_4(runs: Sequence[RunFiles]) -> dict[str, Any]:
                 found.append({"origin": "ours", "cells": [label, group[0].model, calculator, cell(score), on]})
     if not found:
         needs = "a run of a decoder-only model"
-        return missing("table-4", title, needs=needs, making=command(None, model="llama-3-8b", data="gsm8k", samples=10))
+        return missing(
+            "table-4", title, needs=needs, making=command(None, model="llama-3-8b", data="gsm8k", samples=10)
+        )
     parts = [{"title": "Our runs", "heads": heads, "rows": found}]
     for kind, name in kinds.items():
         rows = [
@@ -437,7 +454,9 @@ def figure_1(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "caption": "Greedy accuracy with 95 % intervals after each iteration, against all floating-point operations of "
         "sampling and training up to it; evaluations are not counted.",
         "panels": panels,
-        "notes": ["Of its figure 1 the paper prints no FLOPs; its best accuracy there is 37.4% (Flan-T5-Large, GSM8K)."],
+        "notes": [
+            "Of its figure 1 the paper prints no FLOPs; its best accuracy there is 37.4% (Flan-T5-Large, GSM8K)."
+        ],
     }
 
 
@@ -562,7 +581,9 @@ def figure_5(runs: Sequence[RunFiles]) -> dict[str, Any]:
         panels.append(by_iteration(family_title(group), test, lines))
         for method in ("st", "dpo-st"):
             if not any(run.method == method for run in group):
-                notes.append(f"{METHOD_NAMES[method]} is missing for {family_title(group)}: {command(group[0], method=method)}")
+                notes.append(
+                    f"{METHOD_NAMES[method]} is missing for {family_title(group)}: {command(group[0], method=method)}"
+                )
     if not panels:
         needs = "runs of st and of dpo-st that were measured on the test set of their data"
         return missing("figure-5", title, needs=needs, making=command(None, method="st"))
@@ -587,7 +608,7 @@ def figure_5(runs: Sequence[RunFiles]) -> dict[str, Any]:
 
 def seeds_text(row: Row) -> str:
     """The seeds of a row: `seed 42`."""
-    return f"seed{'s' if len(row.runs) > 1 else ''} " + ", ".join(str(run.seed) for run in row.runs)
+    return listed("seed", [run.seed for run in row.runs])
 
 
 def line_of(row: Row, set_name: str) -> list[dict[str, Any]]:
@@ -611,7 +632,11 @@ def by_iteration(title: str, set_name: str, lines: list[dict[str, Any]]) -> dict
 def figure_6(runs: Sequence[RunFiles], files: Files) -> dict[str, Any]:
     """What the DPO of the first iteration changes: pass@1, pass@k, pseudo-labels."""
     title = "Figure 6: before and after the first DPO"
-    made = [run for run in runs if run.results and len(run.results["iterations"]) > 1 and run.results["iterations"][1]["dpo"]]
+    made = [
+        run
+        for run in runs
+        if run.results and len(run.results["iterations"]) > 1 and run.results["iterations"][1]["dpo"]
+    ]
     if not made:
         needs = "a run of dpo-st with a finished first iteration"
         return missing("figure-6", title, needs=needs, making=command(None))
@@ -678,6 +703,7 @@ def bars(title: str, y: dict[str, Any], groups: list[str], pairs: Sequence[tuple
         "title": title,
         "y": y,
         "groups": groups,
+        "origins": ["ours"] * (len(groups) - 1) + ["paper"],
         "series": [series("before DPO", "ours", 0, found(0)), series("after DPO", "ours", 1, found(1))],
     }
 
@@ -692,7 +718,12 @@ def pseudo_labels_before_and_after(run: RunFiles, files: Files) -> tuple[int | N
     paths = [folder / f"samples-{kind}.jsonl" for kind in ("dpo", "sft")]
     n_samples = run.setting("samples")
     n_for_pairs = run.setting("dpo_samples")
-    if type(n_samples) is not int or type(n_for_pairs) is not int or n_for_pairs < n_samples or run.method not in METHODS:
+    if (
+        type(n_samples) is not int
+        or type(n_for_pairs) is not int
+        or n_for_pairs < n_samples
+        or run.method not in METHODS
+    ):
         return None, None
     try:
         known = {field.name for field in fields(Preset)}

@@ -122,7 +122,7 @@ def plot(exhibit: dict[str, Any], directory: Path) -> list[str]:
             plot_lines(axes, panel)
         else:
             plot_bars(axes, panel)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, handlelength=3)
     figure.suptitle(plot_text(exhibit["title"]), fontsize=11)
     names = [f"{exhibit['id']}.{suffix}" for suffix in ("png", "svg")]
     for name in names:
@@ -160,23 +160,28 @@ def plot_lines(axes: Any, panel: dict[str, Any]) -> None:
 
 
 def plot_bars(axes: Any, panel: dict[str, Any]) -> None:
-    """The bars of a panel, side by side in each group."""
+    """The bars of a panel, lying, two in each group; the paper's are grey."""
     factor = 100 if panel["y"].get("is_percent") else 1
-    width = 0.8 / len(panel["series"])
+    height = 0.8 / len(panel["series"])
     for place, line in enumerate(panel["series"]):
         known = [(index, point) for index, point in enumerate(line["points"]) if point is not None]
         for index, point in known:
             interval = [reach([point], "low", factor), reach([point], "high", factor)] if "low" in point else None
-            axes.bar(
-                index + (place - (len(panel["series"]) - 1) / 2) * width,
+            is_paper = panel["origins"][index] == "paper"
+            axes.barh(
+                index + (place - (len(panel["series"]) - 1) / 2) * height,
                 factor * point["value"],
-                width=0.92 * width,
-                yerr=interval,
+                height=0.92 * height,
+                xerr=interval,
                 capsize=3,
-                color=COLOURS[line["colour"] % len(COLOURS)],
+                color=PAPER_COLOUR if is_paper else COLOURS[line["colour"] % len(COLOURS)],
+                alpha=0.6 if is_paper and place == 0 else 1,
                 label=plot_text(line["name"]) if index == known[0][0] else None,
             )
-    axes.set_xticks(range(len(panel["groups"])), [plot_text(name) for name in panel["groups"]], fontsize=7)
+    axes.set_yticks(range(len(panel["groups"])), [plot_text(name) for name in panel["groups"]], fontsize=7)
+    axes.invert_yaxis()  # the first group at the top
+    axes.set_xlabel(plot_text(panel["y"]["label"]), fontsize=9)
+    axes.set_ylabel("")
 
 
 def reach(found: Sequence[dict[str, Any]], end: str, factor: float) -> list[float]:

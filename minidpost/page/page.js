@@ -84,14 +84,14 @@ function whole(n) {
 function short(n) {
   if (n === 0) return "0";
   const size = Math.abs(n);
-  if (size >= 1e7 || size < 1e-3) return n.toExponential(Number(n.toPrecision(1)) === n ? 0 : 2).replace("e+", "e").replace("-", "−");
+  if (size >= 1e7 || size < 1e-3) return n.toExponential(2).replace(/\.?0*e\+?/, "e").replaceAll("-", "−");
   if (size >= 1000) return whole(Math.round(n));
   return String(Number(n.toPrecision(4))).replace("-", "−");
 }
 
 // A table; a cell is a text or a score.
 function table(heads, rows, caption = "", hasOrigin = false) {
-  const cellOf = (cell) => make("td", { class: cell.text === undefined ? null : "score" }, cell.text ?? cell);
+  const cellOf = (cell) => make("td", { class: cell.text !== undefined ? "score" : cell.length < 40 ? "brief" : null }, cell.text ?? cell);
   const body = rows.map((row) => {
     const cells = (row.cells ?? row).map(cellOf);
     if (hasOrigin) cells.unshift(make("td", {}, make("span", { class: "origin" }, row.origin === "paper" ? "the paper's" : "ours")));
@@ -266,7 +266,7 @@ function trainingPanel(kind, [title, label, metrics]) {
       if (!line.points.length) return;
       boundaries = line.boundaries.length > boundaries.length ? line.boundaries : boundaries;
       const name = metrics.length > 1 ? `${run.name}, ${metric.replace("_logp", "")}` : run.name;
-      series.push({ name, origin: "ours", colour: page.runs.indexOf(run), isDashed: place > 0, isThin: true, points: line.points });
+      series.push({ name, origin: "ours", metric: metric.replace("_logp", ""), colour: page.runs.indexOf(run), isDashed: place > 0, isThin: true, points: line.points });
     });
   }
   if (!series.length) return null;

@@ -155,7 +155,9 @@ class Question:
             if place not in correct and known:
                 steps[place] = with_departure(rationale, steps[place], known)
         return {
-            "texts": [[rationale, [step_entry(step) for step in of]] for rationale, of in zip(texts, steps, strict=True)],
+            "texts": [
+                [rationale, [step_entry(step) for step in of]] for rationale, of in zip(texts, steps, strict=True)
+            ],
             "gold": self.gold,
             "rounds": {
                 index: [[place, grade, forced, samples] for (place, grade, forced), samples in alike.items()]

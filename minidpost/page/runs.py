@@ -170,9 +170,7 @@ def is_run(path: Path) -> bool:
 def run_names(paths: list[Path]) -> list[str]:
     """A name for each run: its directory's, with as much of the path before it as tells it from the others."""
     names = [path.resolve().name for path in paths]
-    return [
-        name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)
-    ]
+    return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
 
 
 # -- one run ----------------------------------------------------------------------------------------------------------

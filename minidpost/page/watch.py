@@ -25,7 +25,13 @@ from minidpost.page.runs import Files, RunFiles, iterations_of
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEPT_VERSIONS = 2  # of a run's questions: the page may still ask for blocks of the one before
 ROUTE = re.compile(r"/part/(?:(page)|questions/([0-9]{1,4})|block/([0-9]{1,4})/([0-9]{1,6})/([0-9a-f]{16}))")
-QUESTION_FILES = ("samples-*.jsonl", "samples-*.jsonl.progress/*", "pairs.jsonl", "pseudo-labels.jsonl", "evaluation.json")
+QUESTION_FILES = (
+    "samples-*.jsonl",
+    "samples-*.jsonl.progress/*",
+    "pairs.jsonl",
+    "pseudo-labels.jsonl",
+    "evaluation.json",
+)
 
 
 class Watched:
