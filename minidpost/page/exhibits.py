@@ -89,7 +89,7 @@ class Row:
         return f"{listed('seed', [run.seed for run in self.runs])}, {listed('iteration', self.iterations)}"
 
     def outcomes(self, set_name: str, seeds: Iterable[object] | None = None) -> list[float] | None:
-        """Each question's outcome, averaged over the runs, or over those of some seeds; None where they do not match."""
+        """Each question's outcome, averaged over the runs, or those of some seeds; None where they do not match."""
         wanted = None if seeds is None else set(seeds)
         lists = [
             run.correct(iteration, set_name)
@@ -149,7 +149,7 @@ def variant_of(run: RunFiles) -> dict[str, Any]:
 
 
 def rows_of(runs: Sequence[RunFiles]) -> list[Row]:
-    """The rows of one family: SFT of the warm-up, then each method, and each choice of hyperparameters, over its seeds."""
+    """The rows of one family: the warm-up's SFT, then each method and choice of hyperparameters, over its seeds."""
     groups: dict[tuple[str, str], dict[str, RunFiles]] = {}
     for run in runs:
         key = (run.method, json.dumps(variant_of(run), sort_keys=True, default=str))
@@ -274,7 +274,7 @@ def table_2(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "id": "table-2",
         "title": title,
         "kind": "table",
-        "caption": "Greedy accuracy, in brackets the 95 % interval. A method's model is that of the iteration which was "
+        "caption": "Greedy accuracy, in brackets the 95 % interval. A method's model is that of the iteration that was "
         "best on dev; SFT is iteration 0. Differences are in points, paired by question.",
         "parts": parts,
         "notes": [],
@@ -599,8 +599,8 @@ def figure_5(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "id": "figure-5",
         "title": title,
         "kind": "lines",
-        "caption": "Greedy accuracy with 95 % intervals on the test set of the data that a run was made on. Iteration 0 "
-        "is SFT.",
+        "caption": "Greedy accuracy with 95 % intervals on the test set of the data that a run was made on. Iteration "
+        "0 is SFT.",
         "panels": panels,
         "notes": notes,
     }
@@ -671,8 +671,9 @@ def figure_6(runs: Sequence[RunFiles], files: Files) -> dict[str, Any]:
         "id": "figure-6",
         "title": title,
         "kind": "bars",
-        "caption": "The first iteration's model before its DPO (SFT) and after, on dev, with 95 % intervals. Right: how "
-        "many pseudo-labels are selected from as many samples of each of the two models, the first K of each question.",
+        "caption": "The first iteration's model before its DPO (SFT) and after, on dev, with 95 % intervals. Right: "
+        "how many pseudo-labels are selected from the samples of each of the two models, the first K of each "
+        "question.",
         "panels": panels,
         "notes": notes,
     }
@@ -795,8 +796,8 @@ def figure_7(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "id": "figure-7",
         "title": title,
         "kind": "lines",
-        "caption": "Greedy accuracy on dev with 95 % intervals, of two runs that sampled, were trained and were measured "
-        "with the calculator and without.",
+        "caption": "Greedy accuracy on dev with 95 % intervals, of two runs that sampled, were trained and were "
+        "measured with the calculator and without.",
         "panels": panels,
         "notes": [],
     }

@@ -307,14 +307,15 @@ def read_questions(run: RunFiles) -> Questions:
 def for_each_record(run: RunFiles, path: Path, take: Callable[[dict[str, Any]], None]) -> None:
     """Give each record of a JSONL file to `take`; the first that cannot be read ends it, with a note."""
     name = path.relative_to(run.path)
-    line_number = 0
     try:
         for line_number, record in read_jsonl(path):
-            take(record)
-    except UserError as error:
+            try:
+                take(record)
+            except BROKEN as error:
+                run.note(f"{name}, line {line_number}: not what train.py writes ({error!s:.80})")
+                return
+    except (UserError, OSError) as error:
         run.note(f"{name}: {str(error).removeprefix(f'{path}, ')}")
-    except BROKEN as error:
-        run.note(f"{name}, line {line_number}: not what train.py writes ({error!s:.80})")
 
 
 def add_sample(by_index: dict[int, Question], round_index: int, record: dict[str, Any]) -> None:

@@ -6,12 +6,12 @@ import json
 from collections import Counter
 
 import pytest
+from page.made_runs import make_run, question_text, sample_record
 
 from minidpost.page import questions as q
 from minidpost.page.questions import Question, evaluation_sets, how_forced, read_questions, steps_of
 from minidpost.page.runs import Files, read_run
 from minidpost.storage import read_jsonl, write_jsonl
-from page.made_runs import make_run, question_text, sample_record
 
 RIGHT = "Mia has <<48/2=24>>24 pens, then <<24+48=72>>72.\n#### 72"
 

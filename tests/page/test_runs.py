@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from page.made_runs import edit_config, make_run
 
 from minidpost.errors import UserError
 from minidpost.page.runs import LOCKS, Files, find_runs, is_locked, read_run, run_names
 from minidpost.selftraining.run_directory import FORMAT, RunDirectory
 from minidpost.storage import write_json
-from page.made_runs import edit_config, make_run
 
 
 def read(path):
@@ -66,7 +66,10 @@ def test_a_running_run_is_known_by_its_lock_which_stays(tmp_path):
     lock = path / ".lock"
     lock.touch()
     assert is_locked(lock) is False
-    code = "import fcntl, os, sys; f = os.open(sys.argv[1], os.O_RDWR); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); sys.stdin.read()"
+    code = (
+        "import fcntl, os, sys; f = os.open(sys.argv[1], os.O_RDWR); fcntl.lockf(f, fcntl.LOCK_EX); "
+        "print(1, flush=True); sys.stdin.read()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
@@ -122,14 +125,22 @@ def test_garbage_in_a_file_is_no_exception(tmp_path, name, garbage):
         assert run.notes
 
 
+def evaluation_of(**score):
+    """An evaluation whose only score is a good one but for these fields."""
+    good = {"value": 1, "n": 1, "low": 0, "high": 1, "correct": [1]}
+    return {"sft": {"greedy": {"mine/dev": {**good, **score}}, "sampled": None}}
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"sft": None},
-        {"sft": {"greedy": {"mine/dev": {"value": "1", "n": 1, "low": 0, "high": 1, "correct": [1]}}, "sampled": None}},
-        {"sft": {"greedy": {"mine/dev": {"value": 1, "n": 1, "low": 0, "high": 1, "correct": ["<b>"]}}, "sampled": None}},
         {"sft": {"greedy": {}, "sampled": None}},
-        {"sft": {"greedy": {"mine/dev": {"value": 1e400, "n": 1, "low": 0, "high": 1, "correct": [1]}}, "sampled": None}},
+        evaluation_of(value="1"),
+        evaluation_of(value=1e400),
+        evaluation_of(correct=["<b>"]),
+        evaluation_of(correct=[2]),
+        evaluation_of(n=-1),
     ],
 )
 def test_an_evaluation_of_another_shape_is_noted(tmp_path, change):
