@@ -430,7 +430,7 @@ def figure_1(runs: Sequence[RunFiles]) -> dict[str, Any]:
     title = "Figure 1: accuracy against compute"
     panels = []
     for group in same_data(runs):
-        lines = []
+        lines: list[dict[str, Any]] = []
         for run in group:
             spent = 0.0
             found = []
@@ -567,7 +567,7 @@ def figure_5(runs: Sequence[RunFiles]) -> dict[str, Any]:
     notes = []
     for group in families(runs):
         test = group[0].test
-        lines = []
+        lines: list[dict[str, Any]] = []
         for row in rows_of(group):
             found = [] if row.method == "sft" else line_of(row, test)
             if len(found) > 1:

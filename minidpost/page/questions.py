@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -290,17 +290,17 @@ def read_questions(run: RunFiles) -> Questions:
     by_index: dict[int, Question] = {}
     for round_index, of_round in enumerate(rounds):
         for path in of_round.paths:
-            for_each_record(run, path, lambda record, index=round_index: add_sample(by_index, index, record))
+            for_each_record(run, path, partial(add_sample, by_index, round_index))
     by_text = {question.question: question for question in by_index.values()}
     iterations = []
     for directory in iterations_of(run.path):
         iteration = int(directory.name.removeprefix("iteration-"))
-        found = [path for path in (directory / "pairs.jsonl", directory / "pseudo-labels.jsonl") if path.is_file()]
+        takers = {"pairs.jsonl": add_pair, "pseudo-labels.jsonl": add_label}
+        found = {name: add for name, add in takers.items() if (directory / name).is_file()}
         if found:
             iterations.append(iteration)
-        for path in found:
-            add = add_pair if path.name == "pairs.jsonl" else add_label
-            for_each_record(run, path, lambda record, add=add, i=iteration: add(by_text, i, record))
+        for name, add in found.items():
+            for_each_record(run, directory / name, partial(add, by_text, iteration))
     return Questions(rounds, [by_index[index] for index in sorted(by_index)], iterations)
 
 
