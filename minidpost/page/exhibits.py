@@ -691,20 +691,22 @@ def plain_score(percents: float) -> dict[str, Any]:
 
 
 def bars(title: str, y: dict[str, Any], groups: list[str], pairs: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
-    """A panel of two bars a group: before and after DPO; the last group is the paper's."""
+    """A panel of two bars a group: before and after DPO; the last group is the paper's, where it has the numbers."""
     keep = ("value", "low", "high", "n")
+    has_paper = any(pairs[-1])
+    n_groups = len(groups) if has_paper else len(groups) - 1
 
     def found(side: int) -> list[Any]:
         return [
             None if pair[side] is None else {name: pair[side][name] for name in keep if name in pair[side]}
-            for pair in pairs
+            for pair in pairs[:n_groups]
         ]
 
     return {
         "title": title,
         "y": y,
-        "groups": groups,
-        "origins": ["ours"] * (len(groups) - 1) + ["paper"],
+        "groups": groups[:n_groups],
+        "origins": ["ours"] * (len(groups) - 1) + ["paper"] * has_paper,
         "series": [series("before DPO", "ours", 0, found(0)), series("after DPO", "ours", 1, found(1))],
     }
 

@@ -162,9 +162,11 @@ def find_runs(paths: list[Path]) -> list[Path]:
 
 def is_run(path: Path) -> bool:
     """Whether a directory is a run's, to judge by the names in it."""
-    return (path / "config.json").is_file() and any(
-        (path / name).exists() for name in ("log.txt", "stages.jsonl", "results.json", "iteration-0")
-    )
+    names = ("log.txt", "stages.jsonl", "results.json", "iteration-0")
+    try:
+        return (path / "config.json").is_file() and any((path / name).exists() for name in names)
+    except OSError:  # a directory that may not be looked into
+        return False
 
 
 def run_names(paths: list[Path]) -> list[str]:
