@@ -3,6 +3,7 @@
     python report.py                                   all runs under runs/, to report.html
     python report.py runs/mine runs/other --open       these two, and open the page
     python report.py runs/mine --export figures        also PNG, SVG, Markdown and LaTeX for a paper
+    python report.py runs/mine scores.json             with what eval.py measured: greedy answers, the calculator off
     python report.py --watch 8000                      a page on this machine that shows runs as they grow
 
 It reads the files of finished, stopped and running runs and changes none of them. The page is one file that needs
@@ -34,7 +35,7 @@ def main() -> None:
         return
     check_page(options.output)
     files = Files()
-    runs = read_runs(find_runs(options.runs or default_runs()), files)
+    runs = read_runs(find_runs(options.directories or default_runs()), files, evaluations=options.evaluations)
     check_any_readable(runs)
     write_page(
         options.output,
@@ -60,7 +61,12 @@ def parse_options() -> argparse.Namespace:
     """The command line; UserError for flags that contradict each other."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "runs", nargs="*", type=Path, metavar="RUN", help="a run's directory, or one that holds runs (default: runs)"
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help="a run's directory, or one that holds runs (default: runs); a .json file that eval.py --output wrote of a "
+        "run's model, its completions beside it in a .jsonl of the same name",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("report.html"), metavar="FILE", help="the page (default: report.html)"
@@ -84,6 +90,8 @@ def parse_options() -> argparse.Namespace:
     )
     add_data_dir(parser)
     options = parser.parse_args()
+    options.evaluations = [path for path in options.runs if path.suffix == ".json"]
+    options.directories = [path for path in options.runs if path.suffix != ".json"]
     if options.watch is not None and options.export:
         parser.error("--export writes files, which --watch does not")
     return options
@@ -104,14 +112,15 @@ def check_any_readable(runs: list[RunFiles]) -> None:
 
 def serve(options: argparse.Namespace, benchmark: Path | None) -> None:
     """Serve the page until Ctrl-C; runs that begin meanwhile appear."""
-    if options.runs:
-        find_runs(options.runs)  # what is missing is said at once
+    if options.directories:
+        find_runs(options.directories)  # what is missing is said at once
 
     def find() -> list[Path]:
-        named = [path for path in options.runs or [RUNS] if path.is_dir()]
+        named = [path for path in options.directories or [RUNS] if path.is_dir()]
         return [path for path in find_runs(named) if path != RUNS]
 
-    watched = Watched(find, benchmark=benchmark, data_dir=options.data_dir)
+    watched = Watched(find, benchmark=benchmark, data_dir=options.data_dir, evaluations=options.evaluations)
+    watched.runs()  # a file of eval.py that cannot be read is said at once
     server = new_server(watched, options.host, options.watch)
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"http://{host}:{server.server_port}/"

@@ -24,7 +24,7 @@ from minidpost.errors import UserError
 from minidpost.page.exhibits import all_exhibits
 from minidpost.page.export import table_latex, table_markdown
 from minidpost.page.questions import Questions, evaluation_sets, packed, read_questions, rounds_of
-from minidpost.page.runs import Files, RunFiles, read_run, run_names
+from minidpost.page.runs import Files, RunFiles, attach_measured, read_run, run_names
 from minidpost.selftraining.evaluation import percent
 from minidpost.selftraining.report import before_and_after_rows, dpo_entries, recommendation, results_rows
 from minidpost.storage import staged_file
@@ -37,9 +37,11 @@ SCRIPTS = ("page.js", "charts.js", "questions.js")
 # -- the data ---------------------------------------------------------------------------------------------------------
 
 
-def read_runs(paths: Sequence[Path], files: Files) -> list[RunFiles]:
-    """The runs that were asked for, each as far as it can be read."""
-    return [read_run(path, name, files) for path, name in zip(paths, run_names(list(paths)), strict=True)]
+def read_runs(paths: Sequence[Path], files: Files, *, evaluations: Sequence[Path] = ()) -> list[RunFiles]:
+    """The runs that were asked for, each as far as it can be read, with what files of eval.py say of their models."""
+    runs = [read_run(path, name, files) for path, name in zip(paths, run_names(list(paths)), strict=True)]
+    attach_measured(runs, evaluations, files)
+    return runs
 
 
 def page_data(runs: Sequence[RunFiles], *, benchmark: Path | None, files: Files, is_watched: bool) -> dict[str, Any]:

@@ -769,7 +769,7 @@ def figure_7(runs: Sequence[RunFiles]) -> dict[str, Any]:
     for run in runs:
         key = (run.model, run.method, run.data_name, str(run.setting("examples")), str(run.seed))
         groups.setdefault(key, {}).setdefault(bool(run.setting("no_calculator")), []).append(run)
-    panels = []
+    panels = [panel for run in runs if (panel := at_inference_alone(run))]
     for of_group in groups.values():
         if len(of_group) < 2:
             continue
@@ -786,7 +786,7 @@ def figure_7(runs: Sequence[RunFiles]) -> dict[str, Any]:
         panels.append(by_iteration(f"{run.model} on {run.data_name}, {method}, seed {run.seed}", run.dev, lines))
     if not panels:
         some = next((run for run in runs if not run.setting("no_calculator")), None)
-        needs = "two runs that differ in --no-calculator alone"
+        needs = "two runs that differ in --no-calculator alone, or files of eval.py --split dev --calculator both"
         return missing("figure-7", title, needs=needs, making=command(some, no_calculator=True))
     if not any(line["origin"] == "paper" for panel in panels for line in panel["series"]):
         lines = [
@@ -798,8 +798,24 @@ def figure_7(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "id": "figure-7",
         "title": title,
         "kind": "lines",
-        "caption": "Greedy accuracy on dev with 95 % intervals, of two runs that sampled, were trained and were "
-        "measured with the calculator and without.",
+        "caption": "Greedy accuracy on dev with 95 % intervals: of two runs that sampled, were trained and were "
+        "measured with the calculator and without; or, at inference alone, of the same models measured with it and "
+        "without by eval.py.",
         "panels": panels,
         "notes": [],
     }
+
+
+def at_inference_alone(run: RunFiles) -> dict[str, Any] | None:
+    """A panel of the accuracies that eval.py measured with and without the calculator, where files of it say both."""
+    lines = []
+    for colour, (name, has_calculator) in enumerate((("with calculator", True), ("without calculator", False))):
+        scores = {
+            int(measured.model.partition("/")[0]): measured.scores[run.dev, has_calculator]
+            for measured in run.measured
+            if measured.model.endswith("/sft") and (run.dev, has_calculator) in measured.scores
+        }
+        found = [point(iteration, score) for iteration, score in sorted(scores.items())]
+        if found:
+            lines.append(series(name, "ours", colour, found))
+    return by_iteration(f"{run.name}, at inference alone", run.dev, lines) if len(lines) == 2 else None

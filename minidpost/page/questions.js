@@ -445,7 +445,7 @@ function evaluatedQuestion(set, number) {
   const content = [make("h3", {}, `Question ${number + 1} of ${set.name}`)];
   if (set.questions) {
     content.push(make("div", { class: "text" }, set.questions[number]), make("p", {}, "Answer: ", make("b", {}, set.answers[number])));
-    if (set.gold[number]) content.push(make("h4", {}, "Human rationale"), make("div", { class: "text" }, set.gold[number]));
+    if (set.gold?.[number]) content.push(make("h4", {}, "Human rationale"), make("div", { class: "text" }, set.gold[number]));
   } else {
     content.push(make("p", { class: "soft" }, "A run does not keep the questions of its evaluations, and the dataset is not at hand."));
   }
@@ -456,7 +456,12 @@ function evaluatedQuestion(set, number) {
     return [name, model.correct[number] ? "✓ right" : "✗ wrong", sampled];
   });
   content.push(table(["model", "greedy answer", "samples right"], rows));
-  content.push(make("p", { class: "soft" }, "Of evaluations a run keeps whether each answer was right, not its text."));
+  const written = set.models.filter((model) => model.completions);
+  for (const model of written) {
+    const [iteration, kind] = model.name.split("/");
+    content.push(make("h4", {}, `Iteration ${iteration}, after ${kind.toUpperCase()}`), make("div", { class: "sample" }, gradeBadge(model.correct[number]), rationale(model.completions[number], 0)));
+  }
+  if (!written.length) content.push(make("p", { class: "soft" }, "Of evaluations a run keeps whether each answer was right, not its text; eval.py --output and --save-completions do."));
   return content;
 }
 

@@ -27,7 +27,7 @@ from typing import Any
 from minidpost.data import datasets, toy
 from minidpost.data.example import Example
 from minidpost.errors import UserError
-from minidpost.page.runs import BROKEN, RunFiles, count, iterations_of, number, text
+from minidpost.page.runs import BROKEN, Measured, RunFiles, count, iterations_of, number, text
 from minidpost.storage import read_jsonl
 from minidpost.text.calculator import evaluate_expression
 from minidpost.text.grading import extract_answer, parse_number
@@ -372,8 +372,8 @@ def add_label(by_text: dict[str, Question], iteration: int, record: dict[str, An
 def evaluation_sets(run: RunFiles, data_dir: Path) -> list[dict[str, Any]]:
     """For each set that was evaluated its questions' outcomes by model: greedy, and how many samples were correct.
 
-    A run does not keep the questions of its evaluations; `questions` are those of the dataset where that is at hand,
-    else None.
+    A run does not keep the questions of its evaluations, nor the answers; `questions` are those of the dataset where
+    that is at hand, or of a file of completions, else None.
     """
     sets: dict[str, dict[str, Any]] = {}
     for iteration, evaluation in enumerate(run.evaluations):
@@ -383,7 +383,7 @@ def evaluation_sets(run: RunFiles, data_dir: Path) -> list[dict[str, Any]]:
                 continue
             for name, score in scores["greedy"].items():
                 n = len(score["correct"])
-                entry = sets.setdefault(name, {"name": name, "n": n, "models": []})
+                entry = sets.setdefault(name, new_set(name, n))
                 if n != entry["n"]:
                     run.note(f"iteration-{iteration}/evaluation.json: {name} has {n} questions, it had {entry['n']}")
                     continue
@@ -392,14 +392,67 @@ def evaluation_sets(run: RunFiles, data_dir: Path) -> list[dict[str, Any]]:
                     outcomes["n_samples"] = scores["sampled"]["n_samples"]
                     outcomes["n_correct"] = scores["sampled"]["n_correct"]
                 entry["models"].append(outcomes)
+    for measured in run.measured:
+        add_completions(run, measured, sets)
     for name, entry in sets.items():
         examples = dataset_questions(run, name, data_dir)
         is_known = examples is not None and len(examples) >= entry["n"]
         known = examples[: entry["n"]] if examples is not None and is_known else None
-        entry["questions"] = None if known is None else [example.question for example in known]
-        entry["answers"] = None if known is None else [example.answer for example in known]
+        if known is not None:
+            entry["questions"] = [example.question for example in known]
+            entry["answers"] = [example.answer for example in known]
         entry["gold"] = None if known is None else [example.rationale for example in known]
     return list(sets.values())
+
+
+def new_set(name: str, n: int) -> dict[str, Any]:
+    """A set of `n` questions that nothing is known of yet."""
+    return {"name": name, "n": n, "models": [], "questions": None, "answers": None}
+
+
+def add_completions(run: RunFiles, measured: Measured, sets: dict[str, dict[str, Any]]) -> None:
+    """Add the greedy completions of a model, with its steps, and the questions, which are in their file too.
+
+    Those with the calculator are taken where there are both. A set that the run was not measured on is added.
+    """
+    if measured.completions is None:
+        return
+    by_set: dict[tuple[bool, str], dict[int, dict[str, Any]]] = {}
+    try:
+        for _, record in read_jsonl(measured.completions):
+            if record["kind"] == "greedy":
+                key = (record["calculator"] is not True, text(record["task"]))
+                by_set.setdefault(key, {})[count(record["example_index"])] = {
+                    "question": text(record["question"]),
+                    "answer": text(record["answer"]),
+                    "completion": text(record["completion"])[:MAX_TEXT],
+                    "is_correct": int(record["is_correct"] is True),
+                }
+    except BROKEN as error:
+        run.note(f"{measured.completions}: not what eval.py --save-completions writes ({error!s:.80})")
+        return
+    done = set()
+    for (_, name), records in sorted(by_set.items()):
+        entry = sets.setdefault(name, new_set(name, len(records)))
+        if name in done or sorted(records) != list(range(entry["n"])):
+            continue  # of other questions than the run's own evaluation
+        done.add(name)
+        in_order = [records[index] for index in range(entry["n"])]
+        entry["questions"] = [record["question"] for record in in_order]
+        entry["answers"] = [record["answer"] for record in in_order]
+        model = next((known for known in entry["models"] if known["name"] == measured.model), None)
+        if model is None:
+            model = {"name": measured.model, "correct": [record["is_correct"] for record in in_order]}
+            entry["models"] = sorted([*entry["models"], model], key=lambda known: iteration_and_kind(known["name"]))
+        model["completions"] = [
+            [record["completion"], [step_entry(step) for step in steps_of(record["completion"])]] for record in in_order
+        ]
+
+
+def iteration_and_kind(model: str) -> tuple[int, str]:
+    """What the models of a run are ordered by: "2/sft" is of iteration 2."""
+    iteration, _, kind = model.partition("/")
+    return int(iteration), kind
 
 
 def dataset_questions(run: RunFiles, name: str, data_dir: Path) -> list[Example] | None:

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from minidpost.storage import read_json, read_jsonl
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, UserError, ArithmeticError)
 LOCKS = Path("/proc/locks")  # Linux's list of locks, by which a running run is known without touching its lock
 TEMPORARY = re.compile(r"\.?(.+?)(?:\.[0-9]+)?\.(?:unfinished|progress)")  # the names of a stage at work
+MODEL = re.compile(r"iteration-([0-9]{1,4})/(sft|dpo)")  # a run's models, within its directory
 MAX_LOG_LINES = 200  # of log.txt, the newest
 MAX_NOTES = 20  # of one run
 MAX_ITERATIONS = 1000
@@ -61,13 +62,26 @@ class Training:
     columns: dict[str, list[float | None]]
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What eval.py measured of a run's model: the file, the model ("2/sft"), scores by set and calculator.
+
+    `completions` is the file of the completions themselves, where there is one.
+    """
+
+    path: Path
+    model: str
+    scores: dict[tuple[str, bool], dict[str, Any]]
+    completions: Path | None
+
+
 @dataclass
 class RunFiles:
     """A run directory as it is on the disk.
 
     `state` is "finished", "running", "stopped", or "unfinished" where it cannot be said whether it runs. `results` has
     the shape of results.json, None before the first evaluation; `evaluations` are the contents of evaluation.json by
-    iteration; `stages` the lines of stages.jsonl.
+    iteration; `stages` the lines of stages.jsonl; `measured` is what files of eval.py say of the run's models.
     """
 
     path: Path
@@ -82,6 +96,7 @@ class RunFiles:
     trainings: list[Training] = field(default_factory=list)
     at_work: list[str] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
+    measured: list[Measured] = field(default_factory=list)
     written_at: float = 0.0  # seconds since 1970: when the newest of its files was written
     notes: list[str] = field(default_factory=list)
 
@@ -355,6 +370,34 @@ def is_locked(path: Path) -> bool | None:
         return None
     inode = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     return any(inode in line.split() for line in held.splitlines())
+
+
+# -- files of eval.py -------------------------------------------------------------------------------------------------
+
+
+def attach_measured(runs: Sequence[RunFiles], paths: Sequence[Path], files: Files) -> None:
+    """Give each run what `eval.py --output FILE` measured of its models, by the checkpoint that the file names.
+
+    Completions (`--save-completions`) are looked for in a file of the same name that ends in .jsonl. UserError: a file
+    that cannot be read, or that is of none of these runs.
+    """
+    for path in paths:
+        try:
+            content = files.read(path, json_object)
+            checkpoint = Path(text(content["checkpoint"])).resolve()
+            scores = {
+                (text(result["task"]), result["calculator"] is True): checked_score(result["accuracy"])
+                for result in content["results"]
+            }
+        except BROKEN as error:
+            raise UserError(f"{path}: not what eval.py --output writes ({reason(error)})") from None
+        owners = [run for run in runs if run.path.resolve() in checkpoint.parents]
+        match = MODEL.fullmatch(f"{checkpoint.relative_to(owners[0].path.resolve())}") if owners else None
+        if match is None:
+            raise UserError(f"{path}: measures {checkpoint}, which is no model of these runs")
+        completions = path.with_suffix(".jsonl")
+        measured = Measured(path, f"{match[1]}/{match[2]}", scores, completions if completions.is_file() else None)
+        owners[0].measured.append(measured)
 
 
 # -- checked values ---------------------------------------------------------------------------------------------------

@@ -37,9 +37,20 @@ QUESTION_FILES = (
 class Watched:
     """The runs that are watched, read anew where their files have changed."""
 
-    def __init__(self, find: Callable[[], Sequence[Path]], *, benchmark: Path | None, data_dir: Path) -> None:
-        """`find` gives the run directories; it is asked again and again, as runs may begin meanwhile."""
+    def __init__(
+        self,
+        find: Callable[[], Sequence[Path]],
+        *,
+        benchmark: Path | None,
+        data_dir: Path,
+        evaluations: Sequence[Path] = (),
+    ) -> None:
+        """`find` gives the run directories; it is asked again and again, as runs may begin meanwhile.
+
+        `evaluations` are files of eval.py.
+        """
         self.find = find
+        self.evaluations = evaluations
         self.benchmark = benchmark
         self.data_dir = data_dir
         self.files = Files()
@@ -48,7 +59,7 @@ class Watched:
 
     def runs(self) -> list[RunFiles]:
         """All runs, each as far as it can be read."""
-        return read_runs(self.find(), self.files)
+        return read_runs(self.find(), self.files, evaluations=self.evaluations)
 
     def data(self) -> dict[str, Any]:
         """The page's data as of now."""
@@ -99,13 +110,12 @@ class Watched:
 
 def versions_of_files(run: RunFiles) -> list[tuple[str, int, int]]:
     """Name, size and time of change of every file that a run's questions are read from."""
-    found = []
+    paths = [measured.completions for measured in run.measured if measured.completions is not None]
     for directory in iterations_of(run.path):
         for pattern in QUESTION_FILES:
-            for path in sorted(directory.glob(pattern)):
-                status = path.stat()
-                found.append((str(path.relative_to(run.path)), status.st_size, status.st_mtime_ns))
-    return found
+            paths += sorted(directory.glob(pattern))
+    status = {path: path.stat() for path in paths}
+    return [(str(path), status[path].st_size, status[path].st_mtime_ns) for path in paths]
 
 
 def short_hash(text: str) -> str:

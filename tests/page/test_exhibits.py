@@ -6,7 +6,9 @@ import shlex
 import pytest
 from page.made_runs import make_run
 
+from minidpost.errors import UserError
 from minidpost.page import paper
+from minidpost.page.document import read_runs
 from minidpost.page.exhibits import all_exhibits, command, markdown_tables, pseudo_labels_before_and_after
 from minidpost.page.runs import Files, read_run
 from minidpost.selftraining.evaluation import paired_difference
@@ -170,3 +172,39 @@ def test_a_file_that_is_no_benchmark_has_no_tables(tmp_path):
     assert markdown_tables(path) == []
     path.write_bytes(b"\xff\xfe|")
     assert markdown_tables(path) == []
+
+
+def eval_file(path, checkpoint, scores):
+    """A file as `eval.py --output` writes it."""
+    results = [
+        {"task": task, "calculator": calculator, "n": 4, "accuracy": {"value": x, "n": 4, "low": 0.0, "high": 1.0}}
+        for (task, calculator), x in scores.items()
+    ]
+    path.write_text(json.dumps({"checkpoint": str(checkpoint), "split": "dev", "results": results}))
+    return path
+
+
+def test_figure_7_is_drawn_from_files_of_eval_too(tmp_path):
+    path = make_run(tmp_path / "run")
+    scores = [
+        eval_file(
+            tmp_path / f"{i}.json",
+            path / f"iteration-{i}" / "sft",
+            {("mine/dev", True): 0.5 + i / 10, ("mine/dev", False): 0.1, ("mine/test", True): 0.9},
+        )
+        for i in (1, 0)
+    ]
+    files = Files()
+    runs = read_runs([path], files, evaluations=scores)
+    figure = {exhibit["id"]: exhibit for exhibit in all_exhibits(runs, benchmark=None, files=files)}["figure-7"]
+    lines = {line["name"]: [(p["x"], p["value"]) for p in line["points"]] for line in figure["panels"][0]["series"]}
+    assert lines == {"with calculator": [(0, 0.5), (1, 0.6)], "without calculator": [(0, 0.1), (1, 0.1)]}
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"checkpoint": 1, "results": []}', '{"checkpoint": "x", "results": []}']
+)
+def test_a_file_that_is_of_no_run_is_one_line(tmp_path, content):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(UserError, match=r"x\.json: (not what eval\.py|measures .* no model of these runs)"):
+        read_runs([make_run(tmp_path / "run")], Files(), evaluations=[tmp_path / "x.json"])

@@ -10,7 +10,7 @@ from page.made_runs import make_run, question_text, sample_record
 
 from minidpost.page import questions as q
 from minidpost.page.questions import Question, evaluation_sets, how_forced, read_questions, steps_of
-from minidpost.page.runs import Files, read_run
+from minidpost.page.runs import Files, attach_measured, read_run
 from minidpost.storage import read_jsonl, write_jsonl
 
 RIGHT = "Mia has <<48/2=24>>24 pens, then <<24+48=72>>72.\n#### 72"
@@ -182,3 +182,36 @@ def test_a_users_file_that_is_called_like_a_dataset_gets_no_questions(tmp_path):
 def test_toy_questions_are_shown_only_for_the_toy_world_of_this_code(tmp_path):
     run = read_run(make_run(tmp_path / "run", data="toy", sets={"toy/dev": 5, "toy/test": 5}), "run", Files())
     assert {entry["questions"] for entry in evaluation_sets(run, tmp_path)} == {None}  # its pool is another
+
+
+def completion_record(task, index, calculator=True, kind="greedy", **changes):
+    """A line as `eval.py --save-completions` writes it."""
+    sample = sample_record(index, 0, "right" if calculator else "wrong", **changes)
+    return {"task": task, "calculator": calculator, "kind": kind, **sample}
+
+
+def test_greedy_answers_come_from_files_of_eval(tmp_path):
+    path = make_run(tmp_path / "run", sets={"mine/dev": 4, "mine/test": 6})
+    score = {"value": 1.0, "n": 4, "low": 0.0, "high": 1.0}
+    result = {"task": "mine/dev", "calculator": True, "accuracy": score}
+    scores = {"checkpoint": str(path / "iteration-1" / "sft"), "results": [result]}
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    records = [completion_record("mine/dev", index, calculator) for index in range(4) for calculator in (False, True)]
+    records += [completion_record("other/test", index) for index in range(3)]
+    records += [completion_record("mine/test", index) for index in range(5)]  # not the six of the run's evaluation
+    records += [completion_record("mine/dev", 0, kind="sampled", completion="sampled")]
+    write_jsonl(tmp_path / "scores.jsonl", records)
+    files = Files()
+    run = read_run(path, "run", files)
+    attach_measured([run], [tmp_path / "scores.json"], files)
+    sets = {entry["name"]: entry for entry in evaluation_sets(run, tmp_path)}
+    (model,) = [model for model in sets["mine/dev"]["models"] if "completions" in model]
+    assert model["name"] == "1/sft"
+    assert [text for text, _ in model["completions"]] == [
+        completion_record("mine/dev", index)["completion"] for index in range(4)
+    ]
+    assert sets["mine/dev"]["questions"] == [question_text(index) for index in range(4)]
+    assert not any("completions" in model for model in sets["mine/test"]["models"])
+    assert sets["other/test"]["n"] == 3 and sets["other/test"]["models"][0]["correct"] == [1, 1, 1]
+    (tmp_path / "scores.jsonl").write_text('{"kind": "greedy"}\n')
+    assert evaluation_sets(run, tmp_path) and "save-completions" in run.notes[0]
