@@ -382,6 +382,7 @@ function rationale([text, steps], forced) {
     const step = make("span", { class: `step ${STEP_NAMES[kind]}`, title: stepTitle(kind, value) }, between(start, result));
     const isForced = forced === ALL_FORCED && kind !== WRONG;
     step.append(isForced ? make("span", { class: "forced" }, between(result, stop)) : shown(between(result, stop)));
+    if (kind !== OK) step.append(make("span", { class: "unseen" }, ` (${stepTitle(kind, value)})`)); // for screen readers
     content.append(step);
     if (kind === WRONG && value !== undefined) content.append(badge("bad", `= ${value}`));
     end = stop;
