@@ -25,6 +25,7 @@ BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, UserError
 LOCKS = Path("/proc/locks")  # Linux's list of locks, by which a running run is known without touching its lock
 TEMPORARY = re.compile(r"\.?(.+?)(?:\.[0-9]+)?\.(?:unfinished|progress)")  # the names of a stage at work
 MODEL = re.compile(r"iteration-([0-9]{1,4})/(sft|dpo)")  # a run's models, within its directory
+BEGUN = re.compile(r"[0-9:]{8} (iteration-[0-9]{1,4}/[a-z.-]+)")  # a line of log.txt that begins a stage
 MAX_LOG_LINES = 200  # of log.txt, the newest
 MAX_NOTES = 20  # of one run
 MAX_ITERATIONS = 1000
@@ -331,12 +332,16 @@ def columns_of(records: list[dict[str, Any]], kind: str) -> dict[str, list[float
 
 
 def read_log(run: RunFiles) -> None:
-    """The end of log.txt."""
+    """The end of log.txt, and the stage that it says was begun last."""
     path = run.path / "log.txt"
     if path.is_file():
         with open(path, "rb") as stream:
             stream.seek(max(0, path.stat().st_size - 2**16))
             run.log = stream.read().decode("utf-8", "replace").splitlines()[-MAX_LOG_LINES:]
+    # A stage is logged when it begins; some have nothing under a temporary name before they are nearly done.
+    begun = [match[1] for line in run.log if (match := BEGUN.match(line))]
+    if begun and not (run.path / begun[-1]).exists():
+        run.at_work = sorted({*run.at_work, begun[-1]})
 
 
 def state_of(run: RunFiles) -> str:

@@ -45,9 +45,10 @@ def test_a_stopped_run_says_what_was_at_work(tmp_path):
     (path / "iteration-2" / "dpo.unfinished" / "log.jsonl").write_text('{"step": 0, "loss": 0.69}\n{"step": 1, "lo')
     (path / "iteration-2" / "dpo.progress").mkdir()
     (path / "iteration-2" / ".pairs.jsonl.123.unfinished").write_text("")
+    (path / "log.txt").write_text("10:00:00 iteration-1/sft\n10:00:01 iteration-2/samples-sft.jsonl\n10:00:02 a word\n")
     run = read(path)
     assert run.state in ("stopped", "unfinished")
-    assert run.at_work == ["iteration-2/dpo", "iteration-2/pairs.jsonl"]
+    assert run.at_work == ["iteration-2/dpo", "iteration-2/pairs.jsonl", "iteration-2/samples-sft.jsonl"]
     assert run.trainings[-1].columns["loss"] == [0.69]  # the line that is being written is no mistake
     assert run.notes == []
 
