@@ -30,7 +30,7 @@ MAX_LOG_LINES = 200  # of log.txt, the newest
 MAX_NOTES = 20  # of one run
 MAX_ITERATIONS = 1000
 
-# The columns of log.jsonl that the page draws, of SFT and of DPO.
+# The columns of log.jsonl that the page shows, of SFT and of DPO.
 SFT_METRICS = ("loss", "lr", "grad_norm", "tokens_per_second", "n_tokens")
 DPO_METRICS = ("chosen_logp", "rejected_logp", "margin", "accuracy")
 

@@ -131,7 +131,7 @@ def test_keys_move_through_the_list_and_the_charts(browser, address):
     assert browser.js("document.getElementById('tip').hidden")
 
 
-def test_a_pair_is_shown_side_by_side(browser, address):
+def test_a_pair_is_shown_with_its_differences(browser, address):
     open_reading(browser, address)
     set_value(browser, "choose-show", "pairs")
     browser.wait("document.querySelectorAll('.pair').length > 0")
