@@ -18,7 +18,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,21 @@ from minidpost.page import paper
 from minidpost.page.runs import BROKEN, Files, RunFiles
 from minidpost.sampling.generate import Sample
 from minidpost.selftraining.evaluation import mean_score, paired_difference, percent
+from minidpost.selftraining.flags import written
 from minidpost.selftraining.methods import METHODS
-from minidpost.selftraining.presets import Preset
+from minidpost.selftraining.presets import PRESETS, Preset
 from minidpost.selftraining.report import points, row_name
 from minidpost.selftraining.selection import Candidates, pseudo_labels
 from minidpost.storage import read_jsonl
 from minidpost.training.batching import TokenizedExample
 
-LLAMA_NAMES = re.compile(r"llama|qwen|mistral|smollm", re.IGNORECASE)  # the families of table 4, by a model's name
-# Settings that change no result but by rounding, or that say how far a run is to go.
+# Hyperparameters that change no result but by rounding, or that say how far a run is to go.
 NOT_A_VARIANT = {"slots", "micro_batch_tokens", "activation_checkpointing", "iterations", "patience"}
+# Settings outside the preset that results depend on.
+VARIANT_SETTINGS = ("template", "dtype", "train_dtype")
+# What SFT and its evaluation depend on; other hyperparameters do not change the warm-up.
+OF_WARM_UP = ("sft_", "learning_rate", "weight_decay", "max_grad_norm", "max_source", "max_target", "lora_")
+OF_WARM_UP += ("warm_up", "max_new_tokens", *VARIANT_SETTINGS)
 METHOD_NAMES = {"sft": "SFT", "st": "ST", "dpo-st": "DPO-ST", "rft": "RFT", "rest-em": "ReST-EM"}
 METHOD_ORDER = ["sft", "st", "rft", "rest-em", "dpo-st"]
 N_CELL = re.compile(r"([0-9][0-9,]*(?:\.[0-9]+)?)")
@@ -79,8 +84,9 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The method as a table shows it."""
-        name = METHOD_NAMES.get(self.method, self.method)
+        """The method as a table shows it; without a warm-up the model of iteration 0 is the base itself."""
+        is_base = self.method == "sft" and self.runs[0].setting("warm_up") is False
+        name = "base" if is_base else METHOD_NAMES.get(self.method, self.method)
         return f"{name} ({self.variant})" if self.variant else name
 
     @property
@@ -123,7 +129,9 @@ def result_of(run: RunFiles, iteration: int, set_name: str) -> dict[str, Any] | 
 
 def family(run: RunFiles) -> tuple[str, ...]:
     """What two runs must share to be compared: base model, data, calculator."""
-    return (run.model, run.data_name, str(run.setting("examples")), str(bool(run.setting("no_calculator"))))
+    names = ("weights", "examples")
+    has_no_calculator = bool(run.setting("no_calculator"))
+    return (run.model, run.data_name, *(str(run.setting(name)) for name in names), str(has_no_calculator))
 
 
 def families(runs: Sequence[RunFiles]) -> list[list[RunFiles]]:
@@ -141,69 +149,103 @@ def family_title(runs: Sequence[RunFiles]) -> str:
 
 
 def variant_of(run: RunFiles) -> dict[str, Any]:
-    """The hyperparameters by which a run's results may differ from another's."""
+    """The settings by which a run's results may differ from another's of the same family, method and seed."""
     preset = run.settings.get("preset")
-    return (
-        {name: value for name, value in preset.items() if name not in NOT_A_VARIANT} if isinstance(preset, dict) else {}
-    )
+    hyperparameters = preset if isinstance(preset, dict) else {}
+    variant = {name: value for name, value in hyperparameters.items() if name not in NOT_A_VARIANT}
+    return variant | {name: run.settings.get(name) for name in VARIANT_SETTINGS}
+
+
+def warm_up_of(run: RunFiles) -> dict[str, Any]:
+    """The settings that the model of iteration 0 depends on, whatever the method."""
+    return {name: value for name, value in variant_of(run).items() if name.startswith(OF_WARM_UP)}
+
+
+def key_of(variant: Mapping[str, Any]) -> str:
+    """Settings as a key by which runs are grouped."""
+    return json.dumps(variant, sort_keys=True, default=str)
 
 
 def rows_of(runs: Sequence[RunFiles]) -> list[Row]:
     """The rows of one family: the warm-up's SFT, then each method and choice of hyperparameters, over its seeds."""
     groups: dict[tuple[str, str], dict[str, RunFiles]] = {}
     for run in runs:
-        key = (run.method, json.dumps(variant_of(run), sort_keys=True, default=str))
+        key = (run.method, key_of(variant_of(run)))
         groups.setdefault(key, {}).setdefault(str(run.seed), run)  # a second run of the same seed says nothing new
     rows = []
     for (method, _), by_seed in groups.items():
         members = tuple(by_seed.values())
         if method != "sft":
-            others = [run for run in runs if run.method == method]
+            others = [variant_of(run) for run in runs if run.method == method]
             best = tuple(run.results["best_iteration"] if run.results else 0 for run in members)
-            rows.append(Row(method, members, best, variant_text(members[0], others)))
+            rows.append(Row(method, members, best, variant_text(variant_of(members[0]), others)))
     rows.sort(key=lambda row: METHOD_ORDER.index(row.method) if row.method in METHOD_ORDER else len(METHOD_ORDER))
     return [*warm_up_rows(runs), *rows]
 
 
-def variant_text(run: RunFiles, others: Sequence[RunFiles]) -> str:
-    """The hyperparameters of a run that tell it from the other runs of its method: `samples=10`."""
-    variant = variant_of(run)
-    differing = [name for name in variant if len({str(variant_of(other).get(name)) for other in others}) > 1]
-    return ", ".join(f"{name}={variant[name]}" for name in differing)[:120]
+def variant_text(variant: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    """The settings of a variant that tell it from the others: `samples=10`."""
+    differing = [name for name in variant if len({str(other.get(name)) for other in others}) > 1]
+    return ", ".join(f"{name}={written(variant[name])}" for name in differing)[:120]
 
 
 def warm_up_rows(runs: Sequence[RunFiles]) -> list[Row]:
     """The models of iteration 0: all methods of one seed and one setting of SFT have the same one."""
     groups: dict[str, dict[str, RunFiles]] = {}
     for run in runs:
-        variant = variant_of(run)
-        shared = {
-            name: variant[name]
-            for name in variant
-            if name.startswith(("sft_", "learning_rate", "max_", "weight_decay", "warm_up"))
-        }
-        groups.setdefault(json.dumps(shared, sort_keys=True, default=str), {}).setdefault(str(run.seed), run)
-    return [Row("sft", tuple(by_seed.values()), (0,) * len(by_seed)) for by_seed in groups.values()]
+        groups.setdefault(key_of(warm_up_of(run)), {}).setdefault(str(run.seed), run)
+    others = [warm_up_of(run) for run in runs]
+    return [
+        Row("sft", members, (0,) * len(members), variant_text(warm_up_of(members[0]), others))
+        for members in (tuple(by_seed.values()) for by_seed in groups.values())
+    ]
 
 
 def command(run: RunFiles | None, **changes: Any) -> str:
     """The command of train.py for a run like this one, with other settings; without a run, for the default one."""
-    settings = {"model": "tiny-t5", "data": "toy", "method": "dpo-st", "seed": 42, "no_calculator": False}
-    defaults = dict(settings)
+    defaults: dict[str, Any] = {
+        "model": "tiny-t5",
+        "data": "toy",
+        "unlabelled": None,
+        "limit": None,
+        "method": "dpo-st",
+        "seed": 42,
+        "no_calculator": False,
+        "template": None,
+        "dtype": None,
+    }
+    settings = dict(defaults)
     if run is not None:
         settings |= {name: run.settings[name] for name in settings if name in run.settings}
-    extra = {name: value for name, value in changes.items() if name not in defaults}
-    settings |= {name: value for name, value in changes.items() if name in defaults}
+        settings["model"] = as_asked_for(run.model)
+        if not has_own_preset(run):
+            settings["config"] = run.path / "config.json"  # has all hyperparameters
     words = ["python", "train.py"]
-    for name, value in settings.items():
+    for name, value in {**settings, **changes}.items():
         flag = f"--{name.replace('_', '-')}"
         if value is True:
             words.append(flag)
-        elif value != defaults[name] and value is not False:
+        elif value is not False and value != defaults.get(name):
             words += [flag, str(value)]
-    for name, value in extra.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)
+
+
+def as_asked_for(model: str) -> str:
+    """What --model takes for a run's model: OWNER/NAME of the hub for a directory OWNER--NAME, see hub.find_model."""
+    return model.replace("--", "/", 1)
+
+
+def has_own_preset(run: RunFiles) -> bool:
+    """Whether a run's hyperparameters are those of one of our presets with its method, as without any flag."""
+    if run.method not in METHODS:
+        return False
+    variant = variant_of(run)
+    for of_family in PRESETS.values():
+        for _, preset in of_family:
+            own = asdict(replace(preset, **METHODS[run.method].settings))
+            if all(variant.get(name) == value for name, value in own.items() if name not in NOT_A_VARIANT):
+                return True
+    return False
 
 
 # -- parts of exhibits ------------------------------------------------------------------------------------------------
@@ -302,9 +344,13 @@ def table_2_parts(runs: list[RunFiles]) -> list[dict[str, Any]]:
 
 
 def comparisons(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Which rows are compared, as (before, after): every method with SFT, and DPO-ST with ST."""
-    first = [row for row in rows if row.method == "sft"][:1]
-    pairs = [(before, row) for before in first for row in rows if row.method != "sft"]
+    """Which rows are compared, as (before, after): every method with its own warm-up, and DPO-ST with ST."""
+    pairs = [
+        (before, row)
+        for row in rows
+        for before in rows
+        if before.method == "sft" != row.method and warm_up_of(before.runs[0]) == warm_up_of(row.runs[0])
+    ]
     pairs += [(st, dpo) for st in rows if st.method == "st" for dpo in rows if dpo.method == "dpo-st"]
     return pairs
 
@@ -391,7 +437,7 @@ def table_4(runs: Sequence[RunFiles]) -> dict[str, Any]:
     heads = ["method", "base model", "calculator", "accuracy", "on"]
     kinds = {"closed": "closed-source", "distilled": "open-source, with knowledge distillation", "open": "open-source"}
     found = []
-    for group in families([run for run in runs if LLAMA_NAMES.search(run.model)]):
+    for group in families([run for run in runs if run.is_decoder_only]):
         for row in rows_of(group):
             score = row.score(group[0].test)
             if score is not None:
@@ -579,10 +625,11 @@ def figure_5(runs: Sequence[RunFiles]) -> dict[str, Any]:
             for place, (name, percents) in enumerate(paper.FIGURE_5[base].items()):
                 lines.append(series(f"the paper's {name}", "paper", place, paper_points(percents)))
         panels.append(by_iteration(family_title(group), test, lines))
+        like = next((run for run in group if run.method in ("st", "dpo-st")), group[0])
         for method in ("st", "dpo-st"):
             if not any(run.method == method for run in group):
                 notes.append(
-                    f"{METHOD_NAMES[method]} is missing for {family_title(group)}: {command(group[0], method=method)}"
+                    f"{METHOD_NAMES[method]} is missing for {family_title(group)}: {command(like, method=method)}"
                 )
     if not panels:
         needs = "runs of st and of dpo-st that were measured on the test set of their data"
@@ -767,7 +814,7 @@ def figure_7(runs: Sequence[RunFiles]) -> dict[str, Any]:
     title = "Figure 7: with and without the calculator"
     groups: dict[tuple[str, ...], dict[bool, list[RunFiles]]] = {}
     for run in runs:
-        key = (run.model, run.method, run.data_name, str(run.setting("examples")), str(run.seed))
+        key = (*family(run)[:-1], run.method, str(run.seed), key_of(variant_of(run)))  # all but the calculator
         groups.setdefault(key, {}).setdefault(bool(run.setting("no_calculator")), []).append(run)
     panels = [panel for run in runs if (panel := at_inference_alone(run))]
     for of_group in groups.values():

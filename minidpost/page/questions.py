@@ -279,9 +279,17 @@ def rounds_of(run: RunFiles) -> list[Round]:
             name = f"iteration {number_of}, {purpose}"
             if path.is_file():
                 rounds.append(Round(name, f"{iteration.name}/{path.name}", True, [path]))
-            elif chunks := sorted((iteration / f"{path.name}.progress").glob("*.jsonl")):
+            elif chunks := chunks_in(iteration / f"{path.name}.progress"):
                 rounds.append(Round(f"{name} (being sampled)", f"{iteration.name}/{path.name}", False, chunks))
     return rounds
+
+
+def chunks_in(progress: Path) -> list[Path]:
+    """The chunks of a sampling at work, in order; none of those that another one left, see run_directory.Chunks."""
+    prefixes: dict[str, list[Path]] = {}
+    for path in sorted(progress.glob("*.jsonl")):
+        prefixes.setdefault(path.name.partition("-")[0], []).append(path)
+    return max(prefixes.values(), key=lambda paths: max(path.stat().st_mtime for path in paths), default=[])
 
 
 def read_questions(run: RunFiles) -> Questions:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minidpost.errors import UserError
+from minidpost.models.hf_config import LLAMA_FAMILIES
 from minidpost.selftraining.methods import METHODS
 from minidpost.selftraining.report import assemble_results
 from minidpost.selftraining.run_directory import FORMAT, LOCK, json_object
@@ -26,6 +27,8 @@ LOCKS = Path("/proc/locks")  # Linux's list of locks, by which a running run is 
 TEMPORARY = re.compile(r"\.?(.+?)(?:\.[0-9]+)?\.(?:unfinished|progress)")  # the names of a stage at work
 MODEL = re.compile(r"iteration-([0-9]{1,4})/(sft|dpo)")  # a run's models, within its directory
 BEGUN = re.compile(r"[0-9:]{8} (iteration-[0-9]{1,4}/[a-z.-]+)")  # a line of log.txt that begins a stage
+# The decoder-only families, by a base model's name, where a run has no model yet whose config.json would say it.
+DECODER_ONLY_NAMES = re.compile(r"llama|qwen|mistral|smollm", re.IGNORECASE)
 MAX_LOG_LINES = 200  # of log.txt, the newest
 MAX_NOTES = 20  # of one run
 MAX_ITERATIONS = 1000
@@ -89,6 +92,7 @@ class RunFiles:
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     format: object = None
+    model_type: str | None = None  # of the models that it has made, as their config.json names it
     versions: dict[str, str] = field(default_factory=dict)
     state: str = "unfinished"
     results: dict[str, Any] | None = None
@@ -116,6 +120,13 @@ class RunFiles:
     def model(self) -> str:
         """The base model's name."""
         return str(self.settings.get("model", "?"))
+
+    @property
+    def is_decoder_only(self) -> bool:
+        """Whether its models are of Llama's kind."""
+        if self.model_type is not None:
+            return self.model_type in LLAMA_FAMILIES
+        return DECODER_ONLY_NAMES.search(self.model) is not None
 
     @property
     def method(self) -> str:
@@ -208,6 +219,7 @@ def read_run(path: Path, name: str, files: Files) -> RunFiles:
         read_stages(run, files)
         read_evaluations(run, files)
         read_results(run, files)
+        read_model_type(run, files)
         read_trainings(run, files)
         read_log(run)
         run.state = state_of(run)
@@ -311,6 +323,17 @@ def read_results(run: RunFiles, files: Files) -> None:
         run.results = checked_results(content)
     except BROKEN as error:
         run.note(f"the results cannot be put together: {reason(error)}")
+
+
+def read_model_type(run: RunFiles, files: Files) -> None:
+    """The family of the first model that the run has made."""
+    paths = [iteration / "sft" / "config.json" for iteration in iterations_of(run.path)]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is not None:
+        try:
+            run.model_type = text(files.read(path, json_object)["model_type"])
+        except BROKEN as error:
+            run.note(f"{path.relative_to(run.path)}: {reason(error)}")
 
 
 def read_trainings(run: RunFiles, files: Files) -> None:

@@ -11,6 +11,7 @@ whose name was pointed at this machine gets nothing. It writes nothing and takes
 
 import hashlib
 import re
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -178,7 +179,16 @@ def new_server(watched: Watched, host: str, port: int) -> ThreadingHTTPServer:
         def log_message(self, format: str, *args: Any) -> None:
             """Say nothing: the terminal is for what goes wrong."""
 
+    class Server(ThreadingHTTPServer):
+        """Says what goes wrong in one line."""
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """Nothing where a client went away before it had its answer, which is usual; else the error."""
+            error = sys.exc_info()[1]
+            if not isinstance(error, ConnectionError | TimeoutError):
+                print(f"report.py: {repr(error)[:200]}", file=sys.stderr)
+
     try:
-        return ThreadingHTTPServer((host, port), Handler)
+        return Server((host, port), Handler)
     except OSError as error:
         raise UserError(f"--watch {port}: cannot listen on {host} ({error.strerror}); choose another port") from None

@@ -54,7 +54,7 @@ def planned_stages(run: Run) -> list[str]:
     stages.append("iteration-0/evaluation.json")
     of_dpo = ["samples-dpo.jsonl", "pairs.jsonl", "reference.safetensors", "dpo"] if run.rules.has_dpo else []
     of_iteration = [*of_dpo, "samples-sft.jsonl", "pseudo-labels.jsonl", "sft", "evaluation.json"]
-    for iteration in range(1, run.preset.iterations + 1 if run.rules.iterates else 1):
+    for iteration in range(1, run.preset.iterations_of(run.rules) + 1):
         stages += [f"iteration-{iteration}/{name}" for name in of_iteration]
     return stages
 

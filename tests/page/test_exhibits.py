@@ -2,9 +2,10 @@
 
 import json
 import shlex
+from dataclasses import asdict, replace
 
 import pytest
-from page.made_runs import make_run
+from page.made_runs import edit_config, make_run
 
 from minidpost.errors import UserError
 from minidpost.page import paper
@@ -12,7 +13,8 @@ from minidpost.page.document import read_runs
 from minidpost.page.exhibits import all_exhibits, command, markdown_tables, pseudo_labels_before_and_after
 from minidpost.page.runs import Files, read_run
 from minidpost.selftraining.evaluation import paired_difference
-from minidpost.storage import read_jsonl, write_jsonl
+from minidpost.selftraining.presets import T5
+from minidpost.storage import read_jsonl, write_json, write_jsonl
 
 GSM8K = {"gsm8k/dev": 10, "gsm8k/test": 12, "multiarith/test": 6, "asdiv/test": 7, "svamp/test": 8}
 
@@ -115,10 +117,10 @@ def test_figure_5_lays_the_papers_lines_beside_ours(gsm8k):
 
 
 def test_what_figure_5_lacks_is_named(tmp_path):
-    figure = exhibits(make_run(tmp_path / "run", seed=3))["figure-5"]
-    assert figure["notes"] == [
-        "ST is missing for tiny-t5 on mine: python train.py --data mine.jsonl --method st --seed 3"
-    ]
+    path = make_run(tmp_path / "run", seed=3)
+    figure = exhibits(path)["figure-5"]
+    words = f"python train.py --data mine.jsonl --method st --seed 3 --config {path}/config.json"
+    assert figure["notes"] == [f"ST is missing for tiny-t5 on mine: {words}"]
 
 
 def test_figure_6_counts_the_labels_before_and_after_by_the_runs_rules(tmp_path):
@@ -147,8 +149,73 @@ def test_figure_7_pairs_runs_that_differ_in_the_calculator_alone(gsm8k):
     names = [line["name"] for line in figure["panels"][0]["series"]]
     assert names[:2] == ["with calculator", "without calculator"]
     assert exhibits(gsm8k[0])["figure-7"]["command"] == (
-        "python train.py --model flan-t5-large --data gsm8k --seed 1 --no-calculator"
+        f"python train.py --model flan-t5-large --data gsm8k --seed 1 --no-calculator --config {gsm8k[0]}/config.json"
     )
+
+
+def test_figure_7_does_not_pair_runs_that_differ_in_more(tmp_path):
+    runs = [make_run(tmp_path / "on", beta=0.2), make_run(tmp_path / "off", no_calculator=True)]
+    assert exhibits(*runs)["figure-7"]["kind"] == "missing"
+
+
+def change_settings(path, **changes):
+    """Change settings of a run outside its preset."""
+    edit_config(path, settings={**json.loads((path / "config.json").read_text())["settings"], **changes})
+    return path
+
+
+def test_runs_of_another_template_or_precision_are_not_one(tmp_path):
+    runs = [make_run(tmp_path / name, model="SmolLM2") for name in ("a", "b", "c")]
+    change_settings(runs[1], template="chat")
+    change_settings(runs[2], train_dtype="bf16")
+    labels = [row[0] for row in ours(exhibits(*runs)["table-2"]["parts"][0])]
+    assert len(set(labels)) == len(labels) == 6
+    assert "DPO-ST (template=chat, train_dtype=none)" in labels
+    assert "SFT (template=none, train_dtype=bf16)" in labels
+
+
+def test_runs_of_other_weights_of_one_name_are_not_compared(tmp_path):
+    runs = [change_settings(make_run(tmp_path / name), weights=name) for name in ("a", "b")]
+    assert len([part for part in exhibits(*runs)["table-2"]["parts"] if part["title"] == "tiny-t5 on mine"]) == 2
+
+
+def test_lora_is_compared_with_its_own_warm_up(tmp_path):
+    whole = make_run(tmp_path / "whole", rates=(0.2, 0.4, 0.5))
+    adapters = make_run(tmp_path / "adapters", rates=(0.3, 0.4, 0.6), lora_rank=16)
+    scores, differences = exhibits(whole, adapters)["table-2"]["parts"][:2]
+    assert [row[0] for row in ours(scores)] == [
+        "SFT (lora_rank=none)",
+        "SFT (lora_rank=16)",
+        "DPO-ST (lora_rank=none)",
+        "DPO-ST (lora_rank=16)",
+    ]
+    found = {row[0]: round(row[2]["value"], 6) for row in ours(differences)}
+    assert found == {
+        "DPO-ST (lora_rank=none) − SFT (lora_rank=none)": 0.3,
+        "DPO-ST (lora_rank=16) − SFT (lora_rank=16)": 0.3,
+    }
+
+
+def test_without_a_warm_up_iteration_0_is_the_base(tmp_path):
+    labels = [row[0] for row in ours(exhibits(make_run(tmp_path / "run", warm_up=False))["table-2"]["parts"][0])]
+    assert labels == ["base", "DPO-ST"]
+
+
+def test_a_command_gives_a_model_of_the_hub_by_its_id(tmp_path):
+    path = make_run(tmp_path / "run", model="OWNER--NAME@v1", data="gsm8k", sets=GSM8K)
+    change_settings(path, template="chat", limit=100, preset=asdict(replace(T5, micro_batch_tokens=100)))
+    assert command(read_run(path, "run", Files()), seed=7) == (
+        "python train.py --model OWNER/NAME@v1 --data gsm8k --limit 100 --seed 7 --template chat"
+    )
+
+
+def test_a_decoder_only_model_is_known_by_what_the_run_made(tmp_path):
+    path = make_run(tmp_path / "run", model="deepseek--math")
+    assert exhibits(path)["table-4"]["kind"] == "missing"
+    write_json(path / "iteration-0" / "sft" / "config.json", {"model_type": "llama"})
+    assert exhibits(path)["table-4"]["kind"] == "table"
+    write_json(path / "iteration-0" / "sft" / "config.json", {"model_type": "t5"})
+    assert exhibits(path)["table-4"]["kind"] == "missing"
 
 
 def test_commands_are_quoted(tmp_path):

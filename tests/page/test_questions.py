@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import os
 from collections import Counter
 
 import pytest
@@ -131,6 +132,10 @@ def test_samples_that_are_being_written_are_shown(tmp_path):
     assert about["is_finished"] is False and "being sampled" in about["name"]
     assert about["samples"][:5] == [0, 1, 0, 2, 0]
     assert about["correct"][:5] == [0, 0, 0, 1, 0]
+    # What another sampling left there, before settings were changed, is not counted too.
+    write_jsonl(progress / "00-000000.jsonl", [sample_record(3, 0, "right")])
+    os.utime(progress / "00-000000.jsonl", (1, 1))
+    assert read_questions(read_run(path, "run", Files())).index()["rounds"][-1] == about
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,19 @@ def test_nothing_is_stored_or_framed(served):
     assert "access-control-allow-origin" not in headers
 
 
+def test_a_client_that_goes_away_is_no_traceback(tmp_path, capsys):
+    def server_after(error):
+        with new_server(Watched(list, benchmark=None, data_dir=tmp_path), "127.0.0.1", 0) as server:
+            try:
+                raise error
+            except type(error):
+                server.handle_error(None, ("127.0.0.1", 1))
+        return capsys.readouterr().err
+
+    assert server_after(BrokenPipeError()) == server_after(ConnectionResetError()) == ""
+    assert server_after(KeyError("x\ny")) == "report.py: KeyError('x\\ny')\n"
+
+
 def test_a_port_that_is_taken_is_one_line(tmp_path):
     watched = Watched(list, benchmark=None, data_dir=tmp_path)
     with new_server(watched, "127.0.0.1", 0) as server, pytest.raises(UserError, match="choose another port"):
