@@ -3,6 +3,7 @@
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from minidpost.selftraining.report import import_pyplot
@@ -12,6 +13,7 @@ COLOURS = ("#1f6fc4", "#c4531a", "#128a63", "#7a4fd0", "#b83280", "#8a6a00", "#0
 PAPER_COLOUR = "#777777"
 DASHES = ("--", ":", "-.")  # of the paper's lines
 PANELS_IN_A_ROW = 3
+GROUP_WIDTH, LEGEND_WIDTH, TITLE_WIDTH = 24, 40, 50  # characters of a line, as names of runs may be long
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -115,7 +117,7 @@ def plot(exhibit: dict[str, Any], directory: Path) -> list[str]:
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, panel in zip(grid.flat, panels, strict=False):
-        axes.set_title(plot_text(panel["title"]), fontsize=10)
+        axes.set_title(fill(plot_text(panel["title"]), TITLE_WIDTH), fontsize=10)
         axes.set_ylabel(plot_text(panel["y"]["label"]), fontsize=9)
         axes.grid(alpha=0.3)
         if exhibit["kind"] == "lines":
@@ -150,7 +152,7 @@ def plot_lines(axes: Any, panel: dict[str, Any]) -> None:
             markersize=4,
             capsize=3,
             color=PAPER_COLOUR if is_paper else COLOURS[line["colour"] % len(COLOURS)],
-            label=plot_text(line["name"]),
+            label=fill(plot_text(line["name"]), LEGEND_WIDTH),
         )
     axes.set_xlabel(plot_text(panel["x"]["label"]), fontsize=9)
     if panel["x"].get("is_log"):
@@ -178,7 +180,8 @@ def plot_bars(axes: Any, panel: dict[str, Any]) -> None:
                 alpha=0.6 if is_paper and place == 0 else 1,
                 label=plot_text(line["name"]) if index == known[0][0] else None,
             )
-    axes.set_yticks(range(len(panel["groups"])), [plot_text(name) for name in panel["groups"]], fontsize=7)
+    names = [fill(plot_text(name), GROUP_WIDTH) for name in panel["groups"]]
+    axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.invert_yaxis()  # the first group at the top
     axes.set_xlabel(plot_text(panel["y"]["label"]), fontsize=9)
     axes.set_ylabel("")

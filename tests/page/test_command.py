@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,15 @@ def test_runs_are_named_one_by_one(command, tmp_path):
     printed = command(path, "--output", "x.html", "--export", "figures")
     assert "figure-5.png" in printed.out and (tmp_path / "figures" / "table-2.tex").is_file()
     assert (tmp_path / "x.html").is_file()
+
+
+def test_figures_have_room_for_long_names(command, tmp_path):
+    """Where they had none, matplotlib warned of axes without any height or width."""
+    name = "tiny-t5-dpo-st-toy-42-limit=24-sft-epochs=2-lora-rank=4-samples=2-max-new-tokens=60"
+    path = make_run(tmp_path / "runs" / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        command(path, "--export", "figures")
 
 
 def test_what_cannot_be_read_is_said_beside_the_page(command, tmp_path):
