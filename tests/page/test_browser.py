@@ -14,11 +14,7 @@ from minidpost.page.runs import Files, find_runs
 from minidpost.page.watch import Watched, new_server
 from minidpost.storage import read_jsonl, write_jsonl
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1200),
-    pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +42,8 @@ def address(runs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
+    if find_chromium() is None:
+        pytest.fail("no Chromium is installed (Debian: apt-get install chromium), so that the page cannot be tried")
     with Browser() as started:
         yield started
 
