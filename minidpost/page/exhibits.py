@@ -38,9 +38,19 @@ from minidpost.training.batching import TokenizedExample
 NOT_A_VARIANT = {"slots", "micro_batch_tokens", "activation_checkpointing", "iterations", "patience"}
 # Settings outside the preset that results depend on.
 VARIANT_SETTINGS = ("template", "dtype", "train_dtype")
-# What SFT and its evaluation depend on; other hyperparameters do not change the warm-up.
-OF_WARM_UP = ("sft_", "learning_rate", "weight_decay", "max_grad_norm", "max_source", "max_target", "lora_")
-OF_WARM_UP += ("warm_up", "max_new_tokens", *VARIANT_SETTINGS)
+# How the names begin of what SFT and its evaluation depend on; other settings do not change the warm-up.
+OF_WARM_UP = (
+    "warm_up",
+    "sft_",
+    "lora_",
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "max_source",
+    "max_target",
+    "max_new_tokens",
+    *VARIANT_SETTINGS,
+)
 METHOD_NAMES = {"sft": "SFT", "st": "ST", "dpo-st": "DPO-ST", "rft": "RFT", "rest-em": "ReST-EM"}
 METHOD_ORDER = ["sft", "st", "rft", "rest-em", "dpo-st"]
 N_CELL = re.compile(r"([0-9][0-9,]*(?:\.[0-9]+)?)")
