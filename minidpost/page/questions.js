@@ -119,16 +119,22 @@ function sorted(questions, keys, direction) {
 
 // -- the list -----------------------------------------------------------------------------------------------------------
 
-const reading = { run: -1, index: null, found: [], chosen: -1, blocks: new Map(), choice: { set: -1, filter: "all", round: -1, sort: "number", search: "" } };
+const reading = { run: -1, path: null, index: null, found: [], chosen: -1, blocks: new Map(), choice: { set: -1, filter: "all", round: -1, sort: "number", search: "" } };
 const parts = {}; // the elements of the section
 
-function startReading() {
+// The names of the runs that have something to read, by their place.
+function runsToRead() {
   const runs = page.runs.map((run, place) => [run, place]).filter(([run]) => run.has_samples || run.results);
-  if (!runs.length) {
+  return Object.fromEntries(runs.map(([run, place]) => [place, run.name]));
+}
+
+function startReading() {
+  const runs = runsToRead();
+  if (!Object.keys(runs).length) {
     fill("reading", make("p", {}, "No run has sampled or evaluated anything yet."));
     return;
   }
-  parts.run = select("run", Object.fromEntries(runs.map(([run, place]) => [place, run.name])), () => openRun(Number(parts.run.value)));
+  parts.run = select("run", runs, () => openRun(Number(parts.run.value)));
   parts.set = select("questions", {}, () => choose({ set: Number(parts.set.value), filter: "all", sort: "number", round: -1 }));
   parts.filter = select("show", {}, () => choose({ filter: parts.filter.value }));
   parts.round = select("over", {}, () => choose({ round: Number(parts.round.value) }));
@@ -173,6 +179,7 @@ function setOptions(element, options, value) {
 
 async function openRun(run) {
   reading.run = run;
+  reading.path = page.runs[run].path;
   reading.blocks = new Map();
   parts.count.textContent = "opening …";
   try {
@@ -200,14 +207,21 @@ async function openRun(run) {
   choose({ set: Number(parts.set.value), round: Math.min(reading.choice.round, index.rounds.length - 1) });
 }
 
-// With --watch: the index may have grown.
+// With --watch: the index may have grown, and runs may have begun, before the one that is read as well as after it.
 async function refreshReading() {
-  if (!parts.list) startReading();
-  else if (reading.index) {
+  if (!parts.list) {
+    startReading();
+    return;
+  }
+  const runs = runsToRead();
+  const place = page.runs.findIndex((run) => run.path === reading.path);
+  if (!Object.keys(runs).length) return;
+  setOptions(parts.run, runs, place in runs ? place : undefined);
+  if (reading.index) {
     const { found, chosen } = reading;
     const number = found[chosen];
     const scroll = parts.list.scrollTop;
-    await openRun(reading.run);
+    await openRun(Number(parts.run.value));
     parts.list.scrollTop = scroll;
     if (number !== undefined && reading.found.includes(number)) pick(reading.found.indexOf(number), false);
   }

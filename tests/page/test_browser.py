@@ -178,6 +178,14 @@ def test_watch_shows_a_run_as_it_grows(browser, tmp_path):
         chunk = path / "iteration-2" / "samples-dpo.jsonl.progress" / "a-000000.jsonl"
         write_jsonl(chunk, [sample_record(0, 0, "right")])
         browser.wait("document.getElementById('choose-over').textContent.includes('being sampled')")
+        # A run that begins meanwhile, and stands before it, does not take its place.
+        make_run(folder / "another", method="st", n_questions=3, n_iterations=1)
+        browser.wait("document.getElementById('choose-run').textContent === 'anothergrowing'")
+        browser.wait("document.getElementById('count').textContent === '12 of 12 questions'")
+        assert browser.js("document.getElementById('choose-run').selectedOptions[0].textContent") == "growing"
+        browser.js("document.getElementById('choose-run').value = 0")
+        browser.js("document.getElementById('choose-run').dispatchEvent(new Event('change'))")
+        browser.wait("document.getElementById('count').textContent === '3 of 3 questions'")
         assert browser.problems() == []
         server.shutdown()
         thread.join()
