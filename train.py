@@ -46,6 +46,7 @@ from minidpost.selftraining.rehearsal import rehearse
 from minidpost.selftraining.report import write_report
 from minidpost.selftraining.run import Data, Run, tokenize
 from minidpost.selftraining.run_directory import RunDirectory, model_hash
+from minidpost.selftraining.steps import planned_stages
 
 MAX_NAME = 100  # characters of a run directory's name that say what differs from the preset
 
@@ -112,6 +113,7 @@ def main() -> None:
     )
 
     # 3) The method.
+    directory.planned = planned_stages(run)
     table = ""
     for _ in self_train(run):
         table = write_report(run, base.name)

@@ -12,6 +12,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -22,11 +23,14 @@ from minidpost.models.hf_config import Model
 from minidpost.models.hub import find_model
 from minidpost.models.weights import TEMPLATES, load_model, load_template
 from minidpost.precision import DTYPES, default_device, prepare_device, sampling_dtype
+from minidpost.selftraining.estimates import slots_for
+from minidpost.selftraining.presets import preset_of
 from minidpost.storage import no_room, read_json
 from minidpost.text.templates import Template
 from minidpost.training.state import Terminated, interrupt
 
 RUNS = Path("runs")
+SLOTS = 64  # on a CPU
 MAX_MESSAGE = 1000  # characters in a message
 TEMPLATE_TEXT = (
     "how a decoder-only model is asked: the paper's Alpaca frame, or the checkpoint's own chat format (default: as the "
@@ -43,9 +47,13 @@ def run_command(main: Callable[[], None], if_interrupted: str = "nothing was wri
 
     0: done. 1: the reader of a pipe went away. 2: a mistake of the user's, too little memory or a full disk, with one
     line on standard error. 130: Ctrl-C. 143: SIGTERM. `if_interrupted` is what becomes of the work after Ctrl-C,
-    SIGTERM or a full disk, as the last words of that line.
+    SIGTERM or a full disk, as the last words of that line, unless a note of the exception says it (see job.Job).
     """
     name = os.path.basename(sys.argv[0])
+
+    def ending(error: BaseException) -> str:
+        notes: list[str] = vars(error).get("__notes__", [])
+        return notes[-1] if notes else if_interrupted
 
     def format_warning(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
@@ -65,7 +73,7 @@ def run_command(main: Callable[[], None], if_interrupted: str = "nothing was wri
         sys.exit(2)
     except KeyboardInterrupt as interruption:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only garble the message
-        print(f"\n{name}: interrupted; {if_interrupted}", file=sys.stderr)
+        print(f"\n{name}: interrupted; {ending(interruption)}", file=sys.stderr)
         sys.exit(143 if isinstance(interruption, Terminated) else 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,7 +81,7 @@ def run_command(main: Callable[[], None], if_interrupted: str = "nothing was wri
     except Exception as error:
         reason = no_room(error)
         if reason is not None:
-            print(f"{name}: cannot write ({reason}); {if_interrupted}", file=sys.stderr)
+            print(f"{name}: cannot write ({reason}); {ending(error)}", file=sys.stderr)
         elif isinstance(error, OSError) and error.filename is not None:
             print(f"{name}: {one_line(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
         else:
@@ -119,7 +127,12 @@ def model_parser(description: str) -> Parser:
     )
     parser.add_argument("--template", choices=TEMPLATES, help=TEMPLATE_TEXT)
     parser.add_argument("--max-new-tokens", type=POSITIVE, default=300, metavar="N", help="default: 300")
-    parser.add_argument("--slots", type=POSITIVE, default=64, metavar="N", help="rows decoded at once (default: 64)")
+    parser.add_argument(
+        "--slots",
+        type=POSITIVE,
+        metavar="N",
+        help=f"rows decoded at once (default: {SLOTS}; on a GPU more, by its memory)",
+    )
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device", type=device, default=default_device())
     parser.add_argument(
@@ -174,22 +187,47 @@ def device(text: str) -> str:
     return text
 
 
-def check_output(path: Path | None) -> None:
-    """UserError where an output file exists, as nothing is overwritten, or could not be written when it is needed."""
+def add_output(parser: Parser, what: str) -> None:
+    """Add --output and --overwrite, of a command whose output survives a kill (see job.py)."""
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=f"{what}; it gets its name when it is whole. Until then FILE.progress has what is done, and the same "
+        "command goes on there after Ctrl-C or a kill; with other settings it is refused. A FILE that is there "
+        "already is refused too",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a FILE that is there, when the new one is whole; and drop what a command with other settings "
+        "left unfinished",
+    )
+
+
+def check_output(flag: str, path: Path | None, *, overwrite: bool, progress: Path | None) -> None:
+    """UserError where an output file exists and is not to be overwritten, or could not be written when it is needed.
+
+    Where there is the `progress` of a job, the file may be what that job has just finished: the job decides (job.Job).
+    """
     if path is None:
         return
-    if path.exists():
-        raise UserError(f"--output {path}: exists already; remove it or choose another name")
+    may_exist = overwrite or (progress is not None and progress.exists())
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a directory")
+    if path.exists() and not may_exist:
+        raise UserError(f"{flag} {path}: exists already; --overwrite replaces it, or choose another name")
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--output {path}: {parent} is no directory that can be written to")
+        raise UserError(f"{flag} {path}: {parent} is no directory that can be written to")
 
 
 def open_model(options: argparse.Namespace) -> tuple[Path, Model, Template]:
     """The directory, the model and the template that --checkpoint, --template, --device and --dtype ask for.
 
     Without a checkpoint it is the newest run's model that was best on dev, which is then said on standard error;
-    without a dtype the one that samples fastest on the device. UserError: no such model, or a broken one.
+    without a dtype the one that samples fastest on the device. Without --slots as many are noted in `options` as the
+    device has memory for. UserError: no such model, or a broken one.
     """
     if options.checkpoint is not None:
         directory = find_model(options.checkpoint)
@@ -197,7 +235,11 @@ def open_model(options: argparse.Namespace) -> tuple[Path, Model, Template]:
         directory = default_checkpoint()
         print(f"model: {directory}", file=sys.stderr)
     template = load_template(directory, options.template)  # before the weights, which take longer to read
-    model = load_model(directory, sampling_dtype(options.device, options.dtype), options.device)
+    dtype = sampling_dtype(options.device, options.dtype)
+    model = load_model(directory, dtype, options.device)
+    if options.slots is None:
+        preset = replace(preset_of(model.config, "sft"), slots=SLOTS, max_new_tokens=options.max_new_tokens)
+        options.slots = slots_for(model, preset, dtype, options.device)
     return directory, model, template
 
 

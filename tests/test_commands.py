@@ -499,6 +499,10 @@ def test_a_whole_run_of_each_method(call, tiny_model_dir, my_data, method):
         *(f"iteration-{iteration}" for iteration in iterations),
         *(".lock", "config.json", "stages.jsonl", "log.txt", "results.json", "report.md", "figures"),
     }
+    # Where the run stands as a whole: every stage has its number among all.
+    begun = re.findall(r" (iteration-\S+) \(stage (\d+) of (\d+)", (run / "log.txt").read_text())
+    stages = [row["stage"] for row in read_rows(run / "stages.jsonl")]
+    assert begun == [(name, str(number), str(len(stages))) for number, name in enumerate(stages, start=1)]
 
 
 def test_rest_em_without_a_correct_sample_is_one_line(call, tiny_model_dir, my_data):
@@ -712,16 +716,26 @@ def results_of(run: Path) -> dict[str, bytes | list]:
     return {str(path.relative_to(run)): content for path, content in files.items()}
 
 
-LONG = ["--method", "sft", "--sft-epochs", 150, "--limit", 20, "--max-new-tokens", 8, "--checkpoint-minutes", 9]
+LONG = ["--method", "sft", "--sft-epochs", 60, "--limit", 20, "--max-new-tokens", 8, "--checkpoint-minutes", 9]
 LONG += ["--sft-examples-per-step", 96, "--pass-at", 1]
+STEPS_BEFORE = 20  # of the 60 steps of LONG, before what stops it
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model_dir, tmp_path_factory) -> dict[str, bytes | list]:
+    """What LONG writes where nothing stops it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    outcome = finished(start("train.py", "--model", tiny_model_dir, *LONG, "--run-dir", "whole", cwd=folder))
+    assert outcome.status == 0, outcome.err
+    return results_of(folder / "whole")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_signal_during_training(call, tiny_model_dir, number, status):
+def test_a_signal_during_training(call, tiny_model_dir, undisturbed, number, status):
     flags = ["--model", tiny_model_dir, *LONG, *(["--checkpoint-minutes", 0] if number == signal.SIGKILL else [])]
     process = start("train.py", *flags, "--run-dir", "run", cwd=Path.cwd())
     log = Path("run/iteration-0/sft.unfinished/log.jsonl")
-    while not log.is_file() or log.read_bytes().count(b"\n") < 20:
+    while not log.is_file() or log.read_bytes().count(b"\n") < STEPS_BEFORE:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(number)
@@ -730,9 +744,8 @@ def test_a_signal_during_training(call, tiny_model_dir, number, status):
     message = ["train.py: interrupted; the same command continues from here"]
     assert outcome.complaints == ([] if number == signal.SIGKILL else message)
     assert not Path("run/iteration-0/sft").exists()
-    assert call("train.py", *flags, "--run-dir", "run").status == 0
-    assert call("train.py", *flags, "--run-dir", "whole").status == 0
-    assert results_of(Path("run")) == results_of(Path("whole"))
+    assert call("train.py", "--model", tiny_model_dir, *LONG, "--run-dir", "run").status == 0
+    assert results_of(Path("run")) == undisturbed
 
 
 def test_sigterm_while_sampling_ends_at_once(tiny_model_dir, tmp_path):
@@ -748,7 +761,7 @@ def test_sigterm_while_sampling_ends_at_once(tiny_model_dir, tmp_path):
 
 
 def test_a_second_process_on_a_run_is_refused(call, tiny_model_dir):
-    flags = ["--model", tiny_model_dir, "--sft-epochs", 10_000, "--run-dir", "run"]
+    flags = ["--model", tiny_model_dir, "--limit", 100, "--sft-epochs", 10_000, "--run-dir", "run"]
     process = start("train.py", *flags, cwd=Path.cwd())
     while not Path("run/iteration-0/sft.unfinished").is_dir():
         assert process.poll() is None, process.communicate()
@@ -763,21 +776,21 @@ def test_a_second_process_on_a_run_is_refused(call, tiny_model_dir):
     process.communicate()
 
 
-def test_a_full_disk_is_one_line_then_continued(call, tiny_model_dir):
+def test_a_full_disk_is_one_line_then_continued(call, tiny_model_dir, undisturbed):
     """The limit lets the first steps of a training be logged, but no checkpoint be written."""
-    flags = ["--model", tiny_model_dir, *LONG, "--checkpoint-minutes", 0]
+    flags = ["--model", tiny_model_dir, *LONG]
     limit = (tiny_model_dir / "model.safetensors").stat().st_size * 2
 
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    outcome = finished(start("train.py", *flags, "--run-dir", "run", cwd=Path.cwd(), preexec_fn=limited))
+    at_each_step = ["--checkpoint-minutes", 0, "--run-dir", "run"]
+    outcome = finished(start("train.py", *flags, *at_each_step, cwd=Path.cwd(), preexec_fn=limited))
     assert outcome.status == 2
     reason = "train.py: cannot write (File too large); the same command continues from here"
     assert outcome.complaints == [reason]
     assert call("train.py", *flags, "--run-dir", "run").status == 0
-    assert call("train.py", *flags, "--run-dir", "whole").status == 0
-    assert results_of(Path("run")) == results_of(Path("whole"))
+    assert results_of(Path("run")) == undisturbed
 
 
 @contextmanager
@@ -803,11 +816,11 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(call, ti
         assert not list(Path("disk").iterdir())
 
 
-@pytest.mark.parametrize("kilobytes", [16, 64, 512])
+@pytest.mark.parametrize("kilobytes", [16, pytest.param(64, marks=pytest.mark.slow), 512])
 def test_a_file_system_that_others_fill(call, tiny_model_dir, kilobytes):
-    flags = ["--model", tiny_model_dir, *LONG, "--sft-epochs", 40, "--checkpoint-minutes", 0]
+    flags = ["--model", tiny_model_dir, *LONG, "--sft-epochs", 40]
     with small_disk(32 * 1024):
-        process = start("train.py", *flags, "--run-dir", "disk/run", cwd=Path.cwd())
+        process = start("train.py", *flags, "--checkpoint-minutes", 0, "--run-dir", "disk/run", cwd=Path.cwd())
         while not Path("disk/run/config.json").is_file():
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
@@ -823,7 +836,7 @@ def test_a_file_system_that_others_fill(call, tiny_model_dir, kilobytes):
 
 
 def test_ctrl_c_ends_quietly_and_leaves_no_half_stage(tiny_model_dir, tmp_path):
-    flags = ["--model", tiny_model_dir, "--sft-epochs", 10_000, "--run-dir", "run"]
+    flags = ["--model", tiny_model_dir, "--limit", 100, "--sft-epochs", 10_000, "--run-dir", "run"]
     process = start("train.py", *flags, cwd=tmp_path)
     stage = tmp_path / "run/iteration-0/sft"
     while not (stage.with_name("sft.unfinished") / "log.jsonl").is_file():

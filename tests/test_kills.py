@@ -46,3 +46,11 @@ def test_which_differences_between_runs_count(tmp_path):
         assert files(*changed) != first
     (tmp_path / "sft.unfinished").write_text("")
     assert files(step, stage, hashes).keys() - first.keys() == {"sft.unfinished"}
+
+
+@pytest.mark.slow
+def test_jobs_that_are_killed_end_as_ones_that_are_not():
+    command = [sys.executable, KILL_TEST.with_name("kill_jobs.py"), "--kills", "2", "--seed", "3"]
+    outcome = subprocess.run(command, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert "4 of 4 ended with the same files" in outcome.stdout

@@ -8,24 +8,25 @@ paper prints no rules for ASDiv and SVAMP: ours stand at `_asdiv`, whose count i
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import sys
+import tempfile
 import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
-from contextlib import nullcontext
 from decimal import Decimal
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from urllib.request import urlopen
-
-from tqdm import tqdm
 
 from minidpost.data import toy
 from minidpost.data.example import Example
 from minidpost.errors import UserError
-from minidpost.storage import bounded_lines, parse_jsonl, read_jsonl, staged_file
+from minidpost.progress import Progress
+from minidpost.storage import bounded_lines, no_room, parse_jsonl, read_jsonl, staged_file
 from minidpost.text.grading import extract_answer, is_correct, parse_number
 
 SPLITS: dict[str, tuple[str, ...]] = {
@@ -38,7 +39,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
 
 MAX_TEXT = 20_000  # characters in a question or a rationale: ten times GSM8K's longest
 MAX_DOWNLOAD = 2**26  # bytes after which no more is taken from a server; the largest file has 4 million
-CHUNK = 2**16  # bytes read from a server at once
+CHUNK = 2**16  # bytes read at once, from a server or to be hashed
 
 
 class Source(NamedTuple):
@@ -131,49 +132,95 @@ def load_jsonl(path: str | Path, labelled: bool) -> list[Example]:
     return [example for _, example in first.values()]
 
 
-def load_questions(source: str) -> list[str]:
-    """Questions without answers: JSONL with `question`, text with one a line, or either from standard input (`-`).
+class QuestionFile:
+    """Questions without answers, read whenever they are asked for, so that a million of them take no memory.
 
-    A question that stands there twice is answered twice. UserError names the file, and the line that is broken or holds
-    no question.
+    JSONL with `question` and whatever other fields the user keeps, or text with one question a line. A question that
+    stands there twice is answered twice.
     """
-    # 1) Read the lines, from the file or from standard input.
+
+    def __init__(self, stream: BinaryIO, name: str, *, is_jsonl: bool | None) -> None:
+        """Take an open file that can be read again from its beginning; `name` begins messages.
+
+        Where it is not known whether it `is_jsonl`, a first line that begins with { says so.
+        """
+        self.name = name
+        self._stream = stream
+        self._begun_as = _file_state(stream)
+        self._is_jsonl = self._begins_with_brace() if is_jsonl is None else is_jsonl
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield each row, its `question` checked and without spaces around it.
+
+        UserError names the file, and the line that is broken or holds no question; or says that there is none at all.
+        """
+        self._stream.seek(0)
+        lines = bounded_lines(self._stream, self.name)
+        n_rows = 0
+        for line_number, row in parse_jsonl(lines, self.name) if self._is_jsonl else _text_rows(lines, self.name):
+            n_rows += 1
+            yield row | {"question": _text(row.get("question"), "question", f"{self.name}, line {line_number}")}
+        if not n_rows:
+            raise UserError(f"{self.name}: holds no questions")
+
+    def sha256(self) -> str:
+        """A hash of the file's content."""
+        self._stream.seek(0)
+        digest = hashlib.sha256()
+        while content := self._stream.read(CHUNK):
+            digest.update(content)
+        return digest.hexdigest()
+
+    def check_unchanged(self) -> None:
+        """UserError where the file was written to since it was opened, as its rows would not be those of before."""
+        if _file_state(self._stream) != self._begun_as:
+            raise UserError(f"{self.name} was changed while its questions were answered; restore it and go on")
+
+    def _begins_with_brace(self) -> bool:
+        self._stream.seek(0)
+        first_line = next((line for line in bounded_lines(self._stream, self.name) if line.strip()), b"")
+        return first_line.strip().startswith(b"{")
+
+
+def open_questions(source: str) -> QuestionFile:
+    """A user's questions: JSONL or text by the file's suffix, or either from standard input (`-`).
+
+    What can be read only once, such as standard input, is copied to a temporary file that has no name. UserError: no
+    such file, or another suffix.
+    """
     is_standard_input = source == "-"
     name = "standard input" if is_standard_input else source
     suffix = "" if is_standard_input else Path(source).suffix
     if not is_standard_input and suffix not in (".jsonl", ".txt"):
         raise UserError(f"{source}: a file that ends in .jsonl or .txt is expected, or - for standard input")
     try:
-        with nullcontext(sys.stdin.buffer) if is_standard_input else open(source, "rb") as stream:
-            lines = list(bounded_lines(stream, name))
+        stream: BinaryIO = sys.stdin.buffer if is_standard_input else open(source, "rb")
+        if is_standard_input or not stream.seekable():
+            copy: Any = tempfile.TemporaryFile()
+            shutil.copyfileobj(stream, copy)
+            stream = copy
     except OSError as error:
+        if no_room(error) is not None:
+            raise
         raise UserError(f"{name}: cannot be read ({error.strerror})") from None
-    # 2) The suffix says what they are; on standard input a first line that begins with { does.
-    first_line = next((line.strip() for line in lines if line.strip()), b"")
-    is_jsonl = suffix == ".jsonl" or (is_standard_input and first_line.startswith(b"{"))
-    found = _jsonl_questions(lines, name) if is_jsonl else _text_questions(lines, name)
-    # 3) Check each.
-    questions = [_text(question, "question", f"{name}, line {line_number}") for line_number, question in found]
-    if not questions:
-        raise UserError(f"{name}: holds no questions")
-    return questions
+    return QuestionFile(stream, name, is_jsonl=None if is_standard_input else suffix == ".jsonl")
 
 
-def _jsonl_questions(lines: list[bytes], name: str) -> Iterator[tuple[int, object]]:
-    """The line number and the unchecked `question` of each row."""
-    for line_number, row in parse_jsonl(lines, name):
-        yield line_number, row.get("question")
+def _file_state(stream: BinaryIO) -> tuple[int, int]:
+    """The size and the time of the last change of an open file."""
+    status = os.fstat(stream.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
-def _text_questions(lines: list[bytes], name: str) -> Iterator[tuple[int, object]]:
-    """The line number and the text of each line that is not blank; UserError where any is not UTF-8."""
-    try:
-        texts = [line.decode("utf-8") for line in lines]
-    except UnicodeDecodeError:
-        raise UserError(f"{name}: not a text in UTF-8") from None
-    for line_number, text in enumerate(texts, start=1):
+def _text_rows(lines: Iterator[bytes], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The line number and the text of each line that is not blank, as a row; UserError where one is not UTF-8."""
+    for line_number, line in enumerate(lines, start=1):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{name}: not a text in UTF-8") from None
         if text.strip():
-            yield line_number, text
+            yield line_number, {"question": text}
 
 
 def _text(value: object, key: str, where: str) -> str:
@@ -303,7 +350,7 @@ def _fetch(source: Source, path: Path) -> None:
     try:
         with staged_file(path) as temporary:
             with urlopen(source.url, timeout=30) as response, open(temporary, "wb") as file:
-                with tqdm.wrapattr(file, "write", total=response.length, desc=f"fetching {path.name}") as sink:
+                with Progress.wrapattr(file, "write", total=response.length, desc=f"fetching {path.name}") as sink:
                     while file.tell() <= MAX_DOWNLOAD and (chunk := response.read(CHUNK)):
                         sink.write(chunk)
             data = temporary.read_bytes()

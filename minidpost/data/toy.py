@@ -10,6 +10,7 @@ numbers that do not matter.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from random import Random
 
 from minidpost.data.example import Example
@@ -312,12 +313,16 @@ DISTRACTIONS = (
 
 def examples(split: str, seed: int = WORLD_SEED) -> list[Example]:
     """The examples of a split; no question stands twice, in it or in another split. `unlabelled` has no rationales."""
-    seen: set[str] = set()
-    for name in SPLITS:  # one after the other, as each avoids the questions of those before it
-        made = new_examples(name, SIZES[name], Random(f"{seed}/{name}"), seen)
-        if name == split:
-            return made
-    raise KeyError(split)
+    return list(_made_once(split, seed))
+
+
+@cache  # a command reads up to seven splits, and each takes those before it
+def _made_once(split: str, seed: int) -> tuple[Example, ...]:
+    """The examples of a split, which avoids the questions of those before it; KeyError where there is no such split."""
+    n = SIZES[split]
+    before = SPLITS[: SPLITS.index(split)]
+    seen = {example.question for name in before for example in _made_once(name, seed)}
+    return tuple(new_examples(split, n, Random(f"{seed}/{split}"), seen))
 
 
 def new_examples(split: str, n: int, random: Random, seen: set[str]) -> list[Example]:

@@ -29,12 +29,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
 from minidpost.errors import UserError
 from minidpost.models.hf_config import LLAMA_FAMILIES, llama_names, read_bool, read_float, read_int, read_llama
 from minidpost.models.llama import RopeScaling, scaled_frequencies
 from minidpost.models.weights import empty_model
+from minidpost.progress import Progress
 from minidpost.storage import read_json, staged_directory, write_json
 from minidpost.text.tokenizer import LLAMA3_DIGITS, byte_level_step, split_step
 
@@ -704,7 +704,7 @@ def _all_values(
 ) -> Iterator[Values]:
     """The values of all tensors that are expected, in that order, under a progress bar of bytes read."""
     n_bytes = sum(tensors[name].n_bytes for name in expected)
-    with tqdm(total=n_bytes, desc=title, unit="B", unit_scale=True) as progress:
+    with Progress(total=n_bytes, desc=title, unit="B", unit_scale=True) as progress:
         for name, target in expected.items():
             tensor = tensors[name]
             order = half_split_order(tensor.shape[0], target.n_interleaved_heads)

@@ -8,7 +8,7 @@ held twice. Pickles (*.bin) are not read: they can run code.
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minidpost.errors import UserError
 from minidpost.models.hf_config import Config, Model, config_json, mapping_for, read_config
@@ -122,9 +123,24 @@ def stored_tensors(files: dict[Path, dict[str, str]]) -> Iterator[StoredTensor]:
 
 def empty_model(config: Config) -> Model:
     """A model that has shapes but no memory (on torch's meta device)."""
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutInitialisation():
         model: Model = mapping_for(config).model(config)
     return model
+
+
+class WithoutInitialisation(TorchFunctionMode):
+    """Within it, modules are made without giving their weights any values.
+
+    On the meta device those would be lost, and yet torch imports its compiler to fill them, which takes two seconds.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call torch's function, unless it initialises embeddings or linear layers, which do not use its result."""
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return None
+        return func(*args, **(kwargs or {}))
 
 
 def load_template(directory: str | Path, template: str | None = None) -> Template:

@@ -1,14 +1,14 @@
 """Questions in, graded completions out: a model's template, the sampler and the grading, with a progress bar."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from minidpost.errors import UserError
+from minidpost.progress import Progress
 from minidpost.sampling import sampler
-from minidpost.sampling.sampler import DecodingModel, Request, SamplingSettings, sample
+from minidpost.sampling.sampler import DecodingModel, Request, Row, SamplingSettings, sample
 from minidpost.text import grading
 from minidpost.text.templates import Template
 
@@ -41,11 +41,16 @@ def generate(
     calculator: bool = True,
     label: str = "sampling",
     first_chunk: int = 0,
+    chunk_size: int | None = None,
+    progress: Progress | None = None,
+    on_token: Callable[[Row], None] | None = None,
 ) -> Iterator[Sample]:
     """Yield `n_samples` completions of every question as they end, beginning with the sampler's chunk `first_chunk`.
 
     With the questions' `answers` completions are graded, and the progress bar, which is headed by `label`, shows the
-    accuracy so far. UserError: an empty question, or one that is longer than MAX_PROMPT_TOKENS.
+    accuracy so far. A `progress` of the caller's, which several calls may share, is used instead of one of this call's.
+    `on_token` is called with a row after each of its tokens, while it is written.
+    UserError: an empty question, or one that is longer than MAX_PROMPT_TOKENS.
     """
     prompts = [tuple(template.prompt_ids(question)) for question in questions]
     check_prompts(questions, prompts)
@@ -61,15 +66,19 @@ def generate(
         template.stop_ids,
         new_override=template.new_calculator if calculator else None,
         first_chunk=first_chunk,
+        chunk_size=chunk_size,
+        on_token=on_token,
     )
 
     n_done = n_correct = n_tokens = 0
     started = time.perf_counter()
     n_before = 0
     if first_chunk:
-        chunk_size = sampler.chunk_size(settings.slots, next(model.parameters()).device)
-        n_before = min(first_chunk * chunk_size, len(requests))
-    with tqdm(total=len(requests), initial=n_before, desc=label, unit="row") as progress:
+        device = next(model.parameters()).device
+        size = sampler.default_chunk_size(settings.slots, device) if chunk_size is None else chunk_size
+        n_before = min(first_chunk * size, len(requests))
+    shared = None if progress is None else nullcontext(progress)  # not closed here
+    with shared or Progress(total=len(requests), initial=n_before, desc=label, unit="row") as bar:
         for row in rows:
             # Requests stand question by question: with 4 samples each, request 9 is sample 1 of question 2.
             example_index, sample_index = divmod(row.request_index, n_samples)
@@ -83,8 +92,8 @@ def generate(
             if answers is not None:
                 n_correct += bool(is_correct)
                 shown["right"] = f"{n_correct / n_done:.1%}"
-            progress.set_postfix(shown, refresh=False)
-            progress.update()
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
             yield Sample(
                 example_index=example_index,
                 sample_index=sample_index,
@@ -101,10 +110,15 @@ def generate(
 def check_prompts(questions: Sequence[str], prompts: Sequence[Sequence[int]]) -> None:
     """Refuse questions that are empty or too long, naming the first."""
     for number, (question, prompt) in enumerate(zip(questions, prompts, strict=True), start=1):
-        if not question.strip():
-            raise UserError(f"question {number} is empty")
-        if len(prompt) > MAX_PROMPT_TOKENS:
-            raise UserError(
-                f"question {number} ({question.strip()[:40]!r}…) has {len(prompt):,} tokens; "
-                f"the limit is {MAX_PROMPT_TOKENS:,}"
-            )
+        check_prompt(number, question, prompt)
+
+
+def check_prompt(number: int, question: str, prompt: Sequence[int]) -> None:
+    """Refuse a question, the `number`-th, that is empty or longer than MAX_PROMPT_TOKENS."""
+    if not question.strip():
+        raise UserError(f"question {number} is empty")
+    if len(prompt) > MAX_PROMPT_TOKENS:
+        raise UserError(
+            f"question {number} ({question.strip()[:40]!r}…) has {len(prompt):,} tokens; "
+            f"the limit is {MAX_PROMPT_TOKENS:,}"
+        )

@@ -53,7 +53,7 @@ __all__ = [
     "Request",
     "Row",
     "SamplingSettings",
-    "chunk_size",
+    "default_chunk_size",
     "prefill_batch",
     "sample",
 ]
@@ -151,6 +151,7 @@ class Job:
     overlap: bool  # whether a step begins before the host has read the one before
     max_prompt: int  # tokens of the longest prompt
     device: torch.device  # where the model lies
+    on_token: Callable[[Row], None] | None = None  # is shown every row after each of its tokens
 
 
 def sample(
@@ -161,18 +162,22 @@ def sample(
     *,
     new_override: Callable[[], Override] | None = None,
     first_chunk: int = 0,
+    chunk_size: int | None = None,
     use_cuda_graphs: bool = True,
     overlap: bool | None = None,
+    on_token: Callable[[Row], None] | None = None,
 ) -> Iterator[Row]:
     """Yield the rows of all requests as they end, each request's once; those before `first_chunk` not at all.
 
-    A row ends at the end token `eos_id`, or at any of several. All rows of a chunk are yielded before any of the next.
-    `new_override` makes the override of one row. Samples of one question should stand together in `requests`: those of
-    one chunk share a prefill. Prompts must not be empty. With `overlap` a step begins before the host has read what the
-    one before drew (None: on a GPU); the completions are the same.
+    A row ends at the end token `eos_id`, or at any of several. All rows of a chunk, of `chunk_size` requests (None:
+    `default_chunk_size`), are yielded before any of the next. `new_override` makes the override of one row. Samples of
+    one question should stand together in `requests`: those of one chunk share a prefill. Prompts must not be empty.
+    With `overlap` a step begins before the host has read what the one before drew (None: on a GPU); the completions are
+    the same. `on_token` is called with a row after each of its tokens, while it is written; all rows are then written
+    in this process.
     """
     device = next(model.parameters()).device
-    chunks = chunked(requests, first_chunk, chunk_size(settings.slots, device))
+    chunks = chunked(requests, default_chunk_size(settings.slots, device) if chunk_size is None else chunk_size)
     if overlap is None:
         overlap = device.type == "cuda"
     # The longest of all prompts, worked off or not, so that a run that continues has caches of the same shape.
@@ -187,15 +192,18 @@ def sample(
         overlap=overlap,
         max_prompt=max_prompt,
         device=device,
+        on_token=on_token,
     )
-    n_workers = n_workers_for(model, settings.slots, chunks)
+    # Likewise of all chunks: how the questions of a chunk are dealt to workers decides which rows share a step.
+    n_workers = n_workers_for(model, settings.slots, chunks) if on_token is None else 1
+    remaining = chunks[first_chunk:]
     if n_workers > 1:
-        return sample_in_workers(partial(sample_chunks, job), chunks, settings.slots, n_workers)
-    return sample_chunks(job, chunks, settings.slots)
+        return sample_in_workers(partial(sample_chunks, job), remaining, settings.slots, n_workers)
+    return sample_chunks(job, remaining, settings.slots)
 
 
-def chunk_size(n_slots: int, device: torch.device | str) -> int:
-    """The requests of a chunk."""
+def default_chunk_size(n_slots: int, device: torch.device | str) -> int:
+    """The requests of a chunk where nothing else is asked for."""
     if torch.device(device).type == "cuda":
         return max(CHUNK, GPU_CHUNK_PER_SLOT * n_slots)
     return CHUNK
@@ -208,12 +216,12 @@ def prefill_batch(n_slots: int, device: torch.device | str) -> int:
     return PREFILL_BATCH
 
 
-def chunked(requests: Sequence[Request], first_chunk: int, size: int) -> list[Chunk]:
-    """The requests from a chunk on, `size` at a time, in groups of the same prompt, the longest prompts first."""
+def chunked(requests: Sequence[Request], chunk_size: int) -> list[Chunk]:
+    """The requests, `chunk_size` at a time, in groups of the same prompt, the longest prompts first."""
     chunks = []
-    for start in range(first_chunk * size, len(requests), size):
+    for start in range(0, len(requests), chunk_size):
         groups: dict[tuple[int, ...], Group] = {}
-        for request_index, request in enumerate(requests[start : start + size], start=start):
+        for request_index, request in enumerate(requests[start : start + chunk_size], start=start):
             groups.setdefault(request.prompt_ids, []).append((request_index, request))
         chunks.append([groups[prompt] for prompt in sorted(groups, key=len, reverse=True)])
     return chunks
@@ -364,6 +372,8 @@ def emit(job: Job, draw: Draw) -> list[Row]:
         if override is not None and not is_end:
             if is_forced or token_id in override.trigger_ids or not override.is_idle:
                 row.pending.extend(override.push(token_id))
+        if job.on_token is not None:
+            job.on_token(row)
 
         # 3) End the row at an end token that the model chose (a forced one means nothing), or at its last position.
         if is_end:

@@ -1,14 +1,16 @@
 """Greedy accuracy, pass@k and maj@k, each with its 95 % interval, and differences over the same questions."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import comb, sqrt
 from typing import Any
 
 from minidpost.data.example import Example
+from minidpost.sampling import sampler
 from minidpost.sampling.generate import Sample, generate
 from minidpost.sampling.sampler import DecodingModel, SamplingSettings
+from minidpost.selftraining.run_directory import Chunks
 from minidpost.text.grading import extract_answer, is_correct
 from minidpost.text.templates import Template
 
@@ -61,10 +63,16 @@ def greedy_outcomes(
     *,
     calculator: bool = True,
     label: str = "greedy",
+    chunks: Chunks | None = None,
 ) -> list[int]:
-    """1 for each question whose greedy completion ends in the correct answer, 0 for each other."""
+    """1 for each question whose greedy completion ends in the correct answer, 0 for each other.
+
+    `chunks` are where the samples are saved, see `samples_by_question`.
+    """
     greedy = replace(settings, temperature=0.0)
-    samples = samples_by_question(model, template, examples, greedy, n_samples=1, calculator=calculator, label=label)
+    samples = samples_by_question(
+        model, template, examples, greedy, n_samples=1, calculator=calculator, label=label, chunks=chunks
+    )
     return [int(bool(sample.is_correct)) for (sample,) in samples]
 
 
@@ -78,15 +86,17 @@ def sampled_scores(
     maj_at: Sequence[int] = (),
     calculator: bool = True,
     label: str = "pass@k",
+    chunks: Chunks | None = None,
 ) -> SampledScores:
     """pass@k and maj@k for each k, all from the same max(k) samples a question at the settings' temperature.
 
     pass@k is the unbiased estimate 1 − C(n−c, k)/C(n, k) (Chen et al. 2021); maj@k takes the commonest answer of the
-    first k samples, the earliest one in a tie. Intervals are those of a mean over questions.
+    first k samples, the earliest one in a tie. Intervals are those of a mean over questions. `chunks` are where the
+    samples are saved, see `samples_by_question`.
     """
     n_samples = max([*pass_at, *maj_at])
     samples = samples_by_question(
-        model, template, examples, settings, n_samples=n_samples, calculator=calculator, label=label
+        model, template, examples, settings, n_samples=n_samples, calculator=calculator, label=label, chunks=chunks
     )
     n_correct = [sum(bool(sample.is_correct) for sample in row) for row in samples]
     majority = {}
@@ -112,9 +122,14 @@ def samples_by_question(
     n_samples: int,
     calculator: bool,
     label: str,
+    chunks: Chunks | None = None,
 ) -> list[list[Sample]]:
-    """The graded samples, a list of `n_samples` for each example, in order whatever the order in which they end."""
-    samples = generate(
+    """The graded samples, a list of `n_samples` for each example, in order whatever the order in which they end.
+
+    With `chunks`, which must be of these arguments alone, samples are saved as chunks end, and those that are there
+    already are not sampled again.
+    """
+    samples: Iterable[Sample] = generate(
         model,
         template,
         [example.question for example in examples],
@@ -123,7 +138,13 @@ def samples_by_question(
         n_samples=n_samples,
         calculator=calculator,
         label=label,
+        first_chunk=0 if chunks is None else chunks.n_finished(),
     )
+    if chunks is not None:
+        device = next(model.parameters()).device
+        chunk_size = sampler.default_chunk_size(settings.slots, device)
+        chunks.save((asdict(sample) for sample in samples), chunk_size)
+        samples = [Sample(**record) for record in chunks.records()]
     in_order = sorted(samples, key=lambda sample: (sample.example_index, sample.sample_index))
     return [in_order[start : start + n_samples] for start in range(0, len(in_order), n_samples)]
 

@@ -27,7 +27,7 @@ from minidpost.models.hf_config import Model
 from minidpost.models.kvcache import T5Cache
 from minidpost.models.weights import load_model
 from minidpost.sampling.cuda_graphs import CUDAGraphs
-from minidpost.sampling.sampler import chunk_size, prefill_batch
+from minidpost.sampling.sampler import default_chunk_size, prefill_batch
 from minidpost.sampling.token_choice import choose
 from minidpost.selftraining.estimates import Plan, forward_flops, model_size, run_flops, size_text, training_flops
 from minidpost.selftraining.methods import METHODS
@@ -97,7 +97,7 @@ def rehearse_sampling(plan: Plan) -> None:
     """One prefill of the longest prompt, and a decoding step with all slots at their last position."""
     model: Any = load_model(plan.base, plan.dtype, plan.device)
     settings = plan.preset.sampling(seed=0)
-    n_slots = min(settings.slots, chunk_size(settings.slots, plan.device))
+    n_slots = min(settings.slots, default_chunk_size(settings.slots, plan.device))
     n_prompts = prefill_batch(settings.slots, plan.device)
     # Evaluation has other questions than the pool, of which one may be the longest.
     evaluated = [example.question for examples in plan.data.evaluation_sets().values() for example in examples]

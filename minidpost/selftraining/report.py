@@ -5,6 +5,7 @@ Every accuracy stands with its 95 % interval and the number of questions n. In r
 that it starts from, f_θ' of the iteration before; "after" is what it makes of it, f_θd.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -45,14 +46,47 @@ def collect_results(run: Run, model: str) -> dict[str, Any]:
     evaluations: list[Any] = []
     while (path := run.path(len(evaluations)) / "evaluation.json").is_file():
         evaluations.append(read_json(path))
+    return assemble_results(
+        model=model,
+        method=run.method,
+        seed=run.seed,
+        settings=run.directory.settings,
+        data_name=run.data.name,
+        has_warm_up=run.preset.warm_up,
+        stages=run.directory.stages,
+        evaluations=evaluations,
+    )
+
+
+def assemble_results(
+    *,
+    model: str,
+    method: str,
+    seed: int,
+    settings: Mapping[str, Any],
+    data_name: str,
+    has_warm_up: bool,
+    stages: Mapping[str, Mapping[str, Any]],
+    evaluations: Sequence[Any],
+) -> dict[str, Any]:
+    """The content of results.json from a run's files alone: its settings, stages.jsonl and each evaluation.json.
+
+    `stages` has the metadata of the finished stages by name; `evaluations` are the contents of evaluation.json by
+    iteration.
+    """
     results = {
         "model": model,
-        "method": run.method,
-        "seed": run.seed,
-        "settings": run.directory.settings,
-        "dev": run.data.dev_name,
-        "test": f"{run.data.name}/test",
-        "iterations": [iteration_result(run, iteration, evaluations) for iteration in range(len(evaluations))],
+        "method": method,
+        "seed": seed,
+        "settings": settings,
+        "dev": f"{data_name}/dev",
+        "test": f"{data_name}/test",
+        "iterations": [
+            iteration_result(
+                iteration, evaluations, stages=stages, dev_name=f"{data_name}/dev", has_warm_up=has_warm_up
+            )
+            for iteration in range(len(evaluations))
+        ],
     }
     results["best_iteration"] = best_iteration(results)
     return results
@@ -64,7 +98,14 @@ def best_iteration(results: dict[str, Any]) -> int:
     return accuracies.index(max(accuracies))
 
 
-def iteration_result(run: Run, iteration: int, evaluations: list[Any]) -> dict[str, Any]:
+def iteration_result(
+    iteration: int,
+    evaluations: Sequence[Any],
+    *,
+    stages: Mapping[str, Mapping[str, Any]],
+    dev_name: str,
+    has_warm_up: bool,
+) -> dict[str, Any]:
     """One entry of results.json, with the FLOPs of sampling and training (evaluation is not counted).
 
     `evaluations` are the contents of evaluation.json by iteration. `dpo` is None in an iteration without DPO, `pairs`
@@ -72,18 +113,18 @@ def iteration_result(run: Run, iteration: int, evaluations: list[Any]) -> dict[s
     None where that is the base itself.
     """
     prefix = f"iteration-{iteration}/"
-    stages = {name: metadata for name, metadata in run.directory.stages.items() if name.startswith(prefix)}
+    of_iteration = {name: metadata for name, metadata in stages.items() if name.startswith(prefix)}
     evaluation = evaluations[iteration]
-    is_base = iteration == 0 and not run.preset.warm_up
+    is_base = iteration == 0 and not has_warm_up
     result = {
         "iteration": iteration,
         "checkpoint": None if is_base else f"{prefix}sft",
         **model_scores(evaluation["sft"]),
         "dpo": None,
-        "pairs": stages.get(f"{prefix}pairs.jsonl", {}).get("pairs"),
-        "pseudo_labels": stages.get(f"{prefix}pseudo-labels.jsonl", {}).get("pseudo_labels"),
-        "seconds": round(sum(metadata["seconds"] for metadata in stages.values()), 1),
-        "flops": sum(metadata.get("flops", 0.0) for metadata in stages.values()),
+        "pairs": of_iteration.get(f"{prefix}pairs.jsonl", {}).get("pairs"),
+        "pseudo_labels": of_iteration.get(f"{prefix}pseudo-labels.jsonl", {}).get("pseudo_labels"),
+        "seconds": round(sum(metadata["seconds"] for metadata in of_iteration.values()), 1),
+        "flops": sum(metadata.get("flops", 0.0) for metadata in of_iteration.values()),
     }
     if "dpo" in evaluation:
         before = evaluations[iteration - 1]["sft"]
@@ -91,7 +132,7 @@ def iteration_result(run: Run, iteration: int, evaluations: list[Any]) -> dict[s
         result["dpo"] = {
             "checkpoint": f"{prefix}dpo",
             **model_scores(after),
-            "difference": differences(before, after, run.data.dev_name),
+            "difference": differences(before, after, dev_name),
         }
     return result
 
@@ -160,6 +201,11 @@ def report_page(results: dict[str, Any]) -> str:
 
 def results_table(results: dict[str, Any]) -> str:
     """The results as Markdown, a row for each iteration: dev, the test set and pass@k; then the other test sets."""
+    return "\n\n".join(markdown_table(heads, rows) for heads, rows in results_rows(results))
+
+
+def results_rows(results: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+    """The heads and rows of the tables of `results_table`."""
     entries = results["iterations"]
     names = list(entries[0]["accuracy"])
     main = [name for name in names if name in (results["dev"], results["test"])]
@@ -179,14 +225,14 @@ def results_table(results: dict[str, Any]) -> str:
                 f"{entry['flops']:.2g}",
             ]
         )
-    tables = [markdown_table(heads, rows)]
+    tables = [(heads, rows)]
 
     others = [name for name in names if name not in main]
     if others:
         heads = ["model", *(head(name, entries[0]["accuracy"][name]) for name in others)]
         rows = [[row_name(results, entry), *(percent(entry["accuracy"][name]) for name in others)] for entry in entries]
-        tables.append(markdown_table(heads, rows))
-    return "\n\n".join(tables)
+        tables.append((heads, rows))
+    return tables
 
 
 def head(name: str, score: dict[str, Any]) -> str:
@@ -222,6 +268,11 @@ def dpo_entries(results: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str,
 
 def before_and_after_table(results: dict[str, Any]) -> str:
     """Greedy accuracy, pass@1, pass@k and maj@k on dev before and after each DPO, as Markdown."""
+    return markdown_table(*before_and_after_rows(results))
+
+
+def before_and_after_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The heads and rows of `before_and_after_table`."""
     rows = []
     for before, entry in dpo_entries(results):
         after = entry["dpo"]
@@ -233,7 +284,7 @@ def before_and_after_table(results: dict[str, Any]) -> str:
             change = after["difference"][kind][key]
             cells = [percent(scores[kind][key]) for scores in (before, after)]
             rows.append([str(entry["iteration"]), name, str(change["n"]), *cells, points(change)])
-    return markdown_table(["iteration", "", "n", "before DPO", "after DPO", "difference"], rows)
+    return ["iteration", "", "n", "before DPO", "after DPO", "difference"], rows
 
 
 def points(difference: dict[str, Any]) -> str:

@@ -17,14 +17,17 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +65,8 @@ class RunDirectory:
     """The directory of one run, locked by this process until the process ends.
 
     `settings` are what makes a run the same run; `stages` has the metadata of every finished stage by name: what the
-    stage reported, its `seconds`, and `sha256`, the hash of each of its files.
+    stage reported, its `seconds`, and `sha256`, the hash of each of its files. `planned` are the names of all stages of
+    the run, in order, where they are known: they say where the run stands.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class RunDirectory:
         UserError: another process works here, the settings or the format differ, a finished file was changed.
         """
         self.path = Path(path)
+        self.planned: Sequence[str] = ()
         self.settings = json.loads(json.dumps(settings, default=str))  # as they will be read back
         config = self.path / "config.json"
         if self.path.exists() and not self._is_run_directory():
@@ -113,7 +118,7 @@ class RunDirectory:
         A name with a suffix is that of a file, any other that of a directory.
         """
         path = self.path / name
-        self.log(name)
+        self.log(f"{name}{self._standing(name)}")
         started = time.perf_counter()
         with staged_file(path) if path.suffix else staged_directory(path) as temporary:
             stage = Stage(temporary)
@@ -129,6 +134,27 @@ class RunDirectory:
     def progress(self, name: str) -> Path:
         """The directory of what an unfinished stage can be continued from; it is removed when the stage is finished."""
         return self.path / f"{name}.progress"
+
+    def _standing(self, name: str) -> str:
+        """Where the run stands when a stage begins: ` (stage 7 of 10, 12 min so far, about 5 min left)`.
+
+        A stage is taken to need as long as the latest of its kind, such as iteration-1/sft for iteration-2/sft. While
+        there is none for each that remains, what this one's took is told instead, if there is one.
+        """
+        if name not in self.planned:
+            return ""
+        seconds_of_kind: dict[str, float] = {}
+        for finished, metadata in self.stages.items():
+            seconds_of_kind[kind_of(finished)] = metadata["seconds"]
+        parts = [f"stage {self.planned.index(name) + 1} of {len(self.planned)}"]
+        if self.stages:
+            parts.append(f"{duration(sum(metadata['seconds'] for metadata in self.stages.values()))} so far")
+        remaining = [kind_of(stage) for stage in self.planned if stage not in self.stages]
+        if all(kind in seconds_of_kind for kind in remaining):
+            parts.append(f"about {duration(sum(seconds_of_kind[kind] for kind in remaining))} left")
+        elif kind_of(name) in seconds_of_kind:
+            parts.append(f"the last of its kind took {duration(seconds_of_kind[kind_of(name)])}")
+        return f" ({', '.join(parts)})"
 
     def log(self, text: str) -> None:
         """Write one line to the terminal, between progress bars, and to log.txt."""
@@ -163,11 +189,10 @@ class RunDirectory:
         return new_path
 
     def _write_config(self, config: Path) -> None:
-        versions = {"minidpost": __version__, "python": platform.python_version(), "torch": version("torch")}
         content = {
             "format": FORMAT,
             "settings": self.settings,
-            "versions": versions,
+            "versions": versions(),
             "threads": torch.get_num_threads(),  # on a CPU also how many processes sample side by side
         }
         write_json(config, content)
@@ -184,6 +209,7 @@ class RunDirectory:
             old_threads = content.get("threads")
             old_settings = flat(content["settings"])
             new_settings = flat(self.settings)
+            differing = differing_names(old_settings, new_settings)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{config} is not readable; choose another --run-dir, or --fresh") from None
         if old_format != FORMAT:
@@ -191,9 +217,6 @@ class RunDirectory:
                 f"{self.path} is a run directory of format {old_format}, this code writes format {FORMAT}; "
                 "choose another --run-dir, or --fresh"
             )
-        differing = [
-            name for name in {**new_settings, **old_settings} if old_settings.get(name) != new_settings.get(name)
-        ]
         for name in differing:
             if name not in may_change:
                 raise UserError(
@@ -235,6 +258,20 @@ class RunDirectory:
         return stages
 
 
+def kind_of(stage: str) -> str:
+    """What a stage is in every iteration: `sft` for iteration-2/sft."""
+    return stage.partition("/")[2] or stage
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it: 40 s, 12 min, 3.4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
 def file_hashes(path: Path) -> dict[str, str]:
     """The SHA-256 of each file of a directory by relative name; of a file alone, under the name "."."""
     files = [file for file in sorted([path, *path.rglob("*")]) if file.is_file()]
@@ -254,19 +291,20 @@ def json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def lock_directory(path: Path) -> None:
+def lock_directory(path: Path, flag: str = "--run-dir") -> None:
     """Make a directory this process's own until the process ends, however it ends; UserError where another has it.
 
-    The lock file is never closed, nor opened again: this kind of lock would end with the first of its files closed.
+    The message names the `flag` that the directory comes from. The lock file is never closed, nor opened again: this
+    kind of lock would end with the first of its files closed.
     """
     path.mkdir(parents=True, exist_ok=True)
     handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise UserError(f"{path}: another process is at work here; wait for it, or choose another --run-dir") from None
+        raise UserError(f"{path}: another process is at work here; wait for it, or choose another {flag}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be locked ({error.strerror}); choose a --run-dir on another disk") from None
+        raise UserError(f"{path}: cannot be locked ({error.strerror}); choose a {flag} on another disk") from None
     if not (path / LOCK).exists() or not os.path.samestat(os.fstat(handle), os.stat(path / LOCK)):
         raise UserError(f"{path} was renamed by another process at this moment; run the command again")
 
@@ -276,6 +314,16 @@ def model_hash(directory: Path) -> str:
     paths = [directory / "config.json", *directory.glob("*.safetensors"), *tokenizer_files(directory)]
     names_and_hashes = [(str(path.relative_to(directory)), sha256_of(path)) for path in sorted(paths)]
     return hashlib.sha256(repr(names_and_hashes).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """The versions of everything that results may depend on."""
+    return {"minidpost": __version__, "python": platform.python_version(), "torch": version("torch")}
+
+
+def differing_names(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The names of the settings, already flat, that two commands do not have in common."""
+    return [name for name in {**new, **old} if old.get(name) != new.get(name)]
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -297,30 +345,67 @@ class Chunks:
     """Records saved a chunk at a time, each chunk a JSONL file of one directory.
 
     `identity` is what the records depend on (stage, settings, …): chunks of another identity have other names, and are
-    neither read nor overwritten.
+    neither read nor overwritten. A chunk's name ends in a hash of its content. A chunk that is not what was written
+    counts as missing, which is a warning.
     """
 
     def __init__(self, directory: Path, *identity: object) -> None:
+        """Find the chunks that are there, and read them all to compare their hashes: about a second a gigabyte."""
         self.directory = directory
         self.prefix = fingerprint(*identity)[:16]
-
-    def path(self, chunk_index: int) -> Path:
-        """The file of one chunk."""
-        return self.directory / f"{self.prefix}-{chunk_index:06d}.jsonl"
+        self.n_records = 0  # in the finished chunks
+        self._paths: dict[int, Path] = {}  # of the finished chunks, by index
+        for path in sorted(directory.glob(f"{self.prefix}-*.jsonl")):
+            content = path.read_bytes()
+            chunk_index = self._index_of(path, content)
+            if chunk_index is None:
+                warnings.warn(f"{path} was changed since it was written; its part is done again", stacklevel=2)
+                path.unlink()
+            elif chunk_index == len(self._paths):  # none is missing before it
+                self._paths[chunk_index] = path
+                self.n_records += content.count(b"\n")
 
     def n_finished(self) -> int:
         """How many chunks there are, counted from the first without a gap."""
-        n_chunks = 0
-        while self.path(n_chunks).is_file():
-            n_chunks += 1
-        return n_chunks
+        return len(self._paths)
 
     def commit(self, chunk_index: int, records: Sequence[dict[str, Any]]) -> None:
-        """Write a finished chunk."""
-        write_jsonl(self.path(chunk_index), records)
+        """Write a finished chunk, which replaces another of this index."""
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        content = "".join(lines).encode("utf-8")
+        for old_path in self.directory.glob(f"{self.prefix}-{chunk_index:06d}-*.jsonl"):
+            old_path.unlink()
+        path = self.directory / f"{self.prefix}-{chunk_index:06d}-{content_hash(content)}.jsonl"
+        with staged_file(path) as temporary:
+            temporary.write_bytes(content)
+        if chunk_index == len(self._paths):
+            self._paths[chunk_index] = path
+            self.n_records += len(lines)
+
+    def save(self, records: Iterable[dict[str, Any]], chunk_size: int) -> None:
+        """Write the records that come after the finished chunks, `chunk_size` of them a chunk, as they come."""
+        remaining = iter(records)
+        while chunk := list(islice(remaining, chunk_size)):
+            self.commit(self.n_finished(), chunk)
+
+    def files(self) -> list[Path]:
+        """The files of all finished chunks, in order."""
+        return [self._paths[chunk_index] for chunk_index in range(self.n_finished())]
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The records of all chunks, in order."""
-        for chunk_index in range(self.n_finished()):
-            for _, record in read_jsonl(self.path(chunk_index)):
+        """The records of all finished chunks, in order."""
+        for path in self.files():
+            for _, record in read_jsonl(path):
                 yield record
+
+    def _index_of(self, path: Path, content: bytes) -> int | None:
+        """The index of a chunk by its file's name; None where the name's hash is not that of the content."""
+        match = re.fullmatch(rf"{self.prefix}-(\d+)-([0-9a-f]+)\.jsonl", path.name)
+        if match is None or match[2] != content_hash(content):
+            return None
+        return int(match[1])
+
+
+def content_hash(content: bytes) -> str:
+    """A short hash of what a chunk holds, which is a part of its file's name."""
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -20,7 +20,7 @@ are trained on as they are.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +46,17 @@ from minidpost.training.optim import derived_seed
 from minidpost.training.sft import train_sft
 
 TrainingItem = TypeVar("TrainingItem", TokenizedExample, PreferencePair)
+
+
+def planned_stages(run: Run) -> list[str]:
+    """The names of all stages that a run has, in order, if it does not stop early."""
+    stages = ["iteration-0/sft"] if run.preset.warm_up else []
+    stages.append("iteration-0/evaluation.json")
+    of_dpo = ["samples-dpo.jsonl", "pairs.jsonl", "reference.safetensors", "dpo"] if run.rules.has_dpo else []
+    of_iteration = [*of_dpo, "samples-sft.jsonl", "pseudo-labels.jsonl", "sft", "evaluation.json"]
+    for iteration in range(1, run.preset.iterations_of(run.rules) + 1):
+        stages += [f"iteration-{iteration}/{name}" for name in of_iteration]
+    return stages
 
 
 # -- fine-tuning ------------------------------------------------------------------------------------------------------
@@ -173,7 +184,7 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
         # an interrupted run left need no sampling again.
         progress = run.directory.progress(stage_name)
         without_slots = replace(settings, slots=1)
-        chunk_size = sampler.chunk_size(settings.slots, run.device)
+        chunk_size = sampler.default_chunk_size(settings.slots, run.device)
         chunks = Chunks(
             progress,
             stage_name,
@@ -184,7 +195,6 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
             run.dtype,
             chunk_size,
         )
-        first_chunk = chunks.n_finished()
         generated = generate(
             loaded,
             run.template,
@@ -194,13 +204,9 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
             n_samples=n_samples,
             calculator=run.calculator,
             label=f"{iteration}/{name}",
-            first_chunk=first_chunk,
+            first_chunk=chunks.n_finished(),
         )
-        for chunk_index in count(first_chunk):
-            chunk = list(islice(generated, chunk_size))
-            if not chunk:
-                break
-            chunks.commit(chunk_index, [asdict(sample) for sample in chunk])
+        chunks.save((asdict(sample) for sample in generated), chunk_size)
 
         # Rows finish in any order; the file is sorted by question.
         samples = [Sample(**record) for record in chunks.records()]

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from minidpost.models.hf_config import Model
 from minidpost.precision import at_least_fp32, autocast
+from minidpost.progress import Progress
 from minidpost.training.batching import TokenizedExample, collate, epoch_steps, micro_batches
 from minidpost.training.losses import dpo_loss, log_probabilities
 from minidpost.training.optim import (
@@ -119,7 +119,7 @@ def train_dpo(
     model.eval()  # no dropout
     if settings.activation_checkpointing:
         enable_activation_checkpointing(model)
-    progress = tqdm(total=settings.steps, initial=state.next_step, desc=stage, unit="step")
+    progress = Progress(total=settings.steps, initial=state.next_step, desc=stage, unit="step")
     with StepLog(log_path, state.log) as log, progress, state.stops_between_steps():
         for step, pair_indices in enumerate(steps):
             if step < state.next_step:
@@ -199,7 +199,7 @@ def reference_log_probabilities(
 
     reference_P2 = torch.empty(len(pairs), 2, dtype=at_least_fp32(weight.dtype))
     batches = pair_micro_batches(model, pairs, max_tokens)
-    for indices in tqdm(batches, desc=f"{stage} reference", unit="batch", leave=False):
+    for indices in Progress(batches, desc=f"{stage} reference", unit="batch", leave=False):
         reference_P2[indices] = pair_log_probabilities(model, [pairs[i] for i in indices], dtype).cpu()
     return reference_P2
 

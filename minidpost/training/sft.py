@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from minidpost.models.hf_config import Model
 from minidpost.precision import autocast
+from minidpost.progress import Progress
 from minidpost.training.batching import TokenizedExample, collate, epoch_steps, micro_batches
 from minidpost.training.losses import log_probabilities, sft_loss
 from minidpost.training.optim import (
@@ -84,7 +84,7 @@ def train_sft(
     state.restore(model, optimizer, stage, identity, examples)
 
     begin_sft(model, settings)
-    progress = tqdm(total=n_steps, initial=state.next_step, desc=stage, unit="step")
+    progress = Progress(total=n_steps, initial=state.next_step, desc=stage, unit="step")
     with StepLog(log_path, state.log) as log, progress, state.stops_between_steps():
         for step, example_indices in enumerate(steps):
             if step < state.next_step:

@@ -324,7 +324,7 @@ def test_questions_alone(tmp_path, monkeypatch, name, content, questions):
     (tmp_path / "a.txt").write_text(content)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
     source = name if name == "-" else str((tmp_path / "a.txt").rename(tmp_path / name))
-    assert datasets.load_questions(source) == questions
+    assert [row["question"] for row in datasets.open_questions(source).rows()] == questions
 
 
 @pytest.mark.parametrize(
@@ -364,5 +364,5 @@ def test_mistakes_in_questions(tmp_path, monkeypatch, name, content, complaint):
         (tmp_path / name).write_bytes(content)
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
     with pytest.raises(UserError) as raised:
-        datasets.load_questions(name if name == "-" else str(tmp_path / name))
+        list(datasets.open_questions(name if name == "-" else str(tmp_path / name)).rows())
     assert complaint in str(raised.value)

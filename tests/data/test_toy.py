@@ -17,6 +17,7 @@ def world():
 
 
 def test_examples_depend_on_the_seed_alone(world):
+    toy._made_once.cache_clear()
     assert toy.examples("dev") == world["dev"]
     assert toy.examples("dev", seed=1) != world["dev"]
 

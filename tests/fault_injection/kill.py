@@ -128,7 +128,11 @@ def train_for(path: Path, seconds: float | None = None) -> float:
 def stage_at_work(path: Path) -> str:
     """What a killed run was doing: its last stage, if that is not finished."""
     log = path / "log.txt"
-    stages = re.findall(r"^\S+ (iteration-\S+)$", log.read_text(encoding="utf-8"), re.MULTILINE) if log.exists() else []
+    stages = (
+        re.findall(r"^\S+ (iteration-\S+)(?: \(stage .*)?$", log.read_text(encoding="utf-8"), re.MULTILINE)
+        if log.exists()
+        else []
+    )
     if not stages:
         return "start"
     return f"after {stages[-1]}" if (path / stages[-1]).exists() else stages[-1]

@@ -668,7 +668,7 @@ def test_files_cut_off_anywhere_are_refused(llama_file, tmp_path):
 
 
 def test_corrupted_headers_are_one_line_or_harmless(llama_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(ours, "tqdm", lambda **settings: NoBar())
+    monkeypatch.setattr(ours, "Progress", lambda **settings: NoBar())
     content = llama_file.read_bytes()
     header_bytes = len(content) - sum(
         values.nbytes for values in stored_tensors(random_twin(FAMILIES["llama"])).values()

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -14,6 +13,7 @@ from urllib.parse import unquote
 
 import pytest
 import torch
+from fetching import find_models
 from llama_oracle import LLAMA_SHAPES
 from t5_oracle import SHAPES as T5_SHAPES
 
@@ -159,31 +159,11 @@ def server():
 
 def find_in_new_process(endpoint: str, folder: Path, *names: str, offline: bool = False) -> subprocess.CompletedProcess:
     """Call find_model where huggingface_hub has not been imported yet, as a command does; a line for each name."""
-    program = """
-import sys
-from minidpost import storage
-from minidpost.models import hub
-assert "huggingface_hub" not in sys.modules
-failed = False
-for name in sys.argv[2:]:
-    try:
-        print(hub.find_model(name, hub.Path(sys.argv[1])), flush=True)
-    except storage.UserError as error:
-        print(f"UserError: {error}", file=sys.stderr)
-        failed = True
-sys.exit(failed)
-"""
     foreign = re.compile(r"HF_|TQDM_|.*proxy", re.IGNORECASE)
     inherited = {key: value for key, value in os.environ.items() if not foreign.match(key)}
     hub_settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "NO_PROXY": "*"}
-    return subprocess.run(
-        [sys.executable, "-c", program, str(folder / "weights"), *(names or ("flan-t5-xl",))],
-        cwd=Path(hub.__file__).parents[2],
-        env=inherited | hub_settings | {"HF_HUB_OFFLINE": str(int(offline))},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment = inherited | hub_settings | {"HF_HUB_OFFLINE": str(int(offline))}
+    return find_models(environment, folder / "weights", names or ("flan-t5-xl",))
 
 
 def address(server) -> str:

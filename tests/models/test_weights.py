@@ -267,6 +267,7 @@ def peak():
 
 with torch.no_grad():
     load_model(sys.argv[1]).embedding.weight.sum()  # so that what is loaded on first use is there
+    assert "torch._dynamo" not in sys.modules  # torch's compiler, which takes two seconds to import
     before = peak()
     model = load_model(sys.argv[2])
     touched = sum(weight.sum() for weight in model.parameters())

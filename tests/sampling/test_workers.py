@@ -107,6 +107,18 @@ def test_rows_are_those_of_one_process_chunk_by_chunk(temperature, two_threads, 
     assert sorted(row.request_index for row in late) == list(range(60, 70))
 
 
+def test_the_number_of_workers_does_not_depend_on_where_a_run_goes_on(two_threads, monkeypatch):
+    """The last chunk alone has too few questions for two, but is divided as it is in the whole."""
+    monkeypatch.setattr(workers, "MIN_SLOTS_PER_WORKER", 4)
+    numbers = []
+    monkeypatch.setattr(sampler, "sample_in_workers", lambda work, chunks, slots, n: numbers.append((len(chunks), n)))
+    model = T5(T5Config(40, 16, 8, 24, 2, 2, 2)).initialise().eval()
+    requests = [Request((2 + i, 5), f"q{i}") for i in range(17)]
+    for first_chunk in range(3):
+        sample(model, requests, SamplingSettings(slots=8), 1, first_chunk=first_chunk, chunk_size=8)
+    assert numbers == [(3, 2), (2, 2), (1, 2)]
+
+
 def test_a_chunk_may_have_fewer_questions_than_workers(two_threads, monkeypatch):
     """65 questions in chunks of 64, say: one is left for two workers."""
     monkeypatch.setattr(sampler, "CHUNK", 8)

@@ -12,7 +12,7 @@ import torch
 
 from minidpost.errors import UserError
 from minidpost.selftraining import run_directory
-from minidpost.selftraining.run_directory import FORMAT, RunDirectory
+from minidpost.selftraining.run_directory import FORMAT, RunDirectory, duration
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -354,3 +354,25 @@ def test_a_directory_that_cannot_be_locked(tmp_path, monkeypatch):
     monkeypatch.setattr(run_directory.fcntl, "lockf", refuse)
     with pytest.raises(UserError, match="cannot be locked"):
         RunDirectory(tmp_path / "run", SETTINGS)
+
+
+def test_a_run_says_where_it_stands(tmp_path):
+    """Stages take as long as the latest of their kind did."""
+    directory = RunDirectory(tmp_path / "run", SETTINGS)
+    names = ["iteration-0/sft", "iteration-1/pairs.jsonl", "iteration-1/sft", "iteration-2/pairs.jsonl"]
+    directory.planned = [*names, "iteration-2/sft"]
+    for name, seconds in zip(names, [60.0, 2.0, 300.0, 4.0], strict=True):
+        do_stage(directory, name, lambda path: {} if path.is_dir() else write_number(path))
+        directory.stages[name]["seconds"] = seconds
+    do_stage(directory, "iteration-2/sft", lambda path: {})
+    do_stage(directory, "elsewhere.json", write_number)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert [line.split(" ", 1)[1] for line in log.splitlines()] == [
+        "iteration-0/sft (stage 1 of 5)",
+        "iteration-1/pairs.jsonl (stage 2 of 5, 60 s so far)",
+        "iteration-1/sft (stage 3 of 5, 62 s so far, about 2 min left)",
+        "iteration-2/pairs.jsonl (stage 4 of 5, 6 min so far, about 5 min left)",
+        "iteration-2/sft (stage 5 of 5, 6 min so far, about 5 min left)",
+        "elsewhere.json",
+    ]
+    assert (duration(5399), duration(7200)) == ("90 min", "2.0 h")
