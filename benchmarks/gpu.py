@@ -513,7 +513,10 @@ def dpo_of(name: str, bench: Bench) -> dict[str, float]:
         seconds = time.perf_counter() - started
         n_tokens = sum(sequence.n_tokens for pair in pairs for sequence in pair.sequences)
         train_dpo(model, pairs, reference_P2, settings, log_path=log)
-        return speed_of(model, log, device) | {"reference_tokens_s": n_tokens / seconds}
+        speed = speed_of(model, log, device) | {"reference_tokens_s": n_tokens / seconds}
+        if isinstance(model.config, T5Config):
+            del speed["flops_a_token"]  # a prompt's tokens count in each sequence, and are encoded once
+        return speed
 
 
 def speed_of(model: Model, log: Path, device: str) -> dict[str, float]:
@@ -684,13 +687,14 @@ def training_lines(found: dict[str, Any], before: dict[str, Any], peak: float | 
         if not name.startswith(("sft/", "dpo/")) or "error" in value:
             continue
         reference = value.get("reference_tokens_s")
+        flops = value.get("flops_a_token")
         yield [
             name.replace("/", ", "),
             f"{value['tokens_s']:,.0f}",
             rate(before.get(name)),
             f"{value['step_ms']:.0f}",
             f"{value['tokens_a_step']:,.0f}",
-            f"{value['tokens_s'] * value['flops_a_token'] / peak / 1e12:.0%}" if peak else "–",
+            f"{value['tokens_s'] * flops / peak / 1e12:.0%}" if peak and flops else "–",
             f"{value['peak_gb']:.1f}",
             f"{reference:,.0f}" if reference else "–",
         ]
