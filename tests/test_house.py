@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "minidpost"
 COMMANDS = ("train.py", "sample.py", "eval.py")
 # A module imports only from its own room and from those above it.
-ROOMS = "version errors storage precision text data models sampling training selftraining cli".split()
+ROOMS = "version errors storage precision processes text data models sampling training selftraining cli".split()
 FOREIGN = {"transformers", "trl", "accelerate", "lightning", "pytorch_lightning", "peft", "deepspeed", "pickle"}
 
 MODULES = {

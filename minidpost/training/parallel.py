@@ -1,0 +1,137 @@
+"""One training on several processes: whose weights lie where (FSDP2), and which rows of a step each process takes.
+
+No rank has the whole model. Each keeps a slice of every weight, of its gradient and of AdamW's moments; before a layer
+is computed its weights are gathered from all ranks, afterwards they are let go, and its gradients are summed so that
+each rank gets those of its slice (torch's `fully_shard`, one group a layer, the rest of the model another). A rank
+computes its own rows of an optimizer step, and the sum over the ranks is what one process would have computed, to
+rounding: the loss of a row is divided by the count of the whole step, so that nothing is averaged.
+
+A gathering is done by all ranks together, so all must make the same number of forward and backward passes. One that has
+no rows left computes some again with weight 0.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from minidpost.models.hf_config import Model
+from minidpost.models.weights import checked_files, load_model, open_tensors
+from minidpost.processes import mesh, rank, world_size
+from minidpost.training.batching import TokenizedExample, micro_batches
+
+Row = TypeVar("Row")
+
+
+def load_for_training(directory: Path, device: str, dtype: torch.dtype | None = None) -> Model:
+    """A model with fp32 weights: whole where there is one process, else this rank's slices of it.
+
+    Each rank reads its own slices from the disk. `dtype` is the precision of forward passes; bf16 weights are gathered
+    as such, which halves what travels, and gradients are summed in fp32.
+    """
+    if world_size() == 1:
+        return load_model(directory, device=device)
+    model, files = checked_files(directory)
+    model.float()
+    shard(model, device, dtype)
+    model.to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    for path, our_names in files.items():
+        with open_tensors(path) as tensors:
+            for theirs, ours in our_names.items():
+                local = local_part(parameters[ours])
+                with torch.no_grad():
+                    local.copy_(tensors.get_slice(theirs)[own_rows(len(parameters[ours]))])
+    return model.eval()
+
+
+def shard(model: Model, device: str, dtype: torch.dtype | None = None) -> None:
+    """Spread a model's weights over all ranks, in place."""
+    on_gpu = torch.device(device).type == "cuda"
+    precision = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if on_gpu and dtype == torch.bfloat16 else None,
+        reduce_dtype=torch.float32 if on_gpu else None,
+    )
+    all_ranks = mesh(device)
+    for stack in dict.fromkeys(model.stacks):
+        for layer in stack.layers:
+            fully_shard(layer, mesh=all_ranks, mp_policy=precision)
+    fully_shard(model, mesh=all_ranks, mp_policy=precision)
+    register_fsdp_forward_method(model, "label_log_probabilities")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Losses are divided by the count of all ranks' rows already. A plain sum is asked for explicitly as well,
+            # because gloo takes an average for a sum.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def own_rows(n_rows: int) -> slice:
+    """Which rows of a tensor of `n_rows` lie on this rank: equal parts, of which the last may be shorter or empty."""
+    per_rank = -(-n_rows // world_size())
+    return slice(min(rank() * per_rank, n_rows), min((rank() + 1) * per_rank, n_rows))
+
+
+def local_part(weight: Tensor) -> Tensor:
+    """The slice of a spread tensor that lies on this rank; the whole of any other."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A spread tensor gathered from all ranks; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sums_gradients(model: nn.Module, now: bool) -> None:
+    """Whether the next backward pass sums gradients over the ranks: once a step is enough, in its last one."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+
+
+def let_go_of_weights(model: nn.Module) -> None:
+    """Leave each rank its slices alone, as after a backward pass: a forward pass alone keeps some weights gathered."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+# -- which rows -------------------------------------------------------------------------------------------------------
+
+
+def own_micro_batches(
+    model: Model, items: Sequence[Sequence[TokenizedExample]], max_tokens: int, device: torch.device
+) -> Iterator[tuple[list[int], float]]:
+    """This rank's micro-batches of items 0 … n−1, each with the weight of its loss, 1.0.
+
+    All ranks get equally many: where one has fewer, item 0 follows with weight 0.0. Before the last one is given,
+    gradients are told to be summed over the ranks.
+    """
+    of_ranks = [
+        [[own[i] for i in batch] for batch in micro_batches(model.config, [items[i] for i in own], max_tokens, device)]
+        for own in deal(items, world_size())
+    ]
+    n_rounds = max(len(batches) for batches in of_ranks)
+    own = of_ranks[rank()]
+    for index in range(n_rounds):
+        sums_gradients(model, index == n_rounds - 1)
+        yield (own[index], 1.0) if index < len(own) else ([0], 0.0)
+
+
+def deal(items: Sequence[Sequence[TokenizedExample]], n_ranks: int) -> list[list[int]]:
+    """Which items each rank takes, so that all have like numbers of tokens and of items.
+
+    As cards are dealt, the largest first, and back again: of seven items, ordered by size, two ranks get
+    0 3 4 and 1 2 5 6. A single rank gets all, in their order.
+    """
+    if n_ranks == 1:
+        return [[*range(len(items))]]
+    sizes = [sum(example.n_tokens for example in item) for item in items]
+    largest_first = sorted(range(len(items)), key=lambda i: sizes[i], reverse=True)
+    dealt: list[list[int]] = [[] for _ in range(n_ranks)]
+    for place, index in enumerate(largest_first):
+        round_number, position = divmod(place, n_ranks)
+        dealt[position if round_number % 2 == 0 else n_ranks - 1 - position].append(index)
+    return dealt
