@@ -40,7 +40,7 @@ from minidpost.selftraining.flags import (
     written,
 )
 from minidpost.selftraining.methods import METHODS
-from minidpost.selftraining.presets import Preset, n_parameters, preset_for
+from minidpost.selftraining.presets import Preset, for_lora, n_parameters, preset_for
 from minidpost.selftraining.rehearsal import rehearse
 from minidpost.selftraining.report import write_report
 from minidpost.selftraining.run import Data, Run, tokenize
@@ -54,8 +54,11 @@ def main() -> None:
     # 1) Everything that can be wrong is found before anything is written.
     options = parse_options()
     base = find_model(options.model)
+    replaced = replaced_hyperparameters(options)
     default = preset_for(base, options.method)
-    preset = resolve_preset(options, default)
+    if replaced.get("lora_rank") is not None:
+        default = for_lora(default)
+    preset = resolve_preset(options, default, replaced)
     check_weights(base)
     data = load_data(options)
     template = load_template(base, options.template)
@@ -168,10 +171,17 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def resolve_preset(options: argparse.Namespace, default: Preset) -> Preset:
-    """The preset of the model and the method, with the hyperparameters that --config and flags replace."""
+def replaced_hyperparameters(options: argparse.Namespace) -> dict[str, Any]:
+    """The hyperparameters that the file of --config and the flags give; flags count more."""
     from_file = read_hyperparameters(options.config) if options.config else {}
-    preset = dataclasses.replace(default, **{**from_file, **given(options)})
+    return {**from_file, **given(options)}
+
+
+def resolve_preset(options: argparse.Namespace, default: Preset, replaced: dict[str, Any]) -> Preset:
+    """The preset of the model and the method, with what is replaced of it; UserError at a contradiction."""
+    preset = dataclasses.replace(default, **replaced)
+    if preset.lora_alpha is not None and preset.lora_rank is None:
+        raise UserError("--lora-alpha: has no effect without --lora-rank, which is expected too")
     if not preset.warm_up and not METHODS[options.method].iterates:
         raise UserError(f"--no-warm-up: leaves nothing to do for --method {options.method}")
     return preset

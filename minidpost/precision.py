@@ -71,14 +71,19 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def forward_dtype(device: torch.device, dtype: torch.dtype | None = None) -> torch.dtype:
+    """What `autocast` makes of `dtype`, and what weights are held in that are not trained: bf16 or fp32."""
+    if dtype is None and cuda_multiplies_bf16(device.type):
+        return torch.bfloat16
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None = None) -> AbstractContextManager[object]:
     """Training's forward passes in bf16 for `dtype` bf16, and as the weights are for any other.
 
-    None: bf16 on a CUDA device that multiplies it, else as the weights are. Master weights are fp32 throughout. A
-    forward pass uses each weight once, so that a cache of bf16 copies would cost memory and save nothing.
+    None: bf16 on a CUDA device that multiplies it, else as the weights are. Weights that are trained are fp32
+    throughout. A forward pass uses each weight once, so that a cache of bf16 copies would cost memory and save nothing.
     """
-    if dtype is None and cuda_multiplies_bf16(device.type):
-        dtype = torch.bfloat16
-    if dtype != torch.bfloat16:
+    if forward_dtype(device, dtype) != torch.bfloat16:
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)

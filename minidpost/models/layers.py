@@ -5,8 +5,8 @@ step has few rows, and each row has one position.
 
 Letters of the shapes, here and in the other files of this folder: B rows, T new or target positions, S source or
 cached positions, N packed tokens, Q distinct prompts, R queries that share keys, D model width, F feed-forward width,
-H heads, G key and value heads, K head width, V vocabulary, L layers, O outputs of a matrix; C cells of the table of
-rows and prompts, X entries of the table of position biases (both in kvcache.py).
+H heads, G key and value heads, K head width, V vocabulary, L layers, O outputs of a matrix; M rank of an adapter
+(lora.py); C cells of the table of rows and prompts, X entries of the table of position biases (both in kvcache.py).
 """
 
 from typing import Any, Protocol

@@ -8,10 +8,10 @@ held twice. Pickles (*.bin) are not read: they can run code.
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,13 +47,10 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
 
     # 2) One tensor at a time from the disk to its place: read, cast, set.
     not_finite = []
-    for path, our_names in files.items():
-        with open_tensors(path) as tensors:
-            for theirs, ours in our_names.items():
-                tensor = read_tensor(tensors, path, theirs)
-                if not is_finite(tensor):
-                    not_finite.append(f"{path}: tensor {theirs}")
-                set_parameter(model, ours, nn.Parameter(tensor.to(device, dtype)))
+    for stored in stored_tensors(files):
+        if not is_finite(stored.tensor):
+            not_finite.append(f"{stored.path}: tensor {stored.theirs}")
+        set_parameter(model, stored.ours, nn.Parameter(stored.tensor.to(device, dtype)))
     if not_finite:
         warnings.warn(f"{not_finite[0]} holds NaN or infinity ({len(not_finite)} such in all)", stacklevel=2)
     return model.eval()
@@ -104,6 +101,23 @@ def checked_files(directory: Path) -> tuple[Model, dict[Path, dict[str, str]]]:
     if missing:
         raise UserError(f"{directory}: missing tensor {min(missing)} ({len(missing)} missing in all)")
     return model, files
+
+
+class StoredTensor(NamedTuple):
+    """A tensor as it is stored: the file it is in, its name there, our name, its values."""
+
+    path: Path
+    theirs: str
+    ours: str
+    tensor: Tensor
+
+
+def stored_tensors(files: dict[Path, dict[str, str]]) -> Iterator[StoredTensor]:
+    """The tensors that `checked_files` found, one at a time; UserError where a file is not what it was then."""
+    for path, our_names in files.items():
+        with open_tensors(path) as tensors:
+            for theirs, ours in our_names.items():
+                yield StoredTensor(path, theirs, ours, read_tensor(tensors, path, theirs))
 
 
 def empty_model(config: Config) -> Model:
@@ -173,14 +187,36 @@ def save_model(
 
     `tokenizer_files` are those of the model this one was made from (see the function of that name); an empty sequence
     gives a directory without a tokenizer. `template`, "alpaca" or "chat", is recorded for `load_template`; with None a
-    record among `tokenizer_files` stays.
+    record among `tokenizer_files` stays. ValueError where the model has adapters, for which these files have no place:
+    lora.save_merged writes such a one.
     """
-    directory = Path(directory)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    their_names = dict(mapping_for(model.config).names(model.config))
+    without_place = parameters.keys() - their_names.keys()
+    if without_place:
+        raise ValueError(f"{min(without_place)} has no name in a Hugging Face directory; are there adapters to merge?")
+    write_directory(
+        Path(directory),
+        model.config,
+        ((theirs, parameters[ours]) for ours, theirs in their_names.items()),
+        dtype=next(model.parameters()).dtype,
+        tokenizer_files=tokenizer_files,
+        template=template,
+    )
+
+
+def write_directory(
+    directory: Path,
+    config: Config,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype,
+    tokenizer_files: Sequence[Path],
+    template: str | None,
+) -> None:
+    """`save_model` of tensors that are given one by one, by their names; `dtype` is what config.json says of them."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "config.json", config_json(model.config, next(model.parameters()).dtype))
-    parameters = dict(model.named_parameters())
-    names = mapping_for(model.config).names(model.config)
-    tensors = {theirs: parameters[ours].detach() for ours, theirs in names}
+    write_json(directory / "config.json", config_json(config, dtype))
     write_tensors(tensors, directory, MAX_SHARD_BYTES)
     # All go to the root, `original/tokenizer.model` too; of two files with one name the first is taken.
     copied: set[str] = set()
@@ -290,27 +326,44 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
-def write_tensors(tensors: dict[str, Tensor], directory: Path, max_shard_bytes: int) -> None:
-    """Write model.safetensors, or numbered shards and their index where one file would exceed `max_shard_bytes`."""
-    # 1) Fill shards in the order of the tensors; a tensor larger than a shard gets one of its own.
-    shards: list[dict[str, Tensor]] = [{}]
-    room = max_shard_bytes
-    for name, tensor in tensors.items():
-        if tensor.nbytes > room and shards[-1]:
-            shards.append({})
-            room = max_shard_bytes
-        shards[-1][name] = tensor.contiguous()
-        room -= tensor.nbytes
+def write_tensors(tensors: Iterable[tuple[str, Tensor]], directory: Path, max_shard_bytes: int) -> None:
+    """Write model.safetensors, or numbered shards and their index where one file would exceed `max_shard_bytes`.
+
+    The tensors come one by one, so that they may be made as they are asked for: at most one shard of them is held.
+    """
+    # 1) Write each shard as it is full. How many there will be shows at the end, so that they have no final names yet.
+    paths: list[Path] = []
+    shard_index_of: dict[str, int] = {}
+    total_bytes = 0
+    for shard in in_shards(tensors, max_shard_bytes):
+        path = directory / f"model-{len(paths) + 1:05d}.unfinished"
+        save_tensors(shard, path)
+        shard_index_of.update(dict.fromkeys(shard, len(paths)))
+        total_bytes += sum(tensor.nbytes for tensor in shard.values())
+        paths.append(path)
+        shard.clear()  # else it would be held while the next one is filled
     # 2) One file needs no index.
-    if len(shards) == 1:
-        save_tensors(shards[0], directory / WEIGHTS)
+    if len(paths) == 1:
+        os.replace(paths[0], directory / WEIGHTS)
         return
     # 3) Several are named model-00001-of-00003.safetensors and so on; the index says where each tensor lies.
-    weight_map: dict[str, str] = {}
-    for shard_number, shard in enumerate(shards, start=1):
-        file_name = f"model-{shard_number:05d}-of-{len(shards):05d}.safetensors"
-        save_tensors(shard, directory / file_name)
-        weight_map.update(dict.fromkeys(shard, file_name))
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    names = [f"model-{number:05d}-of-{len(paths):05d}.safetensors" for number in range(1, len(paths) + 1)]
+    for path, name in zip(paths, names, strict=True):
+        os.replace(path, directory / name)
+    weight_map = {name: names[index] for name, index in shard_index_of.items()}
+    write_json(directory / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
     (directory / WEIGHTS).unlink(missing_ok=True)  # an older one would be read before the shards
+
+
+def in_shards(tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Tensors in their order, as many together as `max_shard_bytes` allow; a larger one has a shard of its own."""
+    shard: dict[str, Tensor] = {}
+    room = max_shard_bytes
+    for name, tensor in tensors:
+        if tensor.nbytes > room and shard:
+            yield shard
+            shard = {}
+            room = max_shard_bytes
+        shard[name] = tensor.contiguous()
+        room -= tensor.nbytes
+    yield shard

@@ -2,16 +2,19 @@
 
 Memory is estimated before anything is allocated, and compared with what is free. Training needs fp32 weights, their
 gradients and AdamW's two moments: 16 bytes a parameter; then the activations of one micro-batch, and one chunk of
-logits with its gradient. Sampling needs the weights, the KV cache, and the logits of all slots. The activations of a
-layer are counted roughly, and rather too high; what a rehearsal measures (rehearsal.py) is exact.
+logits with its gradient. With LoRA it is the adapters' parameters that take 16 bytes, and the frozen ones take 2 (bf16)
+or 4. Sampling needs the weights, the KV cache, and the logits of all slots. The activations of a layer are counted
+roughly, and rather too high; what a rehearsal measures (rehearsal.py) is exact.
 
-A run's models stay on the disk, fp32, 4 bytes a parameter for each SFT and DPO. While a training is at work, so do two
-saved states of it, weights and AdamW's moments, 12 bytes a parameter: the last one, until the next is whole.
+A run's models stay on the disk, fp32, 4 bytes a parameter for each SFT and DPO, and with LoRA their adapters too. While
+a training is at work, so do two saved states of it, weights and AdamW's moments, 12 bytes a parameter that is trained:
+the last one, until the next is whole.
 
 FLOPs are counted as in the paper's figure 1 (after Yuan et al. 2023, appendix E). Training costs 6 a parameter and
-token, a forward pass 2. An encoder's parameters see source tokens, a decoder's target tokens. Decoding costs
-1.66 N + 2·n_layer·n_ctx·d a token. Departure: the paper prints a factor i inside that sum, which would make the cost of
-one token grow with the square of its position, and is left out. The samples of a question share its prefill.
+token, a forward pass 2. With LoRA training costs 4, as frozen weights pass gradients on but get none. An encoder's
+parameters see source tokens, a decoder's target tokens. Decoding costs 1.66 N + 2·n_layer·n_ctx·d a token. Departure:
+the paper prints a factor i inside that sum, which would make the cost of one token grow with the square of its
+position, and is left out. The samples of a question share its prefill.
 """
 
 import os
@@ -28,6 +31,8 @@ from torch import Tensor
 from minidpost.errors import UserError
 from minidpost.models.hf_config import Model
 from minidpost.models.kvcache import KVCache, SharedPromptCache, T5Cache
+from minidpost.models.layers import Linear
+from minidpost.models.lora import n_adapter_parameters
 from minidpost.models.t5 import T5Config
 from minidpost.models.weights import empty_model
 from minidpost.sampling.generate import MAX_PROMPT_TOKENS
@@ -65,9 +70,12 @@ def check_memory(
     if free is None:
         return f"memory: {text} (estimated)"
     if max(needed.values()) > free:
+        less_memory = "--activation-checkpointing"
+        if preset.lora_rank is None:
+            less_memory += " or --lora-rank (training)"
         raise UserError(
             f"memory: {text} needed (estimated), but {device} has {size_text(free)} free; a smaller model, or smaller "
-            "--micro-batch-tokens (training) and --slots (sampling), or --activation-checkpointing might fit"
+            f"--micro-batch-tokens (training) and --slots (sampling), or {less_memory} might fit"
         )
     return f"memory: {text} (estimated) of {size_text(free)} free on {device}"
 
@@ -77,14 +85,26 @@ def training_bytes(model: Model, preset: Preset, dtype: torch.dtype = torch.floa
     n_layers = max(len(stack.layers) for stack in model.stacks)
     n_tokens = max(preset.micro_batch_tokens, preset.max_source + preset.max_target)
     layer_bytes = n_tokens * activation_bytes_a_token(model, preset, dtype, device)
-    # The forward pass in bf16 keeps a bf16 copy of every weight for the backward pass: of the layers that it keeps.
-    copies_bytes = 2 * n_parameters(model) if dtype == torch.bfloat16 else 0
+    n_trained = n_trained_parameters(model, preset)
+    number_bytes = preset.weights_dtype(device, dtype).itemsize  # of a frozen weight, and of the residual stream
+    frozen_bytes = 0 if preset.lora_rank is None else number_bytes * n_parameters(model)
+    # The forward pass in bf16 keeps a bf16 copy of every fp32 weight for the backward pass: of the layers that it
+    # keeps. Frozen weights are bf16 themselves.
+    copies_bytes = 2 * n_trained if dtype == torch.bfloat16 else 0
     if preset.activation_checkpointing:  # every layer's input, and one layer at a time computed again
-        activation_bytes = n_layers * 4 * n_tokens * model.config.d_model + layer_bytes + copies_bytes // n_layers
+        inputs_bytes = n_layers * number_bytes * n_tokens * model.config.d_model
+        activation_bytes = inputs_bytes + layer_bytes + copies_bytes // n_layers
     else:
         activation_bytes = n_layers * layer_bytes + copies_bytes
     logits_bytes = 12 * min(LOGITS_AT_ONCE, n_tokens * model.config.vocab_size)  # logits, log-softmax, gradient
-    return 16 * n_parameters(model) + activation_bytes + logits_bytes
+    return frozen_bytes + 16 * n_trained + activation_bytes + logits_bytes
+
+
+def n_trained_parameters(model: Model, preset: Preset) -> int:
+    """The parameters that training changes: all, or with LoRA those of the adapters, which `model` need not have."""
+    if preset.lora_rank is None:
+        return n_parameters(model)
+    return n_adapter_parameters(model, preset.lora_rank)
 
 
 def activation_bytes_a_token(model: Model, preset: Preset, dtype: torch.dtype, device: str) -> int:
@@ -107,7 +127,13 @@ def activation_bytes_a_token(model: Model, preset: Preset, dtype: torch.dtype, d
     if is_t5 and torch.device(device).type == "cpu":
         # There T5's attention weights are kept (see t5.FullAttention), also what dropout makes of them, and its mask.
         attention_bytes = 3 * dtype.itemsize * config.n_heads * (preset.max_source + preset.max_target)
-    return width_bytes * config.d_model + n_hidden * dtype.itemsize * config.d_ff + attention_bytes
+    adapter_bytes = 0
+    if preset.lora_rank is not None:
+        # Between the two matrices of each adapter there are as many numbers as its rank.
+        last_layer = model.stacks[1].layers[-1]
+        n_adapters = sum(isinstance(module, Linear) for module in last_layer.modules())
+        adapter_bytes = n_adapters * dtype.itemsize * preset.lora_rank
+    return width_bytes * config.d_model + n_hidden * dtype.itemsize * config.d_ff + attention_bytes + adapter_bytes
 
 
 def sampling_bytes(model: Model, preset: Preset, dtype: torch.dtype) -> int:
@@ -185,7 +211,11 @@ def disk_bytes(model: Model, preset: Preset, method: str) -> int:
     rules = METHODS[method]
     n_iterations = preset.iterations if rules.iterates else 0
     n_models = int(preset.warm_up) + n_iterations * (1 + int(rules.has_dpo))
-    return (4 * n_models + 2 * 12) * n_parameters(model)
+    n_trained = n_trained_parameters(model, preset)
+    n_written = n_parameters(model)
+    if preset.lora_rank is not None:
+        n_written += n_trained  # the adapters lie beside the merged model
+    return 4 * n_models * n_written + 2 * 12 * n_trained
 
 
 # -- floating-point operations ----------------------------------------------------------------------------------------
@@ -220,9 +250,10 @@ def forward_flops(size: ModelSize, n_source: int, n_target: int) -> float:
     return 2.0 * (size.n_source * n_source + size.n_target * n_target)
 
 
-def training_flops(size: ModelSize, n_source: int, n_target: int) -> float:
-    """Forward and backward pass."""
-    return 3 * forward_flops(size, n_source, n_target)
+def training_flops(size: ModelSize, n_source: int, n_target: int, *, is_frozen: bool = False) -> float:
+    """Forward and backward pass; where the weights are frozen (LoRA), a backward pass without their gradients."""
+    n_passes = 2 if is_frozen else 3
+    return n_passes * forward_flops(size, n_source, n_target)
 
 
 def sampling_flops(size: ModelSize, prompt_lengths: Sequence[int], completion_lengths: Sequence[int]) -> float:
@@ -277,15 +308,19 @@ def run_flops(plan: Plan, size: ModelSize) -> float:
     mean_target = n_target // max(1, len(labelled))
     prompt_lengths = [len(plan.tokens.prompt_ids[example.question]) for example in plan.data.pool]
     mean_prompt = sum(prompt_lengths) // len(prompt_lengths)
-    recomputed = 4 / 3 if preset.activation_checkpointing else 1.0  # a second forward pass
+    is_frozen = preset.lora_rank is not None
+    n_passes = 2 if is_frozen else 3
+    recomputed = (n_passes + 1) / n_passes if preset.activation_checkpointing else 1.0  # a second forward pass
 
     def sampling(n_questions: int, n_samples: int) -> float:
         return sampling_flops(size, [mean_prompt] * n_questions, [mean_target] * (n_questions * n_samples))
 
     # The warm-up, and the SFT of each iteration, on one pseudo-label more for every second question of the pool.
-    sft = preset.sft_epochs * training_flops(size, n_source, n_target)
+    sft = preset.sft_epochs * training_flops(size, n_source, n_target, is_frozen=is_frozen)
     n_labels = len(prompt_lengths) // 2
-    labels = preset.sft_epochs * training_flops(size, n_labels * mean_prompt, n_labels * mean_target)
+    n_sources = preset.sft_epochs * n_labels * mean_prompt
+    n_targets = preset.sft_epochs * n_labels * mean_target
+    labels = training_flops(size, n_sources, n_targets, is_frozen=is_frozen)
     training = sft * int(preset.warm_up)
     inference = 0.0
     for iteration in range(1, plan.n_iterations + 1):
@@ -293,7 +328,9 @@ def run_flops(plan: Plan, size: ModelSize) -> float:
         inference += sampling(len(prompt_lengths), preset.samples)
         if METHODS[plan.method].has_dpo:
             n_sequences = 2 * preset.dpo_steps * preset.dpo_pairs_per_step
-            training += training_flops(size, n_sequences * mean_prompt, n_sequences * mean_target)
+            n_sources = n_sequences * mean_prompt
+            n_targets = n_sequences * mean_target
+            training += training_flops(size, n_sources, n_targets, is_frozen=is_frozen)
             inference += sampling(len(prompt_lengths), preset.dpo_samples)
 
     # Evaluations: all sets greedily, dev `pass_at` times more, after every SFT.

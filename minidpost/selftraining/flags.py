@@ -60,6 +60,14 @@ GROUPS: dict[str, dict[str, Flag]] = {
         "max_source": Flag("longest prompt that is trained on, in tokens; what is longer is left out and counted"),
         "max_target": Flag("longest completion that is trained on, in tokens; what is longer is left out and counted"),
     },
+    "LoRA (without --lora-rank all weights are trained)": {
+        "lora_rank": Flag(
+            "train low-rank adapters of this rank on all linear layers, and nothing else: much less memory; the "
+            "preset's learning rates are then ten times as high; none: train all weights",
+            high=2**14,
+        ),
+        "lora_alpha": Flag("adapters are multiplied by this over their rank; none: twice the rank", low=1e-3),
+    },
     "sampling": {
         "samples": Flag("K: samples for each question, for the pseudo-labels"),
         "dpo_samples": Flag("samples for each question, for the preference pairs"),

@@ -2,8 +2,9 @@
 
 A throwaway copy of the base model is trained on the largest micro-batches that the run's SFT and DPO can meet, and
 makes one decoding step with all slots at their last position. The trainings' own functions do it, so that what is
-rehearsed is what will happen: fp32 weights, gradients of a micro-batch before, AdamW's moments, activations. Nothing
-is different afterwards: no file is written, and all generators of random numbers are as they were.
+rehearsed is what will happen: fp32 weights (or frozen ones with adapters), gradients of a micro-batch before, AdamW's
+moments, activations. Nothing is different afterwards: no file is written, and all generators of random numbers are as
+they were.
 
 On a GPU a rehearsal takes seconds, and is always made. On a CPU it is made only where it is a small fraction of the
 run.
@@ -31,7 +32,7 @@ from minidpost.sampling.token_choice import choose
 from minidpost.selftraining.estimates import Plan, forward_flops, model_size, run_flops, size_text, training_flops
 from minidpost.selftraining.methods import METHODS
 from minidpost.selftraining.presets import n_parameters
-from minidpost.selftraining.steps import less_for_sampling, less_for_training
+from minidpost.selftraining.steps import less_for_sampling, less_for_training, load_for_training
 from minidpost.training.batching import TokenizedExample, epoch_steps, micro_batches, padded_shape
 from minidpost.training.dpo import (
     GPU_REFERENCE_BATCH_FACTOR,
@@ -59,7 +60,10 @@ def rehearse(plan: Plan, model: Model) -> str | None:
             begin_peak(plan.device)
             rehearse_sampling(plan)
             sampling = peak_bytes(plan.device)
-        with when_memory_runs_out(f"in the rehearsal of training {less_for_training(plan.preset)}"):
+        less = less_for_training(plan.preset)
+        if plan.preset.lora_rank is None:  # which may still be chosen, as nothing has begun
+            less += ", and so does --lora-rank"
+        with when_memory_runs_out(f"in the rehearsal of training {less}"):
             begin_peak(plan.device)
             rehearse_training(plan)
             training = peak_bytes(plan.device)
@@ -81,7 +85,8 @@ def is_worth_it(plan: Plan, model: Model) -> bool:
     n_tokens = max(preset.micro_batch_tokens, 2 * preset.pairs_per_question * longest)
     # Three micro-batches (two of SFT, one of DPO with its reference), a prefill, a decoding step.
     half = n_tokens // 2  # source and target tokens
-    training = 3 * training_flops(size, half, half) + forward_flops(size, half, half)
+    is_frozen = preset.lora_rank is not None
+    training = 3 * training_flops(size, half, half, is_frozen=is_frozen) + forward_flops(size, half, half)
     sampling = forward_flops(size, PREFILL_BATCH * preset.max_source, preset.slots)
     return training + sampling <= MAX_FRACTION_OF_RUN * run_flops(plan, size)
 
@@ -119,8 +124,8 @@ def rehearse_sampling(plan: Plan) -> None:
 
 def rehearse_training(plan: Plan) -> None:
     """The largest micro-batches of SFT, DPO's reference and DPO, each in an optimizer step that has a second one."""
-    model = load_model(plan.base, device=plan.device)
     preset = plan.preset
+    model = load_for_training(plan.base, preset, dtype=plan.training_dtype, device=plan.device, seed=0)
     sft = preset.sft(0, plan.training_dtype)
     pairs = largest_pairs(plan) if plan.n_iterations and METHODS[plan.method].has_dpo else []
     if pairs:

@@ -3,11 +3,11 @@
 Every step takes the run and the number of an iteration, reads files of the run's directory and writes one stage of it:
 
     step                      reads                              writes, under iteration-N/
-    fine_tune                 base, L or pseudo-labels.jsonl     sft/
+    fine_tune                 base, L or pseudo-labels.jsonl     sft/ (with LoRA merged, and sft/adapter/)
     sample_rationales         a model                            samples-dpo.jsonl or samples-sft.jsonl
     build_preference_pairs    samples-dpo.jsonl of 1 … N         pairs.jsonl
     compute_reference         a model, pairs.jsonl               reference.safetensors
-    train_preferences         the same model, both of these      dpo/
+    train_preferences         the same model, both of these      dpo/ (likewise)
     build_pseudo_labels       samples-sft.jsonl of 1 … N         pseudo-labels.jsonl
     evaluate                  sft/, dpo/                         evaluation.json
 
@@ -29,6 +29,7 @@ import torch
 from minidpost.data.example import Example
 from minidpost.errors import UserError, when_memory_runs_out
 from minidpost.models.hf_config import Model
+from minidpost.models.lora import adapters, add_adapters, save_adapters, save_merged
 from minidpost.models.weights import load_model, open_tensors, save_model, save_tensors, tokenizer_files
 from minidpost.sampling import sampler
 from minidpost.sampling.generate import Sample, generate
@@ -58,7 +59,7 @@ def fine_tune(run: Run, iteration: int, labels: Path | None = None) -> None:
     with run.directory.stage(name) as stage, when_memory_runs_out(training_advice(run, name)):
         examples = labelled_examples(run) if labels is None else read_pseudo_labels(run, labels)
         examples = within_limits(run, examples, f"{iteration}/sft")
-        model = load_model(run.base, device=run.device)
+        model = load_with_adapters(run, run.base, f"{iteration}/sft")
         settings = run.preset.sft(run.seed, run.training_dtype)
         train_sft(
             model,
@@ -68,10 +69,43 @@ def fine_tune(run: Run, iteration: int, labels: Path | None = None) -> None:
             stage=f"{iteration}/sft",
             state=run.training_state(name),
         )
-        save_model(model, stage.path, tokenizer_files(run.base), run.template_name)
+        save_trained(model, stage.path, start=run.base, template=run.template_name)
 
         n_source, n_target = token_counts(examples)
-        stage.metadata["flops"] = settings.epochs * training_flops(model_size(model), n_source, n_target)
+        is_frozen = run.preset.lora_rank is not None
+        flops = training_flops(model_size(model), n_source, n_target, is_frozen=is_frozen)
+        stage.metadata["flops"] = settings.epochs * flops
+
+
+def load_with_adapters(run: Run, directory: Path, stage: str) -> Model:
+    """A model that is to be trained in a stage; adapters, where there are any, are seeded by (seed, stage)."""
+    seed = derived_seed(run.seed, stage, "adapters")
+    return load_for_training(directory, run.preset, dtype=run.training_dtype, device=run.device, seed=seed)
+
+
+def load_for_training(directory: Path, preset: Preset, *, dtype: torch.dtype | None, device: str, seed: int) -> Model:
+    """A model as training needs it: fp32, or with a `lora_rank` frozen, with fresh adapters drawn from `seed`.
+
+    `dtype` is the precision of forward passes (precision.autocast), in which frozen weights are held.
+    """
+    model = load_model(directory, preset.weights_dtype(device, dtype), device)
+    if preset.lora_rank is not None:
+        alpha = 2.0 * preset.lora_rank if preset.lora_alpha is None else preset.lora_alpha
+        add_adapters(model, rank=preset.lora_rank, alpha=alpha, seed=seed)
+    return model
+
+
+def save_trained(model: Model, directory: Path, *, start: Path, template: str | None = None) -> None:
+    """Write what a training has made of the model in `start`; adapters are merged, and kept in adapter/.
+
+    They lie in a folder of their own, as transformers takes a directory that has an adapter_config.json for an adapter
+    and loads the model that is named there.
+    """
+    if adapters(model):
+        save_adapters(model, directory / "adapter", start)
+        save_merged(model, directory, start=start, tokenizer_files=tokenizer_files(start), template=template)
+    else:
+        save_model(model, directory, tokenizer_files(start), template)
 
 
 def training_advice(run: Run, name: str) -> str:
@@ -264,7 +298,9 @@ def compute_reference(run: Run, iteration: int, *, model: Path) -> None:
         reference_P2 = torch.empty(0, 2)
         flops = 0.0
         if pairs:
-            policy = load_model(model, device=run.device)
+            # The policy before its first step; with LoRA that is the frozen model alone, in the precision it has then.
+            weights_dtype = run.preset.weights_dtype(run.device, run.training_dtype)
+            policy = load_model(model, weights_dtype, run.device)
             reference_P2 = reference_log_probabilities(
                 policy,
                 pairs,
@@ -285,7 +321,7 @@ def train_preferences(run: Run, iteration: int, *, model: Path) -> None:
         return
     with run.directory.stage(name) as stage, when_memory_runs_out(training_advice(run, name)):
         pairs = within_limits(run, read_pairs(run, iteration), f"{iteration}/dpo")
-        policy = load_model(model, device=run.device)
+        policy = load_with_adapters(run, model, f"{iteration}/dpo")
         flops = 0.0
         if pairs:
             with open_tensors(run.path(iteration) / "reference.safetensors") as file:
@@ -308,10 +344,11 @@ def train_preferences(run: Run, iteration: int, *, model: Path) -> None:
             n_source, n_target = token_counts(pairs)
             steps_per_epoch = -(-len(pairs) // settings.pairs_per_step)  # rounded up
             n_epochs = settings.steps / steps_per_epoch
-            flops = n_epochs * training_flops(model_size(policy), n_source, n_target)
+            is_frozen = run.preset.lora_rank is not None
+            flops = n_epochs * training_flops(model_size(policy), n_source, n_target, is_frozen=is_frozen)
         else:
             run.directory.log(f"iteration {iteration}: no preference pairs, so DPO leaves the model as it is")
-        save_model(policy, stage.path, tokenizer_files(model))
+        save_trained(policy, stage.path, start=model)
         stage.metadata["flops"] = flops
 
 

@@ -39,9 +39,10 @@ class Schedule:
 
 
 def adamw(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
-    """AdamW over all parameters; vectors (the norms' weights, biases) do not decay."""
-    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
-    vectors = [weight for weight in model.parameters() if weight.dim() == 1]
+    """AdamW over all parameters that are not frozen; vectors (the norms' weights, biases) do not decay."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    matrices = [weight for weight in trained if weight.dim() > 1]
+    vectors = [weight for weight in trained if weight.dim() == 1]
     groups = [
         {"params": matrices, "weight_decay": schedule.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

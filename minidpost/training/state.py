@@ -1,6 +1,7 @@
 """Training that can be stopped at any step and continued bit for bit; and how Ctrl-C and SIGTERM stop it.
 
 A training state is one safetensors file: fp32 weights, AdamW's moments, the number of the next step and the log so far.
+Weights are those that are trained; with LoRA that is the adapters, and the file is small.
 A step's examples and dropout are random numbers seeded by (seed, stage, step), so nothing else needs to be saved: the
 steps that follow equal those of a training that was never stopped. The file is written atomically (storage.py).
 """
@@ -48,10 +49,12 @@ class TrainingState:
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, *identity: object) -> None:
         """Take up the state that was saved for the same `identity` (stage, settings, data): sets `next_step`, `log`.
 
-        Where there is none, or it is of something else, nothing changes: the training begins at step 0.
-        UserError where the file is broken.
+        Where there is none, or it is of something else or of other parameters, nothing changes: the training begins at
+        step 0. UserError where the file is broken.
         """
-        self.fingerprint = fingerprint(*identity)
+        parameters = trained_parameters(model)
+        shapes = [(name, tuple(weight.shape)) for name, weight in parameters.items()]
+        self.fingerprint = fingerprint(*identity, shapes)
         self.saved_at = time.monotonic()
         if self.path is None or not self.path.is_file():
             return
@@ -61,7 +64,6 @@ class TrainingState:
             if metadata.get("fingerprint") != self.fingerprint:
                 return
             # Names are "weight/NAME" for a parameter, "exp_avg/NAME" and so on for what AdamW keeps for it.
-            parameters = dict(model.named_parameters())
             for key in file.keys():
                 kind, _, name = key.partition("/")
                 weight = parameters[name]
@@ -84,7 +86,7 @@ class TrainingState:
             return
 
         tensors = {}
-        for name, weight in model.named_parameters():
+        for name, weight in trained_parameters(model).items():
             tensors[f"weight/{name}"] = weight.detach()
             for kind, value in optimizer.state[weight].items():
                 tensors[f"{kind}/{name}"] = value
@@ -126,6 +128,11 @@ class TrainingState:
                 interrupt(self.stop_signal)
         finally:
             restore_handlers()
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model that are not frozen, by name."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def fingerprint(*identity: object) -> str:

@@ -286,7 +286,7 @@ def shards() -> Iterator[tuple]:
             from safetensors.torch import load_file
 
             model = directory / MODEL
-            write_tensors(load_file(model / WEIGHTS), model, max_shard_bytes=60_000)
+            write_tensors(load_file(model / WEIGHTS).items(), model, max_shard_bytes=60_000)
             index = json.loads((model / INDEX).read_text())
             for place in (directory, directory / "elsewhere"):  # whole files that must not be opened
                 place.mkdir(exist_ok=True)

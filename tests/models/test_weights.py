@@ -218,12 +218,12 @@ def test_new_shards_hide_no_older_whole_file(saved):
     model = random_t5(SHAPES[SHAPE], seed=5)
     names = dict(t5_names(model.config))
     tensors = {names[name]: weight.detach() for name, weight in model.named_parameters()}
-    write_tensors(tensors, saved, max_shard_bytes=20_000)
+    write_tensors(tensors.items(), saved, max_shard_bytes=20_000)
     assert_same_model(load_model(saved), model)
 
 
 def test_shards_hold_every_tensor_once_within_their_size(saved):
-    write_tensors(load_file(saved / WEIGHTS), saved, max_shard_bytes=20_000)
+    write_tensors(load_file(saved / WEIGHTS).items(), saved, max_shard_bytes=20_000)
     index = json.loads((saved / INDEX).read_text())
     shards = {path.name: load_file(path) for path in saved.glob("*.safetensors")}
     assert index["weight_map"] == {name: shard for shard, tensors in shards.items() for name in tensors}

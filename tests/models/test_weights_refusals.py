@@ -44,7 +44,7 @@ def saved(tmp_path) -> Path:
 @pytest.fixture
 def sharded(saved) -> Path:
     """The same in several shards."""
-    write_tensors(load_file(saved / WEIGHTS), saved, max_shard_bytes=20_000)
+    write_tensors(load_file(saved / WEIGHTS).items(), saved, max_shard_bytes=20_000)
     assert not (saved / WEIGHTS).exists()
     return saved
 
