@@ -75,6 +75,15 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def max_over_ranks(*numbers: int) -> list[int]:
+    """For each number the largest that any rank has: how ranks come to one decision."""
+    if world_size() == 1:
+        return [*numbers]
+    largest = torch.tensor(numbers)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
 def from_rank_0(value: Value) -> Value:
     """What rank 0 has, on all ranks: any plain value."""
     if world_size() == 1:

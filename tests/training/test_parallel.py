@@ -1,8 +1,8 @@
 """One training on 1, 2, 3 and 4 processes (gloo): loss, gradient norm, weights, reference, whatever the batches."""
 
-import json
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +13,14 @@ from llama_oracle import LLAMA_SHAPES, random_llama
 from safetensors.torch import load_file, save_file
 from t5_oracle import SHAPES, random_t5
 
-from minidpost.models.weights import load_model, save_model
+from minidpost.models.weights import save_model
 from minidpost.processes import process_group, rank
 from minidpost.training.batching import TokenizedExample
 from minidpost.training.dpo import DPOSettings, PreferencePair, reference_log_probabilities, train_dpo
 from minidpost.training.optim import Schedule, read_log
 from minidpost.training.parallel import deal, load_for_training, whole
 from minidpost.training.sft import SFTSettings, train_sft
+from minidpost.training.state import TrainingState
 
 MODELS = {
     "t5": lambda: random_t5(SHAPES["gated-untied"]),
@@ -84,21 +85,22 @@ def train(directory: Path, out: Path, kind: str, per_step: int, micro_batch_toke
         save_file({**weights, "reference_P2": reference_P2}, out / "result.safetensors")
 
 
-def process(number: int, n_processes: int, port: int, cases: list) -> None:
+def process(number: int, n_processes: int, port: int, work: Callable[..., None], cases: list) -> None:
     """One of the processes: all cases, one after the other."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_RANK": str(number)}
     os.environ |= {"RANK": str(number), "WORLD_SIZE": str(n_processes)}
     with process_group("cpu"):
         for case in cases:
-            train(*case)
+            work(*case)
 
 
-def on_processes(n: int, cases: list) -> None:
+def on_processes(n: int, work: Callable[..., None], cases: list) -> None:
+    """Do something for each of some cases, on processes of their own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(process, (n, port, cases), nprocs=n)
+    torch.multiprocessing.spawn(process, (n, port, work, cases), nprocs=n)
 
 
 @pytest.mark.parametrize("n_processes", [2, 3, 4])
@@ -116,7 +118,7 @@ def test_training_is_that_of_one_process(tmp_path, n_processes):
                 case = (directory, out, kind, per_step, micro_batch_tokens, checkpointing)
                 cases.append(case)
                 train(directory, out / "1", *case[2:])
-    on_processes(n_processes, [(d, out / str(n_processes), *rest) for d, out, *rest in cases])
+    on_processes(n_processes, train, [(d, out / str(n_processes), *rest) for d, out, *rest in cases])
 
     for _, out, *_ in cases:
         logs = [[*read_log(out / str(count) / "log.jsonl")] for count in (1, n_processes)]
@@ -130,3 +132,57 @@ def test_training_is_that_of_one_process(tmp_path, n_processes):
         assert one.keys() == several.keys()
         for name in one:
             torch.testing.assert_close(several[name], one[name], rtol=1e-9, atol=1e-9, msg=f"{out} {name}")
+
+
+def test_rows_are_dealt_evenly():
+    items = [[TokenizedExample((1,) * size, (1,))] for size in (3, 70, 30, 60, 20, 50, 10)]
+    assert deal(items, 1) == [[0, 1, 2, 3, 4, 5, 6]]
+    assert deal(items, 2) == [[1, 2, 4], [3, 5, 6, 0]]
+    assert deal(items[:2], 4) == [[1], [0], [], []]
+
+
+class Stopped(Exception):
+    """A training that is stopped in the middle."""
+
+
+def train_in_part(directory: Path, out: Path, stop_after: int | None, precise: bool) -> None:
+    """SFT with dropout 0 that saves after every step, and stops after one of them."""
+    model = load_for_training(directory, "cpu")
+    model = model.double() if precise else model
+    state = TrainingState(out / "state.safetensors", minutes=0)
+    save = state._save
+
+    def save_and_stop(tensors, metadata):
+        save(tensors, metadata)
+        if int(metadata["next_step"]) == stop_after:
+            raise Stopped
+
+    state._save = save_and_stop
+    settings = SFTSettings(epochs=2, examples_per_step=4, schedule=SCHEDULE, dropout=0.0, micro_batch_tokens=90)
+    log = out / "log.jsonl" if rank() == 0 else None
+    try:
+        train_sft(model, examples(10), settings, log_path=log, state=state)
+    except Stopped:
+        return
+    weights = {name: whole(weight.detach()) for name, weight in model.named_parameters()}
+    if rank() == 0:
+        save_file(weights, out / "result.safetensors")
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (1, 2), (2, 1), (2, 3)])
+def test_a_training_is_taken_up_by_any_number_of_processes(tmp_path, before, after):
+    directory = tmp_path / "model"
+    save_model(MODELS["llama"](), directory, [])
+    for name in ("undisturbed", "stopped"):
+        (tmp_path / name).mkdir()
+    on_processes(after, train_in_part, [(directory, tmp_path / "undisturbed", None, True)])
+    on_processes(before, train_in_part, [(directory, tmp_path / "stopped", 3, True)])
+    assert len([*tmp_path.glob("stopped/state*")]) == 1
+    on_processes(after, train_in_part, [(directory, tmp_path / "stopped", None, True)])
+    one, other = (load_file(tmp_path / name / "result.safetensors") for name in ("undisturbed", "stopped"))
+    for name in one:
+        rounding = 0 if before == after else 1e-9
+        torch.testing.assert_close(other[name], one[name], rtol=rounding, atol=rounding, msg=name)
+    logs = [[*read_log(tmp_path / name / "log.jsonl")] for name in ("undisturbed", "stopped")]
+    assert [step["step"] for step in logs[1]] == [*range(6)]
+    assert [step["loss"] for step in logs[0]] == pytest.approx([step["loss"] for step in logs[1]], rel=1e-6)
