@@ -425,11 +425,12 @@ def measured_section(name: str, found: Sequence[dict[str, Any]], seeds: Sequence
 
 
 def differences(keys: Sequence[str]) -> list[tuple[str, str]]:
-    """Which of the measured models are compared: DPO-ST with ST at every iteration, each method with the warm-up."""
+    """Which of the measured models are compared: each method with ST at every iteration, and with the warm-up."""
     compared = []
     for key in keys:
-        if key.startswith("dpo-st/") and key.replace("dpo-st", "st") in keys:
-            compared.append((key, key.replace("dpo-st", "st")))
+        method, _, iteration = key.partition("/")
+        if method not in ("sft", "st") and f"st/{iteration}" in keys:
+            compared.append((key, f"st/{iteration}"))
     return compared + [(key, "sft") for key in keys if key != "sft"]
 
 

@@ -374,6 +374,62 @@ def test_a_whole_run_of_a_llama(call, my_data):
     assert call("sample.py", TOM, "--max-new-tokens", 4, "--checkpoint", "run/iteration-1/sft").out.startswith(TOM)
 
 
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_whole_run_with_lora(call, tiny_model_dir, my_data, family):
+    """Its models are models as any; its directory is named after the rank, and its config has everything."""
+    base = tiny_model_dir
+    if family == "llama":
+        base = Path("llama").absolute()
+        tokenizer = load_tokenizer(ROOT / "weights" / "tiny-llama")
+        torch.manual_seed(0)
+        model = Llama(LlamaConfig(tokenizer.vocab_size, 16, 24, 2, n_heads=4, n_kv_heads=2, d_head=4)).initialise()
+        save_model(model, base, tokenizer.files)
+    flags = ["--model", base, "--data", my_data, *QUICK, "--limit", 6]
+    outcome = call("train.py", *flags, "--lora-rank", 4)
+    assert (outcome.status, outcome.complaints) == (0, [])
+    (run,) = Path("runs").iterdir()
+    assert run.name.startswith(f"{base.name}-dpo-st-mine-42-limit=6-") and "-lora-rank=4-" in run.name
+    assert "learning-rate" not in run.name  # they are the preset's for LoRA
+    preset = json.loads((run / "config.json").read_text())["settings"]["preset"]
+    assert (preset["lora_rank"], preset["lora_alpha"]) == (4, None)
+    rates = (preset["sft_learning_rate"], preset["dpo_learning_rate"])
+    assert rates == (10 * TINY_T5.sft_learning_rate, 10 * TINY_T5.dpo_learning_rate)
+
+    for name in ("iteration-0/sft", "iteration-1/dpo", "iteration-1/sft"):
+        directory = run / name
+        merged = {*(path.name for path in base.iterdir()), "log.jsonl"}
+        assert {path.name for path in directory.iterdir()} == merged | {"adapter"}
+        assert {path.name for path in (directory / "adapter").iterdir()} == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+        adapter = json.loads((directory / "adapter" / "adapter_config.json").read_text())
+        assert (adapter["r"], adapter["lora_alpha"]) == (4, 8.0)
+        start = run / "iteration-0/sft" if name.endswith("dpo") else base
+        assert adapter["base_model_name_or_path"] == str(start)
+    assert call("sample.py", TOM, "--max-new-tokens", 4, "--checkpoint", run / "iteration-1/sft").out.startswith(TOM)
+
+    # The adapter alone is no model; the run goes on, and takes nothing but its own settings.
+    outcome = call("sample.py", TOM, "--checkpoint", run / "iteration-1/sft/adapter")
+    assert (outcome.status, len(outcome.complaints)) == (2, 1) and "a LoRA adapter of" in outcome.complaints[0]
+    before = snapshot(run / "iteration-1")
+    assert call("train.py", *flags, "--config", run / "config.json", "--run-dir", run).status == 0
+    assert snapshot(run / "iteration-1") == before
+    outcome = call("train.py", *flags, "--run-dir", run)
+    assert (outcome.status, len(outcome.complaints)) == (2, 1)
+    assert "was begun with preset." in outcome.complaints[0] and "--fresh" in outcome.complaints[0]
+
+
+def test_a_learning_rate_that_is_given_is_what_lora_has(call, tiny_model_dir, my_data):
+    flags = ["--model", tiny_model_dir, "--data", my_data, *QUICK, "--method", "sft", "--lora-rank", 2]
+    assert call("train.py", *flags, "--sft-learning-rate", 0.005, "--lora-alpha", 3).status == 0
+    (run,) = Path("runs").iterdir()
+    assert "sft-learning-rate=0.005-lora-rank=2-lora-alpha=3-" in run.name
+    preset = json.loads((run / "config.json").read_text())["settings"]["preset"]
+    assert (preset["sft_learning_rate"], preset["lora_alpha"]) == (0.005, 3.0)
+    assert max(row["lr"] for row in read_rows(run / "iteration-0/sft/log.jsonl")) == pytest.approx(0.005)
+
+
 def test_a_chat_format_is_trained_recorded_and_read_back(call, shared, my_data):
     """SmolLM2's vocabulary in a random Llama: --template chat in training; sample.py knows without being told."""
     tokenizer = load_tokenizer(shared / "tokenizers" / "smollm2")
@@ -831,6 +887,8 @@ MISTAKES = [
     ("train.py --samples 1000000000000", "a whole number from 1 to 1,000,000 is expected, found 1000000000000"),
     ("train.py --sft-learning-rate inf", "argument --sft-learning-rate: a number from 1e-09 to 1 is expected"),
     ("train.py --beta none", "argument --beta: a number from 1e-06 to 1,000.0 is expected, found None"),
+    ("train.py --lora-rank 0", "--lora-rank: a whole number from 1 to 16,384, or none is expected, found 0"),
+    ("train.py --lora-alpha 8", "--lora-alpha: has no effect without --lora-rank, which is expected too"),
     ("train.py --label-cap 0", "--label-cap: a whole number from 1 to 1,000,000, or none is expected, found 0"),
     ("train.py --template chat", "a t5 has just one, none can be chosen"),
     ("train.py --template vicuna", "argument --template: invalid choice: 'vicuna' (choose from"),
@@ -1038,7 +1096,7 @@ def test_a_rehearsal_comes_before_the_directory_and_is_logged(call, tiny_model_d
     assert outcome.status == 2
     assert outcome.complaints == [
         "train.py: not enough memory; in the rehearsal of training smaller --micro-batch-tokens (now 300) or "
-        "--activation-checkpointing need less"
+        "--activation-checkpointing need less, and so does --lora-rank"
     ]
     assert not Path("run").exists()
     monkeypatch.setattr(rehearsal, "sft_gradients", gradients)

@@ -7,7 +7,7 @@ reference of DPO is the model before its first step, that is with its adapters o
 
 The frozen weights may be bf16; the adapters are fp32. After a training they are merged into fp32 weights, so that
 nothing else knows of them, and are written under peft's names too. Departures from the paper: it adapts the queries and
-values of attention alone, and draws A from a normal distribution.
+values of attention alone, and its A is normally distributed.
 """
 
 from collections.abc import Iterator, Sequence

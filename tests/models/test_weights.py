@@ -233,6 +233,29 @@ def test_shards_hold_every_tensor_once_within_their_size(saved):
     assert sorted(shards)[0] == f"model-00001-of-{len(shards):05d}.safetensors"
 
 
+def test_at_most_a_shard_is_held_while_shards_are_written(saved):
+    """The tensors are made as they are asked for, and freed as soon as their shard is on the disk."""
+    alive: set[str] = set()
+    most = 0
+
+    def made_one_by_one():
+        nonlocal most
+        for index in range(20):
+            tensor = torch.full((1000,), float(index))
+            alive.add(f"tensor {index}")
+            weakref.finalize(tensor, alive.discard, f"tensor {index}")
+            most = max(most, len(alive))
+            yield f"tensor {index}", tensor
+
+    write_tensors(made_one_by_one(), saved, max_shard_bytes=16_000)  # four tensors
+    assert most <= 5 + 1  # a shard, the next tensor, and the one that the generator still names
+    index = json.loads((saved / INDEX).read_text())
+    assert len({*index["weight_map"].values()}) == 5 and index["metadata"]["total_size"] == 80_000
+    assert not [*saved.glob("*unfinished*")]
+    for name, shard in index["weight_map"].items():
+        assert load_file(saved / shard)[name].eq(float(name.split()[1])).all()
+
+
 # Memory
 
 MEASURE = """

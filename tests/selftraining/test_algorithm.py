@@ -5,13 +5,17 @@ is real.
 """
 
 import json
+import math
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minidpost.data.example import Example
 from minidpost.errors import UserError
@@ -32,9 +36,9 @@ from minidpost.selftraining.selection import Candidates
 from minidpost.storage import read_jsonl
 from minidpost.text.grading import is_correct
 from minidpost.text.templates import T5Template
-from minidpost.training import dpo
+from minidpost.training import dpo, sft
 from minidpost.training.batching import TokenizedExample
-from minidpost.training.optim import read_log
+from minidpost.training.optim import apply_step, read_log
 
 torch.set_num_threads(1)
 
@@ -812,3 +816,107 @@ def test_a_question_is_tokenized_once(new_run, script, monkeypatch):
     run = new_run()
     monkeypatch.setattr(T5Template, "prompt_ids", None)
     assert list(self_train(run)) == [0, 1]
+
+
+# -- LoRA -------------------------------------------------------------------------------------------------------------
+
+ADAPTER = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+
+
+def rank_of_difference(after: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> dict[str, int]:
+    """By how large a rank matrices differ; 0 where they are equal."""
+    return {
+        name: int(torch.linalg.matrix_rank(after[name].double() - before[name].double(), rtol=1e-4))
+        for name in after
+        if after[name].dim() == 2
+    }
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_training_has_fresh_adapters_and_leaves_a_merged_model(
+    new_run, script, monkeypatch, tiny_model_dir, dtype
+):
+    """Each SFT adds a matrix of the rank to the base, DPO one to the model that its reference is of."""
+    script({("1/samples-dpo", TOM): ["Tom has 8.\n#### 8"], ("1/samples-dpo", MIA): ["No idea"]})
+    seeds = []
+    original = steps.add_adapters
+
+    def noted(model, **options):
+        seeds.append(options["seed"])
+        assert (options["rank"], options["alpha"]) == (2, 4.0)
+        assert {weight.dtype for weight in model.parameters()} == {dtype or torch.float32}
+        original(model, **options)
+
+    monkeypatch.setattr(steps, "add_adapters", noted)
+    run = replace(new_run(lora_rank=2), training_dtype=dtype)
+    assert list(self_train(run)) == [0, 1]
+    assert len({*seeds}) == 3  # 0/sft, 1/dpo, 1/sft
+
+    base, warm = weights(tiny_model_dir), weights(run.path(0) / "sft")
+    tuned, last = weights(run.path(1) / "dpo"), weights(run.path(1) / "sft")
+    linear = {name for name in base if "layers" in name and "norm" not in name}
+    for after, before in ((warm, base), (tuned, warm), (last, base)):
+        ranks = rank_of_difference(after, before)
+        assert {name for name, rank in ranks.items() if rank} == linear
+        assert max(ranks.values()) == 2
+        assert all(torch.equal(after[name], before[name]) for name in base if name not in linear)
+    assert max(rank_of_difference(tuned, base).values()) == 4
+
+    # The reference is of the model that the stage starts from, in the precision in which it is frozen.
+    pairs = steps.read_pairs(run, 1)
+    start = load_model(run.path(0) / "sft", dtype or torch.float32)
+    expected_P2 = dpo.reference_log_probabilities(start, pairs, micro_batch_tokens=16384, dtype=dtype)
+    found_P2 = load_file(run.path(1) / "reference.safetensors")["reference_P2"]
+    assert len(pairs) > 1 and torch.equal(found_P2, expected_P2)
+    first, *_ = read_log(run.path(1) / "dpo" / "log.jsonl")
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5 if dtype is None else 0.02)
+
+    names = {f"{model}/{name}" for model in ("sft", "dpo") for name in ADAPTER}
+    extra = {f"iteration-{i}/{name}" for i in (0, 1) for name in names} - {
+        f"iteration-0/dpo/{name}" for name in ADAPTER
+    }
+    expected = {f"iteration-0/{name}" for name in SFT} | {f"iteration-1/{name}" for name in SELF_TRAINED | DPO} | extra
+    assert files_of(run).keys() == expected
+
+
+def test_flops_of_lora_are_those_without_gradients_of_weights(new_run, script, tiny_model_dir):
+    script({})
+    flops = []
+    for name, rank in (("full", None), ("lora", 1)):
+        run = new_run("sft", name=name, lora_rank=rank)
+        list(self_train(run))
+        flops.append(run.directory.stages["iteration-0/sft"]["flops"])
+    assert 2 / 3 < flops[1] / flops[0] < 0.75  # and the adapters' own
+
+
+def test_an_interrupted_lora_run_equals_an_uninterrupted_one(new_run, script, monkeypatch, tmp_path):
+    """Stopped within the warm-up, DPO and the SFT after it; saved states hold adapters alone."""
+    script({("1/samples-dpo", TOM): ["Tom has 8.\n#### 8"]})
+    settings = {"lora_rank": 2, "sft_epochs": 3}
+    whole = new_run(**settings)
+    list(self_train(whole))
+    expected = files_of(whole)
+    whole.directory.path.rename(tmp_path / "whole")  # an adapter names the directory that it is for
+
+    def stopped_in_its_first_step(model, optimizer, schedule, *, step, n_steps):
+        if step == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return apply_step(model, optimizer, schedule, step=step, n_steps=n_steps)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    sizes = []
+    try:
+        for module, name in ((sft, "iteration-0/sft"), (dpo, "iteration-1/dpo"), (sft, "iteration-1/sft")):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "apply_step", stopped_in_its_first_step)
+                with pytest.raises(KeyboardInterrupt):
+                    list(self_train(new_run(**settings)))
+            (state,) = (tmp_path / "run" / f"{name}.progress").iterdir()
+            assert all("lora_" in key for key in load_file(state))
+            sizes.append(state.stat().st_size)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    again = new_run(**settings)
+    list(self_train(again))
+    assert files_of(again) == expected
+    assert max(sizes) < (tmp_path / "run" / "iteration-0" / "sft" / "model.safetensors").stat().st_size

@@ -32,6 +32,7 @@ def test_training_costs_three_forward_passes():
     size = model_size(T5(CONFIG))
     assert forward_flops(size, n_source=3, n_target=5) == 2 * (268 * 3 + 708 * 5) == 8688
     assert training_flops(size, n_source=3, n_target=5) == 3 * 8688
+    assert training_flops(size, n_source=3, n_target=5, is_frozen=True) == 2 * 8688  # no gradients of the weights
 
 
 def test_sampling_prefills_each_prompt_once():

@@ -12,6 +12,7 @@ from minidpost.data.example import Example
 from minidpost.errors import UserError
 from minidpost.models.hf_config import read_config
 from minidpost.models.llama import Llama, LlamaConfig
+from minidpost.models.lora import add_adapters, n_adapter_parameters
 from minidpost.models.t5 import T5, T5Config
 from minidpost.models.weights import empty_model
 from minidpost.precision import autocast
@@ -33,7 +34,7 @@ from minidpost.selftraining.estimates import (
     warn_of_hours,
     written_hours,
 )
-from minidpost.selftraining.presets import LLAMA
+from minidpost.selftraining.presets import LLAMA, preset_of
 from minidpost.selftraining.presets import T5 as T5_PRESET
 from minidpost.selftraining.run import Data, TokenizedData
 from minidpost.training.batching import TokenizedExample, collate
@@ -63,6 +64,33 @@ def test_bf16_halves_the_hidden_units_and_adds_copies_of_weights(preset):
     difference = training_bytes(model, preset) - training_bytes(model, preset, torch.bfloat16)
     # Four hidden units of the feed-forward take two bytes less; two bytes a parameter are copied, of the layers kept.
     assert difference == n_layers_kept * (n_tokens * 4 * 2 * CONFIG.d_ff) - 2 * n_parameters * n_layers_kept // 4
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_lora_needs_frozen_weights_and_16_bytes_an_adapter_parameter(dtype, size):
+    model, preset = meta(), replace(LLAMA, micro_batch_tokens=1000, max_source=10, max_target=10, lora_rank=3)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    # Of each of four layers: query and output, key and value, the three of the feed-forward.
+    n_trained = 4 * 3 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+    assert n_adapter_parameters(model, 3) == n_trained
+    copies = 2 * n_trained if size == 2 else 0
+    a_layer, inputs = 1000 * (40 * 64 + 4 * size * 128 + 7 * 3 * size), 4 * size * 1000 * 64
+    expected = size * n_parameters + 16 * n_trained + inputs + a_layer + copies // 4 + 12 * 1000 * 1000
+    assert training_bytes(model, preset, dtype) == expected
+    assert disk_bytes(model, preset, "st") == 4 * 4 * (n_parameters + n_trained) + 2 * 12 * n_trained
+
+
+def test_llama_3_8b_is_trained_with_lora_within_24_gb(shared):
+    """A whole run with the defaults of a GPU: bf16, activation checkpointing."""
+    config = read_config(shared / "configs" / "Meta-Llama-3-8B")
+    model, preset = empty_model(config), replace(preset_of(config, "dpo-st"), lora_rank=16)
+    assert preset.activation_checkpointing
+    n_parameters = sum(p.numel() for p in model.parameters())
+    needed = training_bytes(model, preset, torch.bfloat16, "cuda")
+    assert 2 * n_parameters + 16 * n_adapter_parameters(model, 16) < needed < 24e9
+    assert sampling_bytes(model, preset, torch.bfloat16) < 24e9
+    assert 2 * 12 * n_adapter_parameters(model, 16) < 1.1e9  # the saved states, of 193 GB without LoRA
+    assert training_bytes(model, replace(preset, lora_rank=None), torch.bfloat16, "cuda") > 5 * needed
 
 
 def saved_bytes(model: T5 | Llama, n_rows: int, dtype: torch.dtype) -> int:
@@ -106,6 +134,22 @@ def test_activations_are_estimated_near_what_autograd_keeps(model, dtype):
     assert ours < 1.5 * theirs
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_activations_with_adapters_are_not_estimated_too_low(family, dtype):
+    preset = replace(T5_PRESET, max_source=20, max_target=30, lora_rank=32)
+    if family == "t5":
+        model = T5(T5Config(100, 256, 32, 640, 8, 2, 2)).initialise()
+    else:
+        model = Llama(LlamaConfig(100, 256, 640, 2, n_heads=8, n_kv_heads=4, d_head=32)).initialise()
+    model.to(preset.weights_dtype("cpu", dtype))
+    add_adapters(model, rank=32, alpha=64.0, seed=0)
+    ours = 2 * (20 + 30) * 8 * activation_bytes_a_token(model, preset, dtype, "cpu")
+    theirs = saved_bytes(model, 12, dtype) - saved_bytes(model, 4, dtype)
+    assert theirs < 1.1 * ours, "an estimate that is too low"
+    assert ours < 1.7 * theirs  # the stream is bf16 where the weights are, which the estimate takes for fp32
+
+
 def test_sampling_needs_weights_cache_and_logits():
     preset = replace(LLAMA, slots=8, max_source=30, max_new_tokens=20)
     cache = Llama(CONFIG).bfloat16().new_cache(8 + estimates.PREFILL_BATCH, 30, 20)
@@ -134,6 +178,10 @@ def test_too_little_memory_is_refused_in_one_line(monkeypatch):
     with pytest.raises(UserError, match=r"cpu has \d\.\d MB free.*--micro-batch-tokens") as refusal:
         check_memory(meta(), LLAMA, dtype=torch.float32, device="cpu")
     assert "\n" not in str(refusal.value)
+    assert "--lora-rank" in str(refusal.value)
+    with pytest.raises(UserError, match="cpu has") as refusal:
+        check_memory(meta(), replace(LLAMA, lora_rank=4), dtype=torch.float32, device="cpu")
+    assert "--lora-rank" not in str(refusal.value)
     monkeypatch.setattr(estimates, "available_bytes", lambda device: None)
     assert "free" not in check_memory(meta(), LLAMA, dtype=torch.float32, device="cpu")
 
@@ -254,6 +302,7 @@ def test_what_makes_a_run_longer_makes_its_estimate_larger():
     for name in ("iterations", "sft_epochs", "dpo_steps", "dpo_pairs_per_step", "samples", "dpo_samples", "pass_at"):
         longer = replace(plan().preset, **{name: 2 * vars(plan().preset)[name]})
         assert run_flops(plan(preset=longer), size) > least
+    assert run_flops(plan(preset=replace(plan().preset, lora_rank=4)), size) < least
     checkpointing = replace(plan().preset, activation_checkpointing=True)
     assert least < run_flops(plan(preset=checkpointing), size) < 4 / 3 * least
 

@@ -20,6 +20,7 @@ from minidpost.selftraining.presets import (
     TINY_LLAMA,
     TINY_T5,
     Preset,
+    for_lora,
     preset_for,
     preset_of,
 )
@@ -58,7 +59,7 @@ PAPER = {  # table 5, sections 4 and 5 of arXiv 2407.18248; where they are silen
     "pass_questions": None,
     "test_questions": None,
 }
-OURS = {"dpo_max_epochs", "micro_batch_tokens", "activation_checkpointing", "slots"}
+OURS = {"dpo_max_epochs", "lora_rank", "lora_alpha", "micro_batch_tokens", "activation_checkpointing", "slots"}
 PAPER_LLAMA = PAPER | {  # the same table's columns for Llama, and K of its main results
     "sft_examples_per_step": 128,
     "sft_epochs": 2,
@@ -178,6 +179,22 @@ def test_methods_differ_by_their_rules_alone():
     assert {name for name, method in METHODS.items() if not method.merges_iterations} == {"rest-em"}
     assert {name for name, method in METHODS.items() if method.checks_calculations} == {"rft"}
     assert [METHODS[name].duplicates for name in ("st", "rft", "rest-em")] == ["similarity", "equations", "tokens"]
+
+
+def test_lora_has_ten_times_the_learning_rates_and_no_rank_of_its_own():
+    for preset in (T5, LLAMA, MEDIUM_LLAMA, SMALL_LLAMA, TINY_T5, TINY_LLAMA):
+        found = for_lora(preset)
+        rates = {"sft_learning_rate": 10 * preset.sft_learning_rate, "dpo_learning_rate": 10 * preset.dpo_learning_rate}
+        assert found == replace(preset, **rates)
+        assert (preset.lora_rank, preset.lora_alpha) == (None, None)
+
+
+def test_frozen_weights_have_the_precision_of_forward_passes():
+    frozen = replace(T5, lora_rank=4)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert frozen.weights_dtype("cuda", dtype) == frozen.weights_dtype("cpu", dtype) == dtype
+        assert T5.weights_dtype("cuda", dtype) == torch.float32  # they are trained
+    assert frozen.weights_dtype("cpu") == torch.float32
 
 
 def test_the_precision_of_training_reaches_both_trainings():

@@ -13,6 +13,7 @@ from minidpost.errors import UserError
 from minidpost.models.hf_config import read_config
 from minidpost.models.kvcache import KVCache
 from minidpost.models.llama import Llama, LlamaConfig
+from minidpost.models.lora import adapted_layers
 from minidpost.models.weights import empty_model, load_template, save_model
 from minidpost.selftraining import rehearsal
 from minidpost.selftraining.estimates import Plan
@@ -118,6 +119,39 @@ def test_every_stage_is_rehearsed_with_adamws_moments(plan, always, monkeypatch)
     optimizers.clear()
     rehearse(replace(plan, method="sft"), shape_of(plan))
     assert [name for name, _, is_complete, _ in calls if is_complete] == ["sft"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_lora_is_rehearsed_as_it_trains(plan, always, monkeypatch, dtype):
+    """Frozen weights in the precision of forward passes; gradients and moments of the adapters alone."""
+    calls = []
+
+    def gradients(model, batch, *arguments, **options):
+        result = dpo.dpo_gradients(model, batch, *arguments, **options)
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+        assert all(weight.grad is not None and weight.dtype == torch.float32 for weight in trained)
+        assert all(weight.grad is None and weight.dtype == dtype for weight in frozen)
+        calls.append((len(trained), len(frozen)))
+        return result
+
+    monkeypatch.setattr(rehearsal, "dpo_gradients", gradients)
+    changed = replace(plan, preset=replace(PRESET, lora_rank=3), training_dtype=dtype)
+    line = rehearse(changed, shape_of(plan))
+    assert line is not None and line.startswith("rehearsed: training ")
+    n_layers = len(adapted_layers(shape_of(plan)))
+    assert calls == [(2 * n_layers, len([*shape_of(plan).parameters()]))]
+
+
+def test_without_memory_lora_is_named_where_it_may_still_be_chosen(plan, always, monkeypatch):
+    def out_of_memory(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(rehearsal, "sft_gradients", out_of_memory)
+    with pytest.raises(UserError, match=r"need less, and so does --lora-rank$"):
+        rehearse(plan, shape_of(plan))
+    with pytest.raises(UserError, match=r"--activation-checkpointing need less$"):
+        rehearse(replace(plan, preset=replace(PRESET, lora_rank=3)), shape_of(plan))
 
 
 def test_the_largest_batches_are_one_micro_batch_within_its_tokens(plan):

@@ -52,6 +52,19 @@ def test_schedule_at_its_edges():
     assert Schedule(1.0, warmup=0.0, floor=0.0).at(5, 10) == pytest.approx(0.5)
 
 
+def test_what_is_frozen_is_not_optimised():
+    model = tiny()
+    model.requires_grad_(False)
+    query = model.encoder.layers[0].attention.query.weight.requires_grad_(True)
+    optimizer = adamw(model, Schedule(0.5))
+    assert [weight for group in optimizer.param_groups for weight in group["params"]] == [query]
+    query.grad = torch.ones_like(query)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    assert apply_step(model, optimizer, Schedule(0.5), step=0, n_steps=1)["grad_norm"] == pytest.approx(8.0)  # √64
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed == {"encoder.layers.0.attention.query.weight"}
+
+
 def test_norms_do_not_decay_and_everything_else_does():
     model = tiny()
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}

@@ -13,7 +13,9 @@ import torch
 from minidpost.errors import UserError
 from minidpost.models.hf_config import Model
 from minidpost.models.llama import Llama, LlamaConfig
+from minidpost.models.lora import add_adapters
 from minidpost.models.t5 import T5, T5Config
+from minidpost.models.weights import open_tensors
 from minidpost.selftraining.run_directory import Chunks
 from minidpost.training import dpo, sft, state
 from minidpost.training.batching import TokenizedExample
@@ -30,10 +32,15 @@ N_STEPS = 8 + 1  # of SFT: three epochs of seven examples
 
 
 def tiny(family: str = "t5") -> Model:
+    """A small model; of "t5-lora" and "llama-lora" adapters alone are trained."""
     torch.manual_seed(0)
-    if family == "t5":
-        return T5(T5Config(30, 16, 8, 24, 2, 1, 2, dropout=0.2)).initialise()
-    return Llama(LlamaConfig(30, 16, 24, 2, n_heads=4, n_kv_heads=2, d_head=4, dropout=0.2)).initialise()
+    if family.startswith("t5"):
+        model: Model = T5(T5Config(30, 16, 8, 24, 2, 1, 2, dropout=0.2)).initialise()
+    else:
+        model = Llama(LlamaConfig(30, 16, 24, 2, n_heads=4, n_kv_heads=2, d_head=4, dropout=0.2)).initialise()
+    if family.endswith("lora"):
+        add_adapters(model, rank=2, alpha=4.0, seed=5)
+    return model
 
 
 def examples(n: int, seed: int = 1) -> list[TokenizedExample]:
@@ -66,7 +73,14 @@ def ctrl_c_is_heard():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.fixture(params=[(loop, family) for loop in LOOPS for family in ("t5", "llama")], ids="-".join)
+TRAININGS = [
+    *[(loop, family) for loop in LOOPS for family in ("t5", "llama")],
+    ("sft", "t5-lora"),
+    ("dpo", "llama-lora"),
+]
+
+
+@pytest.fixture(params=TRAININGS, ids="-".join)
 def train(request, monkeypatch, tmp_path):
     """Runs a loop, calling `at_step[step]()` before the step's update; gives weights and log without speeds."""
     loop_name, family = request.param
@@ -183,6 +197,35 @@ def test_the_state_of_another_reference_is_not_used(path, tmp_path):
     expected = run(None, other_P2)
     assert all(torch.equal(weight, second[name]) for name, weight in expected.items())
     assert not all(torch.equal(weight, first[name]) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_the_state_of_adapters_holds_nothing_else(path, family):
+    model = tiny(f"{family}-lora")
+    train_sft(model, examples(7), SFT, state=TrainingState(path, minutes=0))
+    with open_tensors(path) as file:
+        names = {*file.keys()}
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert names == {f"{kind}/{name}" for kind in ("weight", "exp_avg", "exp_avg_sq", "step") for name in trained}
+    assert all("lora_" in name for name in names)
+    before = dict(tiny(family).named_parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters() if name not in trained)
+
+
+@pytest.mark.parametrize("other", ["t5", "t5-lora of rank 3"])
+def test_the_state_of_other_adapters_is_not_used(path, other):
+    """Although stage, settings and examples are the same."""
+
+    def trained(state: TrainingState | None) -> dict[str, torch.Tensor]:
+        model = tiny("t5")
+        if other != "t5":
+            add_adapters(model, rank=3, alpha=4.0, seed=5)
+        train_sft(model, examples(7), SFT, state=state)
+        return {name: weight.detach() for name, weight in model.named_parameters()}
+
+    train_sft(tiny("t5-lora"), examples(7), SFT, state=TrainingState(path, minutes=0))
+    found, expected = trained(TrainingState(path)), trained(None)
+    assert all(torch.equal(weight, found[name]) for name, weight in expected.items())
 
 
 @pytest.mark.parametrize("change", ["stage", "seed", "schedule", "data"])
