@@ -77,20 +77,29 @@ def n_adapter_parameters(model: Model, rank: int) -> int:
 def add_adapters(model: Model, *, rank: int, alpha: float, seed: int) -> None:
     """Freeze a model and give it fresh adapters, which alone are trained from now on.
 
-    A is Kaiming-uniform as in peft, that is uniform within ±1/√D, and depends on the seed alone, on whatever device the
-    model is. ValueError where the model has adapters already.
+    ValueError where the model has adapters already.
     """
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
     for name, layer in adapted_layers(model):
         if isinstance(layer, LoRALinear):
             raise ValueError(f"{name} has an adapter already")
-        adapted = LoRALinear(layer, rank, alpha)
-        a_MD = torch.empty(rank, layer.in_features, dtype=torch.float32)
+        model.set_submodule(name, LoRALinear(layer, rank, alpha))
+    with torch.no_grad():
+        for weight, values in fresh_values(model, seed):
+            weight.copy_(values)
+
+
+def fresh_values(model: Model, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """The parameters of all adapters, each with its first values, which depend on the seed alone.
+
+    A is Kaiming-uniform as in peft, that is uniform within ±1/√D; B is zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for layer in adapters(model).values():
+        a_MD = torch.empty(layer.rank, layer.in_features, dtype=torch.float32)
         nn.init.kaiming_uniform_(a_MD, a=5**0.5, generator=generator)
-        with torch.no_grad():
-            adapted.lora_A.copy_(a_MD)
-        model.set_submodule(name, adapted)
+        yield layer.lora_A, a_MD
+        yield layer.lora_B, torch.zeros(layer.out_features, layer.rank)
 
 
 def adapters(model: Model) -> dict[str, LoRALinear]:

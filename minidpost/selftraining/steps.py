@@ -31,6 +31,7 @@ from minidpost.errors import UserError, when_memory_runs_out
 from minidpost.models.hf_config import Model
 from minidpost.models.lora import adapters, add_adapters, save_adapters, save_merged
 from minidpost.models.weights import load_model, open_tensors, save_model, save_tensors, tokenizer_files
+from minidpost.processes import world_size
 from minidpost.sampling import sampler
 from minidpost.sampling.generate import Sample, generate
 from minidpost.selftraining.estimates import forward_flops, model_size, sampling_flops, training_flops
@@ -43,6 +44,7 @@ from minidpost.storage import read_json, read_jsonl, write_json, write_jsonl
 from minidpost.training.batching import TokenizedExample, drop_too_long, token_counts
 from minidpost.training.dpo import PreferencePair, reference_log_probabilities, train_dpo
 from minidpost.training.optim import derived_seed
+from minidpost.training.parallel import load_spread
 from minidpost.training.sft import train_sft
 
 TrainingItem = TypeVar("TrainingItem", TokenizedExample, PreferencePair)
@@ -88,10 +90,19 @@ def load_for_training(directory: Path, preset: Preset, *, dtype: torch.dtype | N
 
     `dtype` is the precision of forward passes (precision.autocast), in which frozen weights are held.
     """
-    model = load_model(directory, preset.weights_dtype(device, dtype), device)
-    if preset.lora_rank is not None:
-        alpha = 2.0 * preset.lora_rank if preset.lora_alpha is None else preset.lora_alpha
-        add_adapters(model, rank=preset.lora_rank, alpha=alpha, seed=seed)
+    weights_dtype = preset.weights_dtype(device, dtype)
+
+    def add(model: Model) -> None:
+        if preset.lora_rank is not None:
+            alpha = 2.0 * preset.lora_rank if preset.lora_alpha is None else preset.lora_alpha
+            add_adapters(model, rank=preset.lora_rank, alpha=alpha, seed=seed)
+
+    if world_size() > 1:
+        return load_spread(
+            directory, weights_dtype=weights_dtype, dtype=dtype, device=device, add=add, adapter_seed=seed
+        )
+    model = load_model(directory, weights_dtype, device)
+    add(model)
     return model
 
 

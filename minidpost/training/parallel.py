@@ -10,7 +10,7 @@ A gathering is done by all ranks together, so all must make the same number of f
 no rows left computes some again with weight 0.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,32 +20,44 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from minidpost.models.hf_config import Model
-from minidpost.models.weights import checked_files, load_model, open_tensors
+from minidpost.models.lora import fresh_values
+from minidpost.models.weights import checked_files, open_tensors
 from minidpost.processes import mesh, rank, world_size
 from minidpost.training.batching import TokenizedExample, micro_batches
 
 Row = TypeVar("Row")
 
 
-def load_for_training(directory: Path, device: str, dtype: torch.dtype | None = None) -> Model:
-    """A model with fp32 weights: whole where there is one process, else this rank's slices of it.
+def load_spread(
+    directory: Path,
+    *,
+    weights_dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    add: Callable[[Model], None] | None = None,
+    adapter_seed: int = 0,
+) -> Model:
+    """This rank's slices of a model, which it reads from the disk itself; they are held in `weights_dtype`.
 
-    Each rank reads its own slices from the disk. `dtype` is the precision of forward passes; bf16 weights are gathered
-    as such, which halves what travels, and gradients are summed in fp32.
+    `dtype` is the precision of forward passes; bf16 weights are gathered as such, which halves what travels, and
+    gradients are summed in fp32. `add` gives the model its adapters while it has no memory yet.
     """
-    if world_size() == 1:
-        return load_model(directory, device=device)
     model, files = checked_files(directory)
-    model.float()
+    model.to(weights_dtype)
+    if add is not None:
+        add(model)
     shard(model, device, dtype)
     model.to_empty(device=device)
     parameters = dict(model.named_parameters())
-    for path, our_names in files.items():
-        with open_tensors(path) as tensors:
-            for theirs, ours in our_names.items():
-                local = local_part(parameters[ours])
-                with torch.no_grad():
-                    local.copy_(tensors.get_slice(theirs)[own_rows(len(parameters[ours]))])
+    # An adapted layer holds the frozen weight under the name that it had.
+    with torch.no_grad():
+        for path, our_names in files.items():
+            with open_tensors(path) as tensors:
+                for theirs, ours in our_names.items():
+                    weight = parameters[ours]
+                    local_part(weight).copy_(tensors.get_slice(theirs)[own_rows(len(weight))])
+        for weight, values in fresh_values(model, adapter_seed):
+            local_part(weight).copy_(values[own_rows(len(weight))])
     return model.eval()
 
 

@@ -215,11 +215,13 @@ def fill(tensors: Mapping[str, Tensor], saved: Path) -> None:
 
 def load_slices(tensors: Mapping[str, Tensor], directory: Path) -> None:
     """Read what `save_slices` wrote, by whatever number of ranks it was written and is read."""
-    from torch.distributed import checkpoint  # here: slow to import, and nothing that one process alone would need
+    # Here, as it is slow to import, and one process alone hardly ever needs it.
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader = checkpoint.HuggingFaceStorageReader(str(directory))
+    reader = HuggingFaceStorageReader(str(directory))
     try:
-        checkpoint.load({**tensors}, storage_reader=reader, no_dist=world_size() == 1)
+        load({**tensors}, storage_reader=reader, no_dist=world_size() == 1)
     except Exception as error:  # of many kinds, from the planner, safetensors and the other ranks
         raise UserError(f"{directory}: not a whole training state ({error!r:.200}); remove it") from None
 
@@ -230,17 +232,19 @@ def save_slices(tensors: dict[str, Tensor], metadata: dict[str, str], directory:
     By torch.distributed.checkpoint, but as safetensors: its own format has a pickle, which could run code when it is
     read.
     """
-    from torch.distributed import checkpoint  # here, as above
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     unfinished = directory.with_name(f"{directory.name}.unfinished")
-    writer = checkpoint.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
     if rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     wait_for_all()
     try:
-        checkpoint.save({**tensors}, storage_writer=writer)
-    except checkpoint.api.CheckpointException as error:  # on all ranks, whichever failed
+        save({**tensors}, storage_writer=writer)
+    except CheckpointException as error:  # on all ranks, whichever failed
         if rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
         raise next(iter(error.failures.values()))[0] from None

@@ -13,12 +13,13 @@ from llama_oracle import LLAMA_SHAPES, random_llama
 from safetensors.torch import load_file, save_file
 from t5_oracle import SHAPES, random_t5
 
-from minidpost.models.weights import save_model
-from minidpost.processes import process_group, rank
+from minidpost.models.hf_config import Model
+from minidpost.models.weights import load_model, save_model
+from minidpost.processes import process_group, rank, world_size
 from minidpost.training.batching import TokenizedExample
 from minidpost.training.dpo import DPOSettings, PreferencePair, reference_log_probabilities, train_dpo
 from minidpost.training.optim import Schedule, read_log
-from minidpost.training.parallel import deal, load_for_training, whole
+from minidpost.training.parallel import deal, load_spread, whole
 from minidpost.training.sft import SFTSettings, train_sft
 from minidpost.training.state import TrainingState
 
@@ -29,6 +30,11 @@ MODELS = {
     "llama tied": lambda: random_llama(replace(LLAMA_SHAPES["grouped"], tied=True)),
 }
 SCHEDULE = Schedule(learning_rate=1e-2, warmup=0.0, max_grad_norm=0.5)
+
+
+def load(directory: Path) -> Model:
+    """The whole model where there is one process, else slices of it."""
+    return load_spread(directory) if world_size() > 1 else load_model(directory)
 
 
 def examples(n: int) -> list[TokenizedExample]:
@@ -56,7 +62,7 @@ def preference_pairs(n: int) -> list[PreferencePair]:
 def train(directory: Path, out: Path, kind: str, per_step: int, micro_batch_tokens: int, checkpointing: bool) -> None:
     """A short training; rank 0 leaves the log, the whole weights and the reference."""
     # In fp64 rounding is far below AdamW's eps. In fp32 it makes steps of its own where a gradient is nothing but it.
-    model = load_for_training(directory, "cpu").double()
+    model = load(directory).double()
     log = out / "log.jsonl" if rank() == 0 else None
     reference_P2 = torch.empty(0, 2)
     if kind == "sft":
@@ -147,7 +153,7 @@ class Stopped(Exception):
 
 def train_in_part(directory: Path, out: Path, stop_after: int | None, precise: bool) -> None:
     """SFT with dropout 0 that saves after every step, and stops after one of them."""
-    model = load_for_training(directory, "cpu")
+    model = load(directory)
     model = model.double() if precise else model
     state = TrainingState(out / "state.safetensors", minutes=0)
     save = state._save
