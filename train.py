@@ -72,7 +72,7 @@ def main() -> None:
         data=data,
         template=template,
         tokens=tokens,
-        dtype=DTYPES[options.dtype] if options.dtype else sampling_dtype(options.device),
+        dtype=sampling_dtype(options.device, options.dtype),
         training_dtype=resolve_training_dtype(options, n_parameters(model)),
         device=options.device,
     )

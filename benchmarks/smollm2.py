@@ -31,6 +31,7 @@ from benchmarks.common import RESULTS, instruction_set, machine_line
 from benchmarks.effect import bits, pass_at, percent, points
 from minidpost.data import datasets
 from minidpost.data.example import Example
+from minidpost.models.hf_config import Model
 from minidpost.models.hub import find_model
 from minidpost.models.weights import load_model, load_template
 from minidpost.precision import default_device, prepare_device, sampling_dtype
@@ -168,16 +169,7 @@ def measure_base(base: Path, options: argparse.Namespace) -> None:
                 if key in found:
                     continue
                 examples = questions(test, "test", options, scale.n_test)
-                rows = samples_by_question(
-                    model,
-                    template,
-                    examples,
-                    settings(options, temperature=0.0),
-                    n_samples=1,
-                    calculator=calculator,
-                    label=key,
-                )
-                completions = [row[0].completion for row in rows]
+                completions = greedy_completions(model, template, examples, options, calculator=calculator, label=key)
                 found[key] = {
                     "strict": outcomes(completions, examples),
                     "last number": outcomes(map(with_last_number, completions), examples),
@@ -190,6 +182,21 @@ def settings(options: argparse.Namespace, temperature: float, seed: int = 0) -> 
     """Those of a grading."""
     max_new_tokens = SCALES[options.scale].max_new_tokens
     return SamplingSettings(temperature=temperature, max_new_tokens=max_new_tokens, slots=options.slots, seed=seed)
+
+
+def greedy_completions(
+    model: Model,
+    template: Template,
+    examples: Sequence[Example],
+    options: argparse.Namespace,
+    *,
+    calculator: bool,
+    label: str,
+) -> list[str]:
+    """What a model answers to each question."""
+    greedy = settings(options, temperature=0.0)
+    rows = samples_by_question(model, template, examples, greedy, n_samples=1, calculator=calculator, label=label)
+    return [sample.completion for (sample,) in rows]
 
 
 def outcomes(completions: Iterable[str], examples: Sequence[Example]) -> str:
@@ -259,6 +266,8 @@ def grade(method: str, seed: int, options: argparse.Namespace) -> None:
         if not model_dir.is_dir():
             continue
         entry: dict[str, Any] = found.setdefault(key, {})
+        if "dev" in entry:  # the last to be graded: the warm-up, where another method's run has it too
+            continue
         model = load_model(model_dir, sampling_dtype(options.device), options.device)
         template = load_template(model_dir)
         for test in TESTS:
@@ -267,30 +276,22 @@ def grade(method: str, seed: int, options: argparse.Namespace) -> None:
                 name = f"{test}/{'on' if calculator else 'off'}"
                 if name in entry:
                     continue
-                rows = samples_by_question(
-                    model,
-                    template,
-                    examples,
-                    settings(options, temperature=0.0),
-                    n_samples=1,
-                    calculator=calculator,
-                    label=f"seed {seed}, {key}, {name}",
-                )
-                entry[name] = outcomes([row[0].completion for row in rows], examples)
+                label = f"seed {seed}, {key}, {name}"
+                completions = greedy_completions(model, template, examples, options, calculator=calculator, label=label)
+                entry[name] = outcomes(completions, examples)
                 write_json(path, found)
-        if "dev" not in entry:
-            examples = questions("gsm8k", "dev", options, scale.n_dev)
-            rows = samples_by_question(
-                model,
-                template,
-                examples,
-                settings(options, temperature=0.7, seed=777),
-                n_samples=N_SAMPLES,
-                calculator=True,
-                label=f"seed {seed}, {key}, dev, {N_SAMPLES} samples",
-            )
-            entry["dev"] = [sum(bool(sample.is_correct) for sample in row) for row in rows]
-            write_json(path, found)
+        examples = questions("gsm8k", "dev", options, scale.n_dev)
+        rows = samples_by_question(
+            model,
+            template,
+            examples,
+            settings(options, temperature=0.7, seed=777),
+            n_samples=N_SAMPLES,
+            calculator=True,
+            label=f"seed {seed}, {key}, dev, {N_SAMPLES} samples",
+        )
+        entry["dev"] = [sum(bool(sample.is_correct) for sample in row) for row in rows]
+        write_json(path, found)
 
 
 def machine() -> dict[str, Any]:

@@ -197,8 +197,7 @@ def open_model(options: argparse.Namespace) -> tuple[Path, Model, Template]:
         directory = default_checkpoint()
         print(f"model: {directory}", file=sys.stderr)
     template = load_template(directory, options.template)  # before the weights, which take longer to read
-    precision = DTYPES[options.dtype] if options.dtype else sampling_dtype(options.device)
-    model = load_model(directory, precision, options.device)
+    model = load_model(directory, sampling_dtype(options.device, options.dtype), options.device)
     return directory, model, template
 
 

@@ -30,12 +30,16 @@ def prepare_device(device: str) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def sampling_dtype(device: str) -> torch.dtype:
-    """The precision of weights in sampling and evaluation: bf16 on a CUDA device that multiplies it, fp32 elsewhere.
+def sampling_dtype(device: str, name: str | None = None) -> torch.dtype:
+    """The precision of weights in sampling and evaluation: the one of DTYPES that was asked for by `name`.
+
+    None: bf16 on a CUDA device that multiplies it, fp32 elsewhere.
 
     [ours] The published code samples from Llama with bf16 weights too, but from T5 with fp32 weights under bf16
     autocast; `--dtype fp32` is nearest to that, and slower.
     """
+    if name is not None:
+        return DTYPES[name]
     return torch.bfloat16 if cuda_multiplies_bf16(torch.device(device).type) else torch.float32
 
 

@@ -1,5 +1,6 @@
 """Fixtures all tests share."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,16 @@ def dropped(monkeypatch) -> list[tuple[tuple[int, ...], float]]:
     monkeypatch.setattr(F, "dropout", dropout)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     return noted
+
+
+@pytest.fixture
+def out_of_memory() -> Callable[..., None]:
+    """A function that runs out of a GPU's memory, whatever it is asked."""
+
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    return fail
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import torch
 from llama_oracle import LLAMA_SHAPES, random_llama
 from t5_oracle import SHAPES, random_t5
 
-from benchmarks import logprob_gap, peers, profiling, sampling, scaling
+from benchmarks import logprob_gap, peers, profiling, sampling, scaling, smollm2
 from benchmarks.profiling import profile
 from benchmarks.scaling import Clocked, Limits, Rates, least_seconds, recipe_seconds
 from benchmarks.scripted import ScriptedModel, Work, natural_work, scripted_work
@@ -23,6 +23,7 @@ from minidpost.models.weights import load_model
 from minidpost.sampling import sampler
 from minidpost.sampling.sampler import Request, SamplingSettings, sample
 from minidpost.selftraining.presets import T5 as T5_PRESET
+from minidpost.storage import read_json, read_jsonl, write_json, write_jsonl
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -294,3 +295,36 @@ def test_noted_log_probabilities_are_those_of_the_tokens_drawn(name):
         torch.testing.assert_close(drawn_T, trained_T, rtol=0, atol=1e-4)
     exact, rounded = (logprob_gap.measure(task, *precisions) for precisions in logprob_gap.PRECISIONS[:2])
     assert float(exact[3]) < 1e-4 < float(rounded[3])
+
+
+def test_another_methods_run_takes_over_the_warm_up(tmp_path):
+    """All files of iteration 0 and their records, the new method in the configuration, nothing of iteration 1."""
+    done, new = tmp_path / "st-1", tmp_path / "dpo-st-1"
+    for name in ("iteration-0/sft/model.safetensors", "iteration-1/pairs.jsonl"):
+        (done / name).parent.mkdir(parents=True)
+        (done / name).write_text(name)
+    write_json(done / "config.json", {"format": 5, "settings": {"method": "st", "seed": 1}})
+    records = [{"stage": "iteration-0/sft", "flops": 1.0}, {"stage": "iteration-1/pairs.jsonl"}]
+    write_jsonl(done / "stages.jsonl", records)
+    smollm2.take_over_warm_up(done, new, "dpo-st")
+    assert {str(path.relative_to(new)) for path in new.rglob("*") if path.is_file()} == {
+        "config.json",
+        "stages.jsonl",
+        "iteration-0/sft/model.safetensors",
+    }
+    assert read_json(new / "config.json") == {"format": 5, "settings": {"method": "dpo-st", "seed": 1}}
+    assert [record for _, record in read_jsonl(new / "stages.jsonl")] == records[:1]
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("She makes 9 * 2 = $18.", "#### 18"),
+        ("It costs $1,250.50 in all.", "#### 1,250.50"),
+        ("**42**", "#### 42"),
+        ("The answer is -3!", "#### -3"),
+        ("No idea.", ""),
+    ],
+)
+def test_the_last_number_of_a_model_that_was_never_told_how_to_end(completion, expected):
+    assert smollm2.with_last_number(completion) == expected

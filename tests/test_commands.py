@@ -393,7 +393,7 @@ def test_a_whole_run_with_lora(call, tiny_model_dir, my_data, family):
     preset = json.loads((run / "config.json").read_text())["settings"]["preset"]
     assert (preset["lora_rank"], preset["lora_alpha"]) == (4, None)
     rates = (preset["sft_learning_rate"], preset["dpo_learning_rate"])
-    assert rates == (10 * TINY_T5.sft_learning_rate, 10 * TINY_T5.dpo_learning_rate)
+    assert rates == (6e-3, 10 * TINY_T5.dpo_learning_rate)
 
     for name in ("iteration-0/sft", "iteration-1/dpo", "iteration-1/sft"):
         directory = run / name
@@ -459,7 +459,7 @@ def test_a_run_that_cannot_fit_is_refused(call, tiny_model_dir, my_data, monkeyp
     monkeypatch.setattr(estimates, "available_bytes", lambda device: 10**6)
     outcome = call("train.py", "--model", tiny_model_dir, "--data", my_data, "--run-dir", "run", *flags)
     assert outcome.status == 2
-    assert re.fullmatch(r"train\.py: memory: training .* GB, sampling .* GB needed .*", outcome.complaints[0])
+    assert re.fullmatch(r"train\.py: memory: training .* GB, sampling .* MB needed .*", outcome.complaints[0])
     assert not Path("run").exists()
 
 
@@ -548,14 +548,11 @@ def test_a_run_of_other_settings_is_left_alone(call, tiny_model_dir, my_data):
     assert snapshot(Path("run")) == before
 
 
-def test_a_run_goes_on_with_less_memory(call, tiny_model_dir, my_data, monkeypatch):
+def test_a_run_goes_on_with_less_memory(call, tiny_model_dir, my_data, monkeypatch, out_of_memory):
     """DPO runs out of memory; the message names its knob, and the same run goes on with smaller micro-batches."""
     flags = ["--model", tiny_model_dir, "--data", my_data, "--run-dir", "run", *QUICK, "--limit", 6]
     flags += ["--dpo-steps", 6, "--dpo-pairs-per-step", 1]
     gradients = dpo.dpo_gradients
-
-    def out_of_memory(*arguments, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(dpo, "dpo_gradients", out_of_memory)
     outcome = call("train.py", *flags)
@@ -1081,15 +1078,14 @@ def test_train_without_argument_improves_the_bundled_model(tmp_path):
 # -- before a run -----------------------------------------------------------------------------------------------------
 
 
-def test_a_rehearsal_comes_before_the_directory_and_is_logged(call, tiny_model_dir, my_data, monkeypatch):
+def test_a_rehearsal_comes_before_the_directory_and_is_logged(
+    call, tiny_model_dir, my_data, monkeypatch, out_of_memory
+):
     """Where memory does not suffice nothing is claimed; where it does, its peaks stand beside the estimate."""
     flags = ["--model", tiny_model_dir, "--data", my_data, "--run-dir", "run", *QUICK, "--method", "sft"]
     flags += ["--micro-batch-tokens", 300, "--slots", 4]
     monkeypatch.setattr("minidpost.selftraining.rehearsal.is_worth_it", lambda plan, model: True)
     gradients = rehearsal.sft_gradients
-
-    def out_of_memory(*arguments, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(rehearsal, "sft_gradients", out_of_memory)
     outcome = call("train.py", *flags)

@@ -76,7 +76,7 @@ def test_nothing_runs_what_it_reads(path):
 
 def test_the_whole_product_is_looked_at():
     seen = {str(path.relative_to(ROOT)) for path in PRODUCT}
-    assert {"train.py", "sample.py", "eval.py", "minidpost/models/weights.py", "benchmarks/toy.py"} <= seen
+    assert {"train.py", "sample.py", "eval.py", "minidpost/models/weights.py", "benchmarks/effect.py"} <= seen
 
 
 @pytest.mark.parametrize(

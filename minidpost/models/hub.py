@@ -25,6 +25,7 @@ from urllib.parse import quote
 from minidpost.errors import UserError
 from minidpost.models.gguf import convert_gguf, source_of
 from minidpost.models.hf_config import read_config
+from minidpost.models.lora import ADAPTER_CONFIG
 from minidpost.models.weights import INDEX, WEIGHTS, shards_of
 from minidpost.storage import read_json, sha256_of
 from minidpost.text.chat import CHAT_FILES
@@ -52,7 +53,6 @@ PUBLISHED: dict[str, tuple[str, str]] = {  # name: repository, and its tokenizer
     "mistral-7b": ("mistralai/Mistral-7B-v0.3", "tokenizer.model"),  # of the three, the one without sliding window
 }
 BROKEN_INDEX = (OSError, ValueError, KeyError, AttributeError, TypeError)  # what reading one may raise
-ADAPTER = "adapter_config.json"
 SETTINGS = (*CHAT_FILES, "special_tokens_map.json", "generation_config.json")  # fetched where they are there
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -131,8 +131,8 @@ def _explain_unknown(name: str) -> str:
     """Say what is wrong with a name that is no model's, nor a directory with one."""
     path = Path(name)
     if path.is_dir():
-        if (path / ADAPTER).is_file():
-            return _explain_adapter(name, path / ADAPTER)
+        if (path / ADAPTER_CONFIG).is_file():
+            return _explain_adapter(name, path / ADAPTER_CONFIG)
         files = sorted(path.glob("*.gguf"))
         if files:
             return f"{name}: this directory holds GGUF files and no config.json; give the path of one, as {files[0]}"
@@ -311,10 +311,10 @@ def _check_readable(files: set[str], commit: str, source: _Source) -> None:
         if missing:
             raise UserError(f"{where}: lacks {' and '.join(missing)}, so its model cannot be used here")
         return
-    if ADAPTER in files:
+    if ADAPTER_CONFIG in files:
         with tempfile.TemporaryDirectory() as folder:
-            snapshot_download(source.repository, revision=commit, local_dir=folder, allow_patterns=[ADAPTER])
-            raise UserError(_explain_adapter(where, Path(folder) / ADAPTER))
+            snapshot_download(source.repository, revision=commit, local_dir=folder, allow_patterns=[ADAPTER_CONFIG])
+            raise UserError(_explain_adapter(where, Path(folder) / ADAPTER_CONFIG))
     gguf_files = sorted(name for name in files if name.endswith(".gguf"))
     if gguf_files:
         url = f"{where}/resolve/{quote(source.revision, safe='')}/{gguf_files[0]}"

@@ -22,8 +22,8 @@ from minidpost.models.layers import Linear
 from minidpost.models.weights import checked_files, save_tensors, stored_tensors, write_directory
 from minidpost.storage import write_json
 
-WEIGHTS = "adapter_model.safetensors"  # peft's names
-CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # peft's names
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 class LoRALinear(Linear):
@@ -123,7 +123,7 @@ def save_adapters(model: Model, directory: Path, start: Path) -> None:
         targets.add(theirs.rpartition(".")[2])
     any_layer = next(iter(layers.values()))
     directory.mkdir(parents=True, exist_ok=True)
-    save_tensors(tensors, directory / WEIGHTS)
+    save_tensors(tensors, directory / ADAPTER_WEIGHTS)
     content = {
         "peft_type": "LORA",
         "task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
@@ -135,7 +135,7 @@ def save_adapters(model: Model, directory: Path, start: Path) -> None:
         "bias": "none",
         "inference_mode": True,
     }
-    write_json(directory / CONFIG, content)
+    write_json(directory / ADAPTER_CONFIG, content)
 
 
 def save_merged(

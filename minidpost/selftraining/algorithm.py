@@ -32,7 +32,7 @@ def self_train(run: Run) -> Iterator[int]:
     algorithm that is named; a step of both algorithms has both.
     """
     K = run.preset.samples
-    n_iterations = run.preset.iterations if run.rules.iterates else 0
+    n_iterations = run.preset.iterations_of(run.rules)
 
     if run.preset.warm_up:
         fine_tune(run, 0)  # Algorithms 1 and 2, line 1: fine-tune f_θ on L to get f_θ'

@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ def check_memory(
         return f"memory: {text} (estimated)"
     if max(needed.values()) > free:
         less_memory = "--activation-checkpointing"
-        if preset.lora_rank is None:
+        if not preset.freezes_weights:
             less_memory += " or --lora-rank (training)"
         raise UserError(
             f"memory: {text} needed (estimated), but {device} has {size_text(free)} free; a smaller model, or smaller "
@@ -87,7 +88,7 @@ def training_bytes(model: Model, preset: Preset, dtype: torch.dtype = torch.floa
     layer_bytes = n_tokens * activation_bytes_a_token(model, preset, dtype, device)
     n_trained = n_trained_parameters(model, preset)
     number_bytes = preset.weights_dtype(device, dtype).itemsize  # of a frozen weight, and of the residual stream
-    frozen_bytes = 0 if preset.lora_rank is None else number_bytes * n_parameters(model)
+    frozen_bytes = number_bytes * n_parameters(model) if preset.freezes_weights else 0
     # The forward pass in bf16 keeps a bf16 copy of every fp32 weight for the backward pass: of the layers that it
     # keeps. Frozen weights are bf16 themselves.
     copies_bytes = 2 * n_trained if dtype == torch.bfloat16 else 0
@@ -209,11 +210,10 @@ def check_disk(model: Model, preset: Preset, *, method: str, run_dir: Path, fres
 def disk_bytes(model: Model, preset: Preset, method: str) -> int:
     """The models of a whole run, and two saved states of a training at work."""
     rules = METHODS[method]
-    n_iterations = preset.iterations if rules.iterates else 0
-    n_models = int(preset.warm_up) + n_iterations * (1 + int(rules.has_dpo))
+    n_models = int(preset.warm_up) + preset.iterations_of(rules) * (1 + int(rules.has_dpo))
     n_trained = n_trained_parameters(model, preset)
     n_written = n_parameters(model)
-    if preset.lora_rank is not None:
+    if preset.freezes_weights:
         n_written += n_trained  # the adapters lie beside the merged model
     return 4 * n_models * n_written + 2 * 12 * n_trained
 
@@ -252,8 +252,12 @@ def forward_flops(size: ModelSize, n_source: int, n_target: int) -> float:
 
 def training_flops(size: ModelSize, n_source: int, n_target: int, *, is_frozen: bool = False) -> float:
     """Forward and backward pass; where the weights are frozen (LoRA), a backward pass without their gradients."""
-    n_passes = 2 if is_frozen else 3
-    return n_passes * forward_flops(size, n_source, n_target)
+    return training_passes(is_frozen) * forward_flops(size, n_source, n_target)
+
+
+def training_passes(is_frozen: bool) -> int:
+    """How many forward passes cost what a forward and a backward pass do."""
+    return 2 if is_frozen else 3
 
 
 def sampling_flops(size: ModelSize, prompt_lengths: Sequence[int], completion_lengths: Sequence[int]) -> float:
@@ -285,7 +289,7 @@ class Plan:
     training_dtype: torch.dtype
     device: str
 
-    @property
+    @cached_property
     def labelled(self) -> list[TokenizedExample]:
         """The labelled examples that are trained on: those within the preset's lengths."""
         return drop_too_long(list(self.tokens.gold.values()), self.preset.max_source, self.preset.max_target)
@@ -293,7 +297,7 @@ class Plan:
     @property
     def n_iterations(self) -> int:
         """The iterations after the warm-up."""
-        return self.preset.iterations if METHODS[self.method].iterates else 0
+        return self.preset.iterations_of(METHODS[self.method])
 
 
 def run_flops(plan: Plan, size: ModelSize) -> float:
@@ -308,8 +312,8 @@ def run_flops(plan: Plan, size: ModelSize) -> float:
     mean_target = n_target // max(1, len(labelled))
     prompt_lengths = [len(plan.tokens.prompt_ids[example.question]) for example in plan.data.pool]
     mean_prompt = sum(prompt_lengths) // len(prompt_lengths)
-    is_frozen = preset.lora_rank is not None
-    n_passes = 2 if is_frozen else 3
+    is_frozen = preset.freezes_weights
+    n_passes = training_passes(is_frozen)
     recomputed = (n_passes + 1) / n_passes if preset.activation_checkpointing else 1.0  # a second forward pass
 
     def sampling(n_questions: int, n_samples: int) -> float:

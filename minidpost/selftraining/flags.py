@@ -63,7 +63,7 @@ GROUPS: dict[str, dict[str, Flag]] = {
     "LoRA (without --lora-rank all weights are trained)": {
         "lora_rank": Flag(
             "train low-rank adapters of this rank on all linear layers, and nothing else: much less memory; the "
-            "preset's learning rates are then ten times as high; none: train all weights",
+            "preset's learning rates are then ten times as high (0.006 at most); none: train all weights",
             high=2**14,
         ),
         "lora_alpha": Flag("adapters are multiplied by this over their rank; none: twice the rank", low=1e-3),

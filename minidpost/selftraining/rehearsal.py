@@ -35,13 +35,13 @@ from minidpost.selftraining.presets import n_parameters
 from minidpost.selftraining.steps import less_for_sampling, less_for_training, load_for_training
 from minidpost.training.batching import TokenizedExample, epoch_steps, micro_batches, padded_shape
 from minidpost.training.dpo import (
-    GPU_REFERENCE_BATCH_FACTOR,
     PreferencePair,
     dpo_gradients,
+    reference_batch_factor,
     reference_log_probabilities,
 )
-from minidpost.training.optim import adamw, apply_step, enable_activation_checkpointing
-from minidpost.training.sft import sft_gradients
+from minidpost.training.optim import adamw, apply_step
+from minidpost.training.sft import begin_sft, sft_gradients
 
 # On a CPU:
 MIN_PARAMETERS = 20_000_000  # smaller models need little memory
@@ -61,7 +61,7 @@ def rehearse(plan: Plan, model: Model) -> str | None:
             rehearse_sampling(plan)
             sampling = peak_bytes(plan.device)
         less = less_for_training(plan.preset)
-        if plan.preset.lora_rank is None:  # which may still be chosen, as nothing has begun
+        if not plan.preset.freezes_weights:  # LoRA may still be chosen, as nothing has begun
             less += ", and so does --lora-rank"
         with when_memory_runs_out(f"in the rehearsal of training {less}"):
             begin_peak(plan.device)
@@ -85,8 +85,7 @@ def is_worth_it(plan: Plan, model: Model) -> bool:
     n_tokens = max(preset.micro_batch_tokens, 2 * preset.pairs_per_question * longest)
     # Three micro-batches (two of SFT, one of DPO with its reference), a prefill, a decoding step.
     half = n_tokens // 2  # source and target tokens
-    is_frozen = preset.lora_rank is not None
-    training = 3 * training_flops(size, half, half, is_frozen=is_frozen) + forward_flops(size, half, half)
+    training = 3 * training_flops(size, half, half, is_frozen=preset.freezes_weights) + forward_flops(size, half, half)
     sampling = forward_flops(size, PREFILL_BATCH * preset.max_source, preset.slots)
     return training + sampling <= MAX_FRACTION_OF_RUN * run_flops(plan, size)
 
@@ -129,7 +128,7 @@ def rehearse_training(plan: Plan) -> None:
     sft = preset.sft(0, plan.training_dtype)
     pairs = largest_pairs(plan) if plan.n_iterations and METHODS[plan.method].has_dpo else []
     if pairs:
-        factor = 1 if torch.device(plan.device).type == "cpu" else GPU_REFERENCE_BATCH_FACTOR
+        factor = reference_batch_factor(torch.device(plan.device))
         reference_log_probabilities(
             model,
             pairs_of(plan, factor * preset.micro_batch_tokens, n_most=factor * len(pairs)),
@@ -145,10 +144,7 @@ def rehearse_training(plan: Plan) -> None:
     sft_gradients(model, small, micro_batch_tokens, dtype=sft.dtype)
     apply_step(model, optimizer, sft.schedule, step=0, n_steps=1)
 
-    if preset.activation_checkpointing:
-        enable_activation_checkpointing(model)
-    model.train()  # with dropout, as in train_sft
-    model.dropout = model.config.dropout if sft.dropout is None else sft.dropout
+    begin_sft(model, sft)
     for examples in largest_sft_batches(plan, model):
         # The small micro-batch leaves gradients, to which those of the large one are added.
         sft_gradients(model, small, micro_batch_tokens, dtype=sft.dtype)

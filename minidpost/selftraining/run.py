@@ -9,7 +9,7 @@ import torch
 
 from minidpost.data.example import Example
 from minidpost.errors import UserError
-from minidpost.precision import DTYPES, sampling_dtype
+from minidpost.precision import sampling_dtype
 from minidpost.sampling.generate import check_prompts
 from minidpost.sampling.sampler import SamplingSettings
 from minidpost.selftraining.methods import METHODS, Method
@@ -132,7 +132,7 @@ class Run:
     @property
     def sampling_dtype(self) -> torch.dtype:
         """The precision of weights in sampling and evaluation."""
-        return sampling_dtype(self.device) if self.dtype is None else DTYPES[self.dtype]
+        return sampling_dtype(self.device, self.dtype)
 
     def sampling_settings(self, purpose: str) -> SamplingSettings:
         """The preset's sampling settings, seeded for one purpose, such as "1/samples-dpo"."""

@@ -74,7 +74,7 @@ def fine_tune(run: Run, iteration: int, labels: Path | None = None) -> None:
         save_trained(model, stage.path, start=run.base, template=run.template_name)
 
         n_source, n_target = token_counts(examples)
-        is_frozen = run.preset.lora_rank is not None
+        is_frozen = run.preset.freezes_weights
         flops = training_flops(model_size(model), n_source, n_target, is_frozen=is_frozen)
         stage.metadata["flops"] = settings.epochs * flops
 
@@ -355,7 +355,7 @@ def train_preferences(run: Run, iteration: int, *, model: Path) -> None:
             n_source, n_target = token_counts(pairs)
             steps_per_epoch = -(-len(pairs) // settings.pairs_per_step)  # rounded up
             n_epochs = settings.steps / steps_per_epoch
-            is_frozen = run.preset.lora_rank is not None
+            is_frozen = run.preset.freezes_weights
             flops = n_epochs * training_flops(model_size(policy), n_source, n_target, is_frozen=is_frozen)
         else:
             run.directory.log(f"iteration {iteration}: no preference pairs, so DPO leaves the model as it is")

@@ -198,9 +198,7 @@ def reference_log_probabilities(
     """
     model.eval()  # no dropout
     weight = next(model.parameters())
-    max_tokens = micro_batch_tokens
-    if weight.device.type != "cpu":
-        max_tokens *= GPU_REFERENCE_BATCH_FACTOR
+    max_tokens = micro_batch_tokens * reference_batch_factor(weight.device)
 
     # Each rank fills in its own pairs, and leaves the others' at 0, so that the sum has all.
     reference_P2 = torch.zeros(len(pairs), 2, dtype=at_least_fp32(weight.dtype))
@@ -211,6 +209,11 @@ def reference_log_probabilities(
             reference_P2[indices] = logp_B2
     let_go_of_weights(model)
     return sum_over_ranks(reference_P2)
+
+
+def reference_batch_factor(device: torch.device) -> int:
+    """How many times as large as in training the reference's micro-batches are."""
+    return 1 if device.type == "cpu" else GPU_REFERENCE_BATCH_FACTOR
 
 
 def pair_log_probabilities(model: Model, pairs: Sequence[PreferencePair], dtype: torch.dtype | None = None) -> Tensor:

@@ -40,7 +40,7 @@ class Schedule:
 
 def adamw(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
     """AdamW over all parameters that are not frozen; vectors (the norms' weights, biases) do not decay."""
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    trained = trained_parameters(model).values()
     matrices = [weight for weight in trained if weight.dim() > 1]
     vectors = [weight for weight in trained if weight.dim() == 1]
     groups = [
@@ -48,6 +48,11 @@ def adamw(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
         {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=schedule.learning_rate, fused=True)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model that are not frozen, by name."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def apply_step(

@@ -86,10 +86,7 @@ def train_sft(
     identity = replace(settings, micro_batch_tokens=0, activation_checkpointing=False)
     state.restore(model, optimizer, stage, identity, examples)
 
-    model.train()  # dropout on
-    model.dropout = model.config.dropout if settings.dropout is None else settings.dropout
-    if settings.activation_checkpointing:
-        enable_activation_checkpointing(model)
+    begin_sft(model, settings)
     progress = tqdm(total=n_steps, initial=state.next_step, desc=stage, unit="step")
     with StepLog(log_path, state.log) as log, progress, state.stops_between_steps():
         for step, example_indices in enumerate(steps):
@@ -111,6 +108,14 @@ def train_sft(
             progress.update()
             state.after_step(step, model, optimizer, log_path)
     model.eval()
+
+
+def begin_sft(model: Model, settings: SFTSettings) -> None:
+    """Make a model ready for SFT's steps: dropout on, activations kept or not."""
+    model.train()
+    model.dropout = model.config.dropout if settings.dropout is None else settings.dropout
+    if settings.activation_checkpointing:
+        enable_activation_checkpointing(model)
 
 
 def sft_gradients(

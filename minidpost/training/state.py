@@ -28,6 +28,7 @@ from minidpost.errors import UserError
 from minidpost.models.weights import open_tensors
 from minidpost.processes import from_rank_0, max_over_ranks, rank, wait_for_all, world_size
 from minidpost.storage import no_room, read_json, staged_file, to_disk, write_json
+from minidpost.training.optim import trained_parameters
 from minidpost.training.parallel import local_part, own_rows
 
 METADATA = "state.json"  # of a state that several processes saved
@@ -165,11 +166,6 @@ class TrainingState:
                 interrupt(self.stop_signal)
         finally:
             restore_handlers()
-
-
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a model that are not frozen, by name."""
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def state_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -143,10 +143,7 @@ def test_lora_is_rehearsed_as_it_trains(plan, always, monkeypatch, dtype):
     assert calls == [(2 * n_layers, len([*shape_of(plan).parameters()]))]
 
 
-def test_without_memory_lora_is_named_where_it_may_still_be_chosen(plan, always, monkeypatch):
-    def out_of_memory(*arguments, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
+def test_without_memory_lora_is_named_where_it_may_still_be_chosen(plan, always, monkeypatch, out_of_memory):
     monkeypatch.setattr(rehearsal, "sft_gradients", out_of_memory)
     with pytest.raises(UserError, match=r"need less, and so does --lora-rank$"):
         rehearse(plan, shape_of(plan))
@@ -189,10 +186,7 @@ def test_the_largest_pairs_are_one_micro_batch(plan, n_tokens, n_pairs, n_prompt
         ("choose", "in the rehearsal of sampling fewer --slots .now 5. need less"),
     ],
 )
-def test_without_memory_the_knob_of_the_stage_is_named(plan, always, monkeypatch, function, message):
-    def out_of_memory(*arguments, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
+def test_without_memory_the_knob_of_the_stage_is_named(plan, always, monkeypatch, out_of_memory, function, message):
     monkeypatch.setattr(rehearsal, function, out_of_memory)
     state = torch.get_rng_state()
     with pytest.raises(UserError, match=f"^not enough memory; {message}"):
