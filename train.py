@@ -29,6 +29,7 @@ from minidpost.models.hf_config import read_config
 from minidpost.models.hub import BUNDLED, PUBLISHED, find_model
 from minidpost.models.weights import TEMPLATES, check_weights, empty_model, load_template
 from minidpost.precision import DTYPES, default_device, sampling_dtype, training_dtype
+from minidpost.processes import on_rank_0, rank
 from minidpost.selftraining.algorithm import self_train
 from minidpost.selftraining.estimates import Plan, check_disk, check_memory, warn_of_hours
 from minidpost.selftraining.flags import (
@@ -51,16 +52,16 @@ MAX_NAME = 100  # characters of a run directory's name that say what differs fro
 
 def main() -> None:
     """Read and check everything, claim the run's directory, then self-train, with a new report after each iteration."""
-    # 1) Everything that can be wrong is found before anything is written.
+    # 1) Everything that can be wrong is found before anything is written. What has to be fetched, rank 0 fetches.
     options = parse_options()
-    base = find_model(options.model)
+    base = on_rank_0(lambda: find_model(options.model))
     replaced = replaced_hyperparameters(options)
     default = preset_for(base, options.method)
     if replaced.get("lora_rank") is not None:
         default = for_lora(default)
     preset = resolve_preset(options, default, replaced)
     check_weights(base)
-    data = load_data(options)
+    data = on_rank_0(lambda: load_data(options))
     template = load_template(base, options.template)
     tokens = tokenize(data, template, base)
     run_dir = options.run_dir or Path("runs") / run_name(options, data, base=base, differing=changes(default, preset))
@@ -77,14 +78,14 @@ def main() -> None:
         device=options.device,
     )
     memory = check_memory(model, preset, dtype=plan.dtype, device=options.device, training_dtype=plan.training_dtype)
-    disk = check_disk(model, preset, method=options.method, run_dir=run_dir, fresh=options.fresh)
+    disk = on_rank_0(lambda: check_disk(model, preset, method=options.method, run_dir=run_dir, fresh=options.fresh))
     warn_of_hours(plan, model)
     rehearsed = rehearse(plan, model)
 
     # 2) The run's directory: a new one, or one that the same command left.
     directory = RunDirectory(
         run_dir,
-        fingerprint(options, plan),
+        on_rank_0(lambda: fingerprint(options, plan)),
         options.fresh,
         may_change=[f"preset.{name}" for name in MAY_CHANGE],
     )
@@ -111,8 +112,9 @@ def main() -> None:
     # 3) The method.
     table = ""
     for _ in self_train(run):
-        table = write_report(run, base.name)
-    print(f"\n{table}\n\n{run_dir}/report.md, results.json, figures/")
+        table = on_rank_0(lambda: write_report(run, base.name))
+    if rank() == 0:
+        print(f"\n{table}\n\n{run_dir}/report.md, results.json, figures/")
 
 
 def parse_options() -> argparse.Namespace:

@@ -3,20 +3,33 @@
     torchrun --nproc-per-node 8 train.py …
 
 Each process, a rank of 0 … world − 1, runs the whole command. What they must agree on, rank 0 decides; what the disk
-holds, rank 0 writes, and the others read: all machines see the same directories.
+holds, rank 0 writes, and the others read: all machines see the same directories. A rank that fails ends them all, and
+the first to fail is the only one that says why.
 """
 
+import json
 import os
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 Value = TypeVar("Value")
+
+# The longest that ranks wait for one: while a large model is written, or the last chunk is sampled. One that has died
+# is noticed at once.
+PATIENCE = timedelta(hours=6)
+SECONDS_BETWEEN_COUNTS = 1.0  # in which the counts of other ranks may be out of date
+PIECE_BYTES = 2**22  # of what is handed in; the store refuses values from twice this size on
 
 
 def rank() -> int:
@@ -47,25 +60,23 @@ def own_device(device: str) -> str:
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Join the other processes, where there are any, until the block ends: by nccl among GPUs, by gloo among CPUs."""
     if not started_by_torchrun():
         yield
         return
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def mesh(device: str) -> DeviceMesh:
-    """All processes in one row. The type of device is given, as torch would take an accelerator where it sees one."""
-    return init_device_mesh(torch.device(device).type, (world_size(),))
+# -- one value for all ------------------------------------------------------------------------------------------------
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -73,6 +84,15 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each rank has a slice, gathered on all of them; any other as it is."""
+    if world_size() == 1:
+        return tensor
+    from torch.distributed.tensor import DTensor  # here, as it is slow to import
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def max_over_ranks(*numbers: int) -> list[int]:
@@ -88,12 +108,135 @@ def from_rank_0(value: Value) -> Value:
     """What rank 0 has, on all ranks: any plain value."""
     if world_size() == 1:
         return value
-    values = [value]
+    values: list[Value] = [value]
     dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
     return values[0]
+
+
+def on_rank_0(work: Callable[[], Value]) -> Value:
+    """What a function gives on rank 0, where alone it is called, on all ranks: how they use a disk.
+
+    An error of it ends rank 0, and thereby the others.
+    """
+    value: Any = work() if rank() == 0 else None
+    result: Value = from_rank_0(value)
+    return result
 
 
 def wait_for_all() -> None:
     """Go on when every rank is here."""
     if world_size() > 1:
         dist.barrier()
+
+
+# -- work that is shared ----------------------------------------------------------------------------------------------
+
+
+class SharedWork:
+    """Pieces of work 0 … n − 1, each of which goes to the rank that asks next, and what comes of them, to rank 0.
+
+    All ranks must make theirs at the same point. A single process takes all pieces, in order.
+    """
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.numbers = numbers
+        self.name = common_name()
+
+    def take(self) -> Iterator[int]:
+        """The numbers that this rank is given, each when it asks for it, until none is left."""
+        if world_size() == 1:
+            yield from self.numbers
+            return
+        while (place := store().add(self.name, 1) - 1) < len(self.numbers):
+            yield self.numbers[place]
+
+    def hand_in(self, number: int, records: Sequence[dict[str, Any]]) -> None:
+        """Give rank 0 what has come of a piece."""
+        content = json.dumps(records)  # ASCII, so that a character is a byte
+        n_pieces = -(-len(content) // PIECE_BYTES)
+        for index in range(n_pieces):
+            store().set(f"{self.name}/{number}/{index}", content[index * PIECE_BYTES : (index + 1) * PIECE_BYTES])
+        store().set(f"{self.name}/{number}", str(n_pieces))  # last, as rank 0 looks for it
+
+    def handed_in(self, number: int) -> list[dict[str, Any]] | None:
+        """What another rank has made of a piece, once; None where it is not done yet."""
+        key = f"{self.name}/{number}"
+        if not store().check([key]):
+            return None
+        keys = [f"{key}/{index}" for index in range(int(store().get(key)))]
+        content = b"".join(store().get(piece) for piece in keys)
+        for used in (key, *keys):
+            store().delete_key(used)
+        records: list[dict[str, Any]] = json.loads(content)
+        return records
+
+
+class Counts:
+    """Numbers that all ranks add to, for what rank 0 shows; those of the others are a second old at most.
+
+    All ranks must make theirs at the same point.
+    """
+
+    def __init__(self, n_counts: int) -> None:
+        self.name = common_name()
+        self.own = [0] * n_counts  # that the others do not know of yet
+        self.totals = [0] * n_counts
+        self.told_at = 0.0  # time.monotonic()
+
+    def add(self, *numbers: int) -> list[int]:
+        """Add one number to each count; gives the sums over all ranks."""
+        self.own = [own + number for own, number in zip(self.own, numbers, strict=True)]
+        if world_size() == 1:
+            return self.own
+        if time.monotonic() - self.told_at >= SECONDS_BETWEEN_COUNTS:
+            self.tell()
+        return [total + own for total, own in zip(self.totals, self.own, strict=True)]
+
+    def tell(self) -> None:
+        """Tell the others of what they do not know yet, and ask for theirs."""
+        if world_size() > 1:
+            self.totals = [store().add(f"{self.name}/{index}", own) for index, own in enumerate(self.own)]
+            self.own = [0] * len(self.own)
+            self.told_at = time.monotonic()
+
+
+def common_name() -> str:
+    """A name that all ranks have, and nothing else has."""
+    return from_rank_0(uuid.uuid4().hex)
+
+
+def store() -> "Store":
+    """Keys and values that all ranks see, which outlive any of them."""
+    return dist.distributed_c10d._get_default_store()
+
+
+# -- the end of a rank ------------------------------------------------------------------------------------------------
+
+
+def is_first_to_fail(status: int) -> bool:
+    """Whether no rank failed before this one, whose exit status is to be `status`: then it says why, and alone."""
+    if world_size() == 1:
+        return True
+    try:
+        is_first: bool = store().add("failures", 1) == 1
+        if is_first:
+            store().set("exit status", str(status))
+    except RuntimeError:  # the store is gone, and so are others
+        return False
+    return is_first
+
+
+def common_exit_status(status: int) -> int:
+    """The exit status of the rank that failed first, in place of this one's."""
+    if world_size() == 1:
+        return status
+    try:
+        store().wait(["exit status"], timedelta(seconds=5))
+        return int(store().get("exit status"))
+    except RuntimeError:
+        return status
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether an error says that another rank has ended."""
+    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))

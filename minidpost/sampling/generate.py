@@ -1,18 +1,21 @@
 """Questions in, graded completions out: a model's template, the sampler and the grading, with a progress bar."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from tqdm import tqdm
 
 from minidpost.errors import UserError
+from minidpost.processes import Counts, SharedWork, rank, world_size
 from minidpost.sampling import sampler
-from minidpost.sampling.sampler import DecodingModel, Request, SamplingSettings, sample
+from minidpost.sampling.sampler import DecodingModel, Request, Row, SamplingSettings, sample
 from minidpost.text import grading
 from minidpost.text.templates import Template
 
 MAX_PROMPT_TOKENS = 1024  # a question longer than this is refused, never cut
+SECONDS_BETWEEN_LOOKS = 0.05  # at whether another rank is done
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ def generate(
     """Yield `n_samples` completions of every question as they end, beginning with the sampler's chunk `first_chunk`.
 
     With the questions' `answers` completions are graded, and the progress bar, which is headed by `label`, shows the
-    accuracy so far. UserError: an empty question, or one that is longer than MAX_PROMPT_TOKENS.
+    accuracy so far. Several processes, which must all call this with the same arguments, share the work: rank 0 gets
+    all samples, chunk after chunk, and the others none.
+    UserError: an empty question, or one that is longer than MAX_PROMPT_TOKENS.
     """
     prompts = [tuple(template.prompt_ids(question)) for question in questions]
     check_prompts(questions, prompts)
@@ -54,6 +59,9 @@ def generate(
         for question, prompt in zip(questions, prompts, strict=True)
         for sample_index in range(n_samples)
     ]
+    # Of several processes each takes whole chunks, another one whenever it is free.
+    n_chunks = -(-len(requests) // sampler.CHUNK)
+    work = SharedWork(range(first_chunk, n_chunks))
     rows = sample(
         model,
         requests,
@@ -61,38 +69,114 @@ def generate(
         template.stop_ids,
         new_override=template.new_calculator if calculator else None,
         first_chunk=first_chunk,
+        chunk_indices=work.take() if world_size() > 1 else None,
     )
-
-    n_done = n_correct = n_tokens = 0
-    started = time.perf_counter()
     n_before = min(first_chunk * sampler.CHUNK, len(requests))
-    with tqdm(total=len(requests), initial=n_before, desc=label, unit="row") as progress:
-        for row in rows:
-            # Requests stand question by question: with 4 samples each, request 9 is sample 1 of question 2.
-            example_index, sample_index = divmod(row.request_index, n_samples)
-            answer = None if answers is None else answers[example_index]
-            completion = template.decode(row.token_ids)
-            is_correct = None if answer is None else grading.is_correct(completion, answer)
+    with tqdm(total=len(requests), initial=n_before, desc=label, unit="row", disable=rank() > 0) as bar:
+        progress = SharedProgress(bar, has_answers=answers is not None)
+        samples = graded(rows, template, answers, n_samples)
+        if world_size() == 1:
+            for one in samples:
+                progress.count(one)
+                yield one
+        else:
+            yield from of_all_ranks(samples, work, progress, n_requests=len(requests), n_samples=n_samples)
 
-            n_done += 1
-            n_tokens += len(row.token_ids)
-            shown = {"tok_s": f"{n_tokens / (time.perf_counter() - started):.0f}"}
-            if answers is not None:
-                n_correct += bool(is_correct)
-                shown["right"] = f"{n_correct / n_done:.1%}"
-            progress.set_postfix(shown, refresh=False)
-            progress.update()
-            yield Sample(
-                example_index=example_index,
-                sample_index=sample_index,
-                question=row.request.question,
-                answer=answer,
-                completion=completion,
-                is_correct=is_correct,
-                token_ids=row.token_ids,
-                forced=row.forced,
-                finish_reason=row.finish_reason,
-            )
+
+def graded(rows: Iterable[Row], template: Template, answers: Sequence[str] | None, n_samples: int) -> Iterator[Sample]:
+    """Rows as samples, of which the completions of questions with answers are graded."""
+    for row in rows:
+        # Requests stand question by question: with 4 samples each, request 9 is sample 1 of question 2.
+        example_index, sample_index = divmod(row.request_index, n_samples)
+        answer = None if answers is None else answers[example_index]
+        completion = template.decode(row.token_ids)
+        yield Sample(
+            example_index=example_index,
+            sample_index=sample_index,
+            question=row.request.question,
+            answer=answer,
+            completion=completion,
+            is_correct=None if answer is None else grading.is_correct(completion, answer),
+            token_ids=row.token_ids,
+            forced=row.forced,
+            finish_reason=row.finish_reason,
+        )
+
+
+class SharedProgress:
+    """What a progress bar shows of a sampling: rows, tokens a second and accuracy, of all ranks together."""
+
+    def __init__(self, bar: "tqdm[Any]", *, has_answers: bool) -> None:
+        self.bar = bar
+        self.has_answers = has_answers
+        self.counts = Counts(3)  # samples, correct ones, tokens
+        self.n_shown = 0
+        self.started = time.perf_counter()
+
+    def count(self, sample: Sample) -> None:
+        """Note a sample of this rank, and show what is known of all."""
+        self._show(*self.counts.add(1, int(sample.is_correct is True), len(sample.token_ids)))
+
+    def tell(self) -> None:
+        """Tell the other ranks of this one's samples, and show what is known of all."""
+        self.counts.tell()
+        self._show(*self.counts.add(0, 0, 0))
+
+    def _show(self, n_done: int, n_correct: int, n_tokens: int) -> None:
+        shown = {"tok_s": f"{n_tokens / (time.perf_counter() - self.started):.0f}"}
+        if self.has_answers and n_done:
+            shown["right"] = f"{n_correct / n_done:.1%}"
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(n_done - self.n_shown)
+        self.n_shown = n_done
+
+
+def of_all_ranks(
+    samples: Iterable[Sample], work: SharedWork, progress: SharedProgress, *, n_requests: int, n_samples: int
+) -> Iterator[Sample]:
+    """The samples of all ranks on rank 0, chunk after chunk. The other ranks hand theirs in, and get none.
+
+    `samples` are those of this rank, whole chunks of them.
+    """
+    own = own_chunks(samples, progress, n_requests=n_requests, n_samples=n_samples)
+    if rank() > 0:
+        for chunk_index, chunk in own:
+            progress.tell()
+            work.hand_in(chunk_index, [asdict(sample) for sample in chunk])
+        return
+
+    done: dict[int, list[Sample]] = {}
+    for chunk_index in work.numbers:
+        while chunk_index not in done:
+            # 1) Another rank may have this chunk ready.
+            records = work.handed_in(chunk_index)
+            if records is not None:
+                done[chunk_index] = [Sample(**record) for record in records]
+                continue
+            # 2) If not, work off one more, be it this one or a later one.
+            own_chunk = next(own, None)
+            if own_chunk is not None:
+                done[own_chunk[0]] = own_chunk[1]
+                continue
+            # 3) None is left: another rank is at this one.
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            progress.tell()
+        yield from done.pop(chunk_index)
+    progress.tell()
+
+
+def own_chunks(
+    samples: Iterable[Sample], progress: SharedProgress, *, n_requests: int, n_samples: int
+) -> Iterator[tuple[int, list[Sample]]]:
+    """This rank's samples by chunk: its number, and its samples in the order in which they ended."""
+    chunk: list[Sample] = []
+    for one in samples:
+        progress.count(one)
+        chunk.append(one)
+        chunk_index = (one.example_index * n_samples + one.sample_index) // sampler.CHUNK
+        if len(chunk) == min(sampler.CHUNK, n_requests - chunk_index * sampler.CHUNK):
+            yield chunk_index, chunk
+            chunk = []
 
 
 def check_prompts(questions: Sequence[str], prompts: Sequence[Sequence[int]]) -> None:

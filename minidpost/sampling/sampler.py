@@ -24,9 +24,10 @@ are CUDA graphs (see cuda_graphs).
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -120,6 +121,7 @@ class Job:
     new_override: Callable[[], Override] | None
     use_cuda_graphs: bool
     max_prompt: int  # tokens of the longest prompt
+    max_rows: int  # requests of the largest chunk
 
     @property
     def device(self) -> torch.device:
@@ -135,29 +137,40 @@ def sample(
     *,
     new_override: Callable[[], Override] | None = None,
     first_chunk: int = 0,
+    chunk_indices: Iterable[int] | None = None,
     use_cuda_graphs: bool = True,
 ) -> Iterator[Row]:
     """Yield the rows of all requests as they end, each request's once; those before `first_chunk` not at all.
 
     A row ends at the end token `eos_id`, or at any of several. All rows of a chunk are yielded before any of the next.
     `new_override` makes the override of one row. Samples of one question should stand together in `requests`: those of
-    one chunk share a prefill. Prompts must not be empty.
+    one chunk share a prefill. Prompts must not be empty. With `chunk_indices` these chunks are worked off, in this
+    order, each number asked for when it is its turn.
     """
-    chunks = chunked(requests, first_chunk)
+    chunks = chunked(requests)
     # The longest of all prompts, worked off or not, so that a run that continues has caches of the same shape.
     max_prompt = max((len(request.prompt_ids) for request in requests), default=0)
     eos_ids = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
-    job = Job(model, settings, eos_ids, new_override, use_cuda_graphs, max_prompt)
+    job = Job(model, settings, eos_ids, new_override, use_cuda_graphs, max_prompt, min(len(requests), CHUNK))
+    # Likewise of all chunks: how the questions of a chunk are dealt to workers decides which rows share a step.
     n_workers = n_workers_for(model, settings.slots, chunks)
+    work = partial(sample_chunks, job)
+    if chunk_indices is None:
+        remaining = chunks[first_chunk:]
+        if n_workers > 1:
+            return sample_in_workers(work, remaining, settings.slots, n_workers)
+        return work(remaining, settings.slots)
+    given = (chunks[index] for index in chunk_indices)
     if n_workers > 1:
-        return sample_in_workers(partial(sample_chunks, job), chunks, settings.slots, n_workers)
-    return sample_chunks(job, chunks, settings.slots)
+        of_chunks = (sample_in_workers(work, [chunk], settings.slots, n_workers) for chunk in given)
+        return chain.from_iterable(of_chunks)
+    return work(given, settings.slots)
 
 
-def chunked(requests: Sequence[Request], first_chunk: int) -> list[Chunk]:
-    """The requests from a chunk on, CHUNK at a time, in groups of the same prompt, the longest prompts first."""
+def chunked(requests: Sequence[Request]) -> list[Chunk]:
+    """The requests, CHUNK at a time, in groups of the same prompt, the longest prompts first."""
     chunks = []
-    for start in range(first_chunk * CHUNK, len(requests), CHUNK):
+    for start in range(0, len(requests), CHUNK):
         groups: dict[tuple[int, ...], Group] = {}
         for request_index, request in enumerate(requests[start : start + CHUNK], start=start):
             groups.setdefault(request.prompt_ids, []).append((request_index, request))
@@ -165,21 +178,24 @@ def chunked(requests: Sequence[Request], first_chunk: int) -> list[Chunk]:
     return chunks
 
 
-def sample_chunks(job: Job, chunks: Sequence[Chunk], n_slots: int) -> Iterator[Row]:
+def sample_chunks(job: Job, chunks: Iterable[Chunk], n_slots: int) -> Iterator[Row]:
     """Work off chunk after chunk in this process, with one cache for all of them."""
-    if not chunks:
+    remaining = iter(chunks)
+    chunk = next(remaining, None)
+    if chunk is None:
         return
-    sizes = [sum(map(len, chunk)) for chunk in chunks]  # requests of each chunk
-    n_cache_rows = min(n_slots, max(sizes)) + PREFILL_BATCH
+    n_cache_rows = min(n_slots, job.max_rows) + PREFILL_BATCH
     cache: Any = job.model.new_cache(n_cache_rows, job.max_prompt, job.settings.max_new_tokens)
     step: Callable[[Tensor], Tensor]
     if job.use_cuda_graphs and job.device.type == "cuda":
         step = CUDAGraphs(job.model, cache)
     else:
         step = partial(job.model.decode, cache)
-    for chunk, size in zip(chunks, sizes, strict=True):
+    while chunk is not None:
         cache.clear()
-        yield from sample_chunk(job, chunk, min(n_slots, size), cache=cache, step=step)
+        n_requests = sum(map(len, chunk))
+        yield from sample_chunk(job, chunk, min(n_slots, n_requests), cache=cache, step=step)
+        chunk = next(remaining, None)
 
 
 def sample_chunk(

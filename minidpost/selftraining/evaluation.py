@@ -7,6 +7,7 @@ from math import comb, sqrt
 from typing import Any
 
 from minidpost.data.example import Example
+from minidpost.processes import from_rank_0
 from minidpost.sampling.generate import Sample, generate
 from minidpost.sampling.sampler import DecodingModel, SamplingSettings
 from minidpost.text.grading import extract_answer, is_correct
@@ -113,7 +114,10 @@ def samples_by_question(
     calculator: bool,
     label: str,
 ) -> list[list[Sample]]:
-    """The graded samples, a list of `n_samples` for each example, in order whatever the order in which they end."""
+    """The graded samples, a list of `n_samples` for each example, in order whatever the order in which they end.
+
+    Several processes share the work, and all get all samples.
+    """
     samples = generate(
         model,
         template,
@@ -124,7 +128,7 @@ def samples_by_question(
         calculator=calculator,
         label=label,
     )
-    in_order = sorted(samples, key=lambda sample: (sample.example_index, sample.sample_index))
+    in_order = sorted(from_rank_0([*samples]), key=lambda sample: (sample.example_index, sample.sample_index))
     return [in_order[start : start + n_samples] for start in range(0, len(in_order), n_samples)]
 
 

@@ -121,7 +121,7 @@ def train_dpo(
     model.eval()  # no dropout
     if settings.activation_checkpointing:
         enable_activation_checkpointing(model)
-    progress = tqdm(total=settings.steps, initial=state.next_step, desc=stage, unit="step")
+    progress = tqdm(total=settings.steps, initial=state.next_step, desc=stage, unit="step", disable=rank() > 0)
     with StepLog(log_path, state.log) as log, progress, state.stops_between_steps():
         for step, pair_indices in enumerate(steps):
             if step < state.next_step:

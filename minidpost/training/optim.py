@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from minidpost.models.hf_config import Model
-from minidpost.training.parallel import whole
+from minidpost.processes import whole
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,19 @@ no rows left computes some again with weight 0.
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from minidpost.models.hf_config import Model
 from minidpost.models.lora import fresh_values
 from minidpost.models.weights import checked_files, open_tensors
-from minidpost.processes import mesh, rank, world_size
+from minidpost.processes import rank, world_size
 from minidpost.training.batching import TokenizedExample, micro_batches
 
-Row = TypeVar("Row")
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def load_spread(
@@ -63,12 +62,17 @@ def load_spread(
 
 def shard(model: Model, device: str, dtype: torch.dtype | None = None) -> None:
     """Spread a model's weights over all ranks, in place."""
+    # Here and below, as they are slow to import, and one process alone does not need them.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     on_gpu = torch.device(device).type == "cuda"
     precision = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if on_gpu and dtype == torch.bfloat16 else None,
         reduce_dtype=torch.float32 if on_gpu else None,
     )
-    all_ranks = mesh(device)
+    # The type of device is given, as torch would take an accelerator where it sees one.
+    all_ranks = init_device_mesh(torch.device(device).type, (world_size(),))
     for stack in dict.fromkeys(model.stacks):
         for layer in stack.layers:
             fully_shard(layer, mesh=all_ranks, mp_policy=precision)
@@ -90,24 +94,34 @@ def own_rows(n_rows: int) -> slice:
 
 def local_part(weight: Tensor) -> Tensor:
     """The slice of a spread tensor that lies on this rank; the whole of any other."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
+    return weight.to_local() if is_spread(weight) else weight
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A spread tensor gathered from all ranks; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def is_spread(tensor: Tensor) -> TypeGuard["DTensor"]:
+    """Whether each rank has a slice of a tensor."""
+    if world_size() == 1:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 def sums_gradients(model: nn.Module, now: bool) -> None:
     """Whether the next backward pass sums gradients over the ranks: once a step is enough, in its last one."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
+    if world_size() > 1:
+        from torch.distributed.fsdp import FSDPModule
+
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(now)
 
 
 def let_go_of_weights(model: nn.Module) -> None:
     """Leave each rank its slices alone, as after a backward pass: a forward pass alone keeps some weights gathered."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    if world_size() > 1:
+        from torch.distributed.fsdp import FSDPModule
+
+        if isinstance(model, FSDPModule):
+            model.reshard()
 
 
 # -- which rows -------------------------------------------------------------------------------------------------------

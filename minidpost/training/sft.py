@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from minidpost.models.hf_config import Model
 from minidpost.precision import autocast
-from minidpost.processes import other_rank, sum_over_ranks
+from minidpost.processes import other_rank, rank, sum_over_ranks
 from minidpost.training.batching import TokenizedExample, collate, epoch_steps
 from minidpost.training.losses import log_probabilities, sft_loss
 from minidpost.training.optim import (
@@ -87,7 +87,7 @@ def train_sft(
     state.restore(model, optimizer, stage, identity, examples)
 
     begin_sft(model, settings)
-    progress = tqdm(total=n_steps, initial=state.next_step, desc=stage, unit="step")
+    progress = tqdm(total=n_steps, initial=state.next_step, desc=stage, unit="step", disable=rank() > 0)
     with StepLog(log_path, state.log) as log, progress, state.stops_between_steps():
         for step, example_indices in enumerate(steps):
             if step < state.next_step:

@@ -22,14 +22,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from minidpost.errors import UserError
 from minidpost.models.weights import open_tensors
-from minidpost.processes import from_rank_0, max_over_ranks, rank, wait_for_all, world_size
+from minidpost.processes import from_rank_0, is_lost_connection, max_over_ranks, rank, wait_for_all, world_size
 from minidpost.storage import no_room, read_json, staged_file, to_disk, write_json
 from minidpost.training.optim import trained_parameters
-from minidpost.training.parallel import local_part, own_rows
+from minidpost.training.parallel import is_spread, local_part, own_rows
 
 METADATA = "state.json"  # of a state that several processes saved
 
@@ -201,7 +200,7 @@ def fill(tensors: Mapping[str, Tensor], saved: Path) -> None:
     try:
         with open_tensors(saved) as file:
             for name, tensor in tensors.items():
-                if isinstance(tensor, DTensor):
+                if is_spread(tensor):
                     local_part(tensor).copy_(file.get_slice(name)[own_rows(len(tensor))])
                 else:
                     tensor.copy_(file.get_tensor(name))
@@ -219,6 +218,8 @@ def load_slices(tensors: Mapping[str, Tensor], directory: Path) -> None:
     try:
         load({**tensors}, storage_reader=reader, no_dist=world_size() == 1)
     except Exception as error:  # of many kinds, from the planner, safetensors and the other ranks
+        if is_lost_connection(error):
+            raise
         raise UserError(f"{directory}: not a whole training state ({error!r:.200}); remove it") from None
 
 

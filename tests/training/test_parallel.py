@@ -15,11 +15,11 @@ from t5_oracle import SHAPES, random_t5
 
 from minidpost.models.hf_config import Model
 from minidpost.models.weights import load_model, save_model
-from minidpost.processes import process_group, rank, world_size
+from minidpost.processes import process_group, rank, whole, world_size
 from minidpost.training.batching import TokenizedExample
 from minidpost.training.dpo import DPOSettings, PreferencePair, reference_log_probabilities, train_dpo
 from minidpost.training.optim import Schedule, read_log
-from minidpost.training.parallel import deal, load_spread, whole
+from minidpost.training.parallel import deal, load_spread
 from minidpost.training.sft import SFTSettings, train_sft
 from minidpost.training.state import TrainingState
 
@@ -96,7 +96,7 @@ def process(number: int, n_processes: int, port: int, work: Callable[..., None],
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_RANK": str(number)}
     os.environ |= {"RANK": str(number), "WORLD_SIZE": str(n_processes)}
-    with process_group("cpu"):
+    with process_group():
         for case in cases:
             work(*case)
 
