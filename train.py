@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -44,7 +44,7 @@ from minidpost.selftraining.methods import METHODS
 from minidpost.selftraining.presets import Preset, for_lora, n_parameters, preset_for
 from minidpost.selftraining.rehearsal import rehearse
 from minidpost.selftraining.report import write_report
-from minidpost.selftraining.run import Data, Run, tokenize
+from minidpost.selftraining.run import Data, Keep, Run, tokenize
 from minidpost.selftraining.run_directory import RunDirectory, model_hash
 
 MAX_NAME = 100  # characters of a run directory's name that say what differs from the preset
@@ -78,7 +78,17 @@ def main() -> None:
         device=options.device,
     )
     memory = check_memory(model, preset, dtype=plan.dtype, device=options.device, training_dtype=plan.training_dtype)
-    disk = on_rank_0(lambda: check_disk(model, preset, method=options.method, run_dir=run_dir, fresh=options.fresh))
+    disk = on_rank_0(
+        lambda: check_disk(
+            model,
+            preset,
+            method=options.method,
+            run_dir=run_dir,
+            fresh=options.fresh,
+            save_dtype=DTYPES[options.save_dtype],
+            keep=options.keep,
+        )
+    )
     warn_of_hours(plan, model)
     rehearsed = rehearse(plan, model)
 
@@ -107,6 +117,8 @@ def main() -> None:
         training_dtype=plan.training_dtype,
         device=options.device,
         checkpoint_minutes=options.checkpoint_minutes,
+        save_dtype=DTYPES[options.save_dtype],
+        keep=options.keep,
     )
 
     # 3) The method.
@@ -150,6 +162,20 @@ def parse_options() -> argparse.Namespace:
         default=5.0,
         metavar="X",
         help="save a training in progress this often (default: 5)",
+    )
+    parser.add_argument(
+        "--keep",
+        choices=get_args(Keep),
+        default="all",
+        help="which finished models stay on the disk: all; the last one, which a next iteration begins with; or also "
+        "the best on dev so far. Logs and adapters stay (default: all)",
+    )
+    parser.add_argument(
+        "--save-dtype",
+        choices=DTYPES,
+        default="fp32",
+        help="of finished models on the disk; bf16 halves their size, and what follows begins with the rounded weights "
+        "(default: fp32)",
     )
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of everything random (default: 42)")
     parser.add_argument("--no-calculator", action="store_true", help="let the model do its own arithmetic")
@@ -206,6 +232,7 @@ def fingerprint(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     return {
         "model": plan.base.name,
         **{name: vars(options)[name] for name in names},
+        **({"save_dtype": options.save_dtype} if options.save_dtype != "fp32" else {}),
         "train_dtype": train_dtype,  # what "auto" is here, so that a run goes on in the precision it was begun in
         "preset": dataclasses.asdict(plan.preset),
         "examples": plan.data.fingerprint(),
@@ -230,6 +257,8 @@ def run_name(options: argparse.Namespace, data: Data, *, base: Path, differing: 
             parts.append(f"{name}={vars(options)[name]}")
     if options.train_dtype != "auto":
         parts.append(f"train-dtype={options.train_dtype}")
+    if options.save_dtype != "fp32":
+        parts.append(f"save-dtype={options.save_dtype}")
     for name, value in differing.items():
         parts.append(f"{name.replace('_', '-')}={written(value)}")
     differences = "-".join(parts)

@@ -242,6 +242,6 @@ def default_checkpoint() -> Path:
             directory = find_model(content["model"]) if checkpoint is None else results.parent / checkpoint
         except (OSError, ValueError, LookupError, TypeError, UserError):
             continue  # of an older format, or not ours
-        if (directory / "config.json").is_file():
+        if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
             return directory
     return find_model("tiny-t5-dpo-st")

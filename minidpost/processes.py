@@ -42,6 +42,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def processes_of_machine() -> int:
+    """How many processes of the command share this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if started_by_torchrun() else 1
+
+
 def other_rank() -> tuple[int, ...]:
     """Nothing on rank 0, the number on any other: what tells a rank's random numbers from those of one process."""
     return (rank(),) if rank() else ()

@@ -65,7 +65,7 @@ class RunDirectory:
     All of them call the same methods at the same points. Rank 0 looks, decides and writes; the others wait for it.
 
     `settings` are what makes a run the same run; `stages` has the metadata of every finished stage by name: what the
-    stage reported, its `seconds`, and `sha256`, the hash of each of its files.
+    stage reported, its `seconds`, and `sha256`, the hash of each of its files, of which some may be `removed`.
     """
 
     def __init__(
@@ -123,8 +123,23 @@ class RunDirectory:
             metadata["sha256"] = file_hashes(temporary)
             # The metadata is written before the stage takes its name, so that whatever is finished has some.
             self.stages[name] = metadata
-            write_jsonl(self.path / "stages.jsonl", [{"stage": key, **value} for key, value in self.stages.items()])
+            self._write_stages()
         shutil.rmtree(self.progress(name), ignore_errors=True)
+
+    def remove_weights(self, name: str) -> None:
+        """Remove the weights of a finished stage that is a model's directory; it stays finished."""
+        files = [file for file in self.stages[name]["sha256"] if is_weights(file)]
+        if self.stages[name].get("removed") == files:
+            return
+        self.stages[name]["removed"] = files
+        if rank() == 0:
+            self._write_stages()  # first, so that after a kill the files are known to be missing rightly
+            for file in files:
+                (self.path / name / file).unlink()
+            self.log(f"removed the weights of {name}")
+
+    def _write_stages(self) -> None:
+        write_jsonl(self.path / "stages.jsonl", [{"stage": key, **value} for key, value in self.stages.items()])
 
     def progress(self, name: str) -> Path:
         """The directory of what an unfinished stage can be continued from; it is removed when the stage is finished."""
@@ -252,8 +267,13 @@ class RunDirectory:
                 if (self.path / name).exists():  # a kill between the writing of the metadata and the renaming
                     stages[name] = metadata
             for name, metadata in stages.items():
+                removed = metadata.get("removed", ())
                 for file, sha256 in metadata["sha256"].items():
-                    expected_sha256[self.path / name / file] = sha256
+                    if file not in removed:
+                        expected_sha256[self.path / name / file] = sha256
+                for file in removed:
+                    if is_weights(file):
+                        (self.path / name / file).unlink(missing_ok=True)  # a kill came before that
         except (KeyError, TypeError, ValueError, AttributeError, OSError):
             raise UserError(f"{path} was changed since it was written; restore it, or --fresh") from None
 
@@ -264,6 +284,11 @@ class RunDirectory:
                     change = "is missing" if actual is None else "was changed"
                     raise UserError(f"{file} {change} since its stage was finished; restore it, or --fresh")
         return stages
+
+
+def is_weights(file: str) -> bool:
+    """Whether a file of a model's directory, by relative name, has weights of the model; adapters are no such."""
+    return file.endswith(".safetensors") and "/" not in file
 
 
 def file_hashes(path: Path) -> dict[str, str]:

@@ -11,7 +11,8 @@ Every step takes the run and the number of an iteration, reads files of the run'
     build_pseudo_labels       samples-sft.jsonl of 1 … N         pseudo-labels.jsonl
     evaluate                  sft/, dpo/                         evaluation.json
 
-has_converged reads the run's accuracies on dev, and writes stopped.json where they no longer rise.
+has_converged reads the run's accuracies on dev, and writes stopped.json where they no longer rise. remove_models
+removes weights that are not needed any more, if it was asked to.
 
 A step whose stage is finished does nothing. One that was stopped continues from its last saved training state or chunk
 of samples; the others begin again. Pairs and pseudo-labels are stored as the very token ids that were sampled, which
@@ -71,7 +72,7 @@ def fine_tune(run: Run, iteration: int, labels: Path | None = None) -> None:
             stage=f"{iteration}/sft",
             state=run.training_state(name),
         )
-        save_trained(model, stage.path, start=run.base, template=run.template_name)
+        save_trained(model, stage.path, start=run.base, template=run.template_name, dtype=run.save_dtype)
 
         n_source, n_target = token_counts(examples)
         is_frozen = run.preset.freezes_weights
@@ -106,7 +107,14 @@ def load_for_training(directory: Path, preset: Preset, *, dtype: torch.dtype | N
     return model
 
 
-def save_trained(model: Model, directory: Path, *, start: Path, template: str | None = None) -> None:
+def save_trained(
+    model: Model,
+    directory: Path,
+    *,
+    start: Path,
+    template: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write what a training has made of the model in `start`; adapters are merged, and kept in adapter/.
 
     They lie in a folder of their own, as transformers takes a directory that has an adapter_config.json for an adapter
@@ -114,9 +122,10 @@ def save_trained(model: Model, directory: Path, *, start: Path, template: str | 
     """
     if adapters(model):
         save_adapters(model, directory / "adapter", start)
-        save_merged(model, directory, start=start, tokenizer_files=tokenizer_files(start), template=template)
+        files = tokenizer_files(start)
+        save_merged(model, directory, start=start, tokenizer_files=files, template=template, dtype=dtype)
     else:
-        save_model(model, directory, tokenizer_files(start), template)
+        save_model(model, directory, tokenizer_files(start), template, dtype)
 
 
 def log_path(stage: Stage) -> Path | None:
@@ -376,7 +385,7 @@ def train_preferences(run: Run, iteration: int, *, model: Path) -> None:
             flops = n_epochs * training_flops(model_size(policy), n_source, n_target, is_frozen=is_frozen)
         else:
             run.directory.log(f"iteration {iteration}: no preference pairs, so DPO leaves the model as it is")
-        save_trained(policy, stage.path, start=model)
+        save_trained(policy, stage.path, start=model, dtype=run.save_dtype)
         stage.metadata["flops"] = flops
 
 
@@ -498,6 +507,28 @@ def evaluate_model(run: Run, directory: Path, sets: dict[str, Sequence[Example]]
         )
         sampled = asdict(scores)
     return {"greedy": greedy, "sampled": sampled}
+
+
+# -- which models stay ------------------------------------------------------------------------------------------------
+
+
+def remove_models(run: Run, accuracies: Sequence[float]) -> None:
+    """Remove the weights of models that are no longer needed, after an iteration, as `run.keep` has it.
+
+    "all": none are removed. "last": the last f_θ' stays, which the next iteration begins with. "best": so does the one
+    that is the best on dev so far; `accuracies` are those of all iterations.
+    """
+    if run.keep == "all":
+        return
+    last = len(accuracies) - 1
+    staying = {last}
+    if run.keep == "best":
+        staying.add(accuracies.index(max(accuracies)))  # the earliest in a tie, as in the report
+    for iteration in range(last + 1):
+        for name in ("sft", "dpo"):
+            stage = f"iteration-{iteration}/{name}"
+            if stage in run.directory.stages and (name == "dpo" or iteration not in staying):
+                run.directory.remove_weights(stage)
 
 
 # -- convergence ------------------------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ from minidpost.training.batching import TokenizedExample, micro_batches
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+MAX_WHOLE_GRADIENTS = 10**9  # [ours] parameters whose gradients a rank holds whole between micro-batches, in fp32
+
 
 def load_spread(
     directory: Path,
@@ -132,9 +134,12 @@ def own_micro_batches(
 ) -> Iterator[tuple[list[int], float]]:
     """This rank's micro-batches of items 0 … n−1, each with the weight of its loss, 1.0.
 
-    All ranks get equally many: where one has fewer, item 0 follows with weight 0.0. Before the last one is given,
-    gradients are told to be summed over the ranks.
+    All ranks get equally many: where one has fewer, item 0 follows with weight 0.0. Gradients are summed over the ranks
+    with the last one, so that they travel once. Until then a rank holds all of them: those of a large model are summed
+    with each.
     """
+    n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    keeps_whole_gradients = n_trained <= MAX_WHOLE_GRADIENTS
     of_ranks = [
         [[own[i] for i in batch] for batch in micro_batches(model.config, [items[i] for i in own], max_tokens, device)]
         for own in deal(items, world_size())
@@ -142,7 +147,7 @@ def own_micro_batches(
     n_rounds = max(len(batches) for batches in of_ranks)
     own = of_ranks[rank()]
     for index in range(n_rounds):
-        sums_gradients(model, index == n_rounds - 1)
+        sums_gradients(model, index == n_rounds - 1 or not keeps_whole_gradients)
         yield (own[index], 1.0) if index < len(own) else ([0], 0.0)
 
 
