@@ -17,6 +17,7 @@ from typing import Any
 from minidpost import cli
 from minidpost.data import datasets, toy
 from minidpost.data.example import Example
+from minidpost.processes import on_rank_0, rank
 from minidpost.sampling.sampler import DecodingModel, SamplingSettings
 from minidpost.selftraining.evaluation import greedy_accuracy, percent, sampled_scores
 from minidpost.storage import markdown_table, write_json
@@ -28,14 +29,16 @@ CALCULATORS = {"on": (True,), "off": (False,), "both": (True, False)}
 def main() -> None:
     """Load the test sets and the model, measure, print a table."""
     options = parse_options()
-    cli.check_output(options.output)
-    sets = load_sets(options)
+    on_rank_0(lambda: cli.check_output(options.output))
+    sets = on_rank_0(lambda: load_sets(options))
     directory, model, template = cli.open_model(options)
     results = [
         measure(model, template, name, examples, calculator=calculator, options=options)
         for name, examples in sets.items()
         for calculator in CALCULATORS[options.calculator]
     ]
+    if rank() > 0:
+        return
     if options.output:
         write_json(options.output, {"checkpoint": str(directory), "split": options.split, "results": results})
     print(f"{directory}\n\n{table(results)}")

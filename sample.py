@@ -19,6 +19,7 @@ from typing import Any
 
 from minidpost import cli
 from minidpost.data import datasets
+from minidpost.processes import on_rank_0, rank
 from minidpost.sampling.generate import Sample, generate
 from minidpost.sampling.sampler import SamplingSettings
 from minidpost.storage import write_jsonl
@@ -33,11 +34,8 @@ ANNOTATION = re.compile(r"<<(?:[^<>]*=)?([^<>]*)>>")  # `<<48/2=24>>`, the group
 def main() -> None:
     """Read the questions, complete them, show or write the completions."""
     options = parse_options()
-    cli.check_output(options.output)
-    if options.input:
-        questions = datasets.load_questions(options.input)
-    else:
-        questions = options.questions or [example.question for example in datasets.load("toy", "dev")[:N_SHOWN]]
+    on_rank_0(lambda: cli.check_output(options.output))
+    questions = on_rank_0(lambda: read_questions(options))
     _, model, template = cli.open_model(options)
     settings = SamplingSettings(
         temperature=options.temperature,
@@ -49,12 +47,21 @@ def main() -> None:
     )
     calculator = not options.no_calculator
     samples = list(generate(model, template, questions, settings, n_samples=options.samples, calculator=calculator))
+    if rank() > 0:
+        return  # of several processes rank 0 gets the samples
     samples.sort(key=lambda sample: (sample.example_index, sample.sample_index))
     if options.output:
         write_jsonl(options.output, map(record, samples))
         print(f"{len(samples):,} completions of {len(questions):,} questions: {options.output}")
     else:
         show(samples, template)
+
+
+def read_questions(options: argparse.Namespace) -> Sequence[str]:
+    """The questions of the file, of the command line, or else a few of the toy world."""
+    if options.input:
+        return datasets.load_questions(options.input)
+    return options.questions or [example.question for example in datasets.load("toy", "dev")[:N_SHOWN]]
 
 
 def parse_options() -> argparse.Namespace:

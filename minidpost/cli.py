@@ -26,6 +26,7 @@ from minidpost.processes import (
     common_exit_status,
     is_first_to_fail,
     is_lost_connection,
+    on_rank_0,
     own_device,
     process_group,
     rank,
@@ -223,10 +224,11 @@ def open_model(options: argparse.Namespace) -> tuple[Path, Model, Template]:
     without a dtype the one that samples fastest on the device. UserError: no such model, or a broken one.
     """
     if options.checkpoint is not None:
-        directory = find_model(options.checkpoint)
+        directory = on_rank_0(lambda: find_model(options.checkpoint))
     else:
-        directory = default_checkpoint()
-        print(f"model: {directory}", file=sys.stderr)
+        directory = on_rank_0(default_checkpoint)
+        if rank() == 0:
+            print(f"model: {directory}", file=sys.stderr)
     template = load_template(directory, options.template)  # before the weights, which take longer to read
     model = load_model(directory, sampling_dtype(options.device, options.dtype), options.device)
     return directory, model, template
