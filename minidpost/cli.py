@@ -30,6 +30,7 @@ from minidpost.processes import (
     own_device,
     process_group,
     rank,
+    started_by_torchrun,
     world_size,
 )
 from minidpost.storage import no_room, read_json
@@ -106,7 +107,7 @@ def _run_process(main: Callable[[], None], if_interrupted: str) -> None:
         if isinstance(error, OSError) and error.filename is not None:
             fail(2, f"{name}: {one_line(f'{error.filename}: {error.strerror}')}")
         if is_lost_connection(error):
-            fail(1, f"{name}: another process has ended; {if_interrupted}")
+            fail(1, f"{name}: another process has ended ({one_line(error):.200}); {if_interrupted}")
         if is_first_to_fail(1):
             raise
         fail(1)
@@ -198,6 +199,8 @@ FRACTION = checked(float, lambda value: 0 < value <= 1, "a number above 0 and at
 def device(text: str) -> str:
     """A flag's type for argparse: a device that tensors can be put on; of several processes each has its own GPU."""
     try:
+        if started_by_torchrun() and torch.device(text).index is not None:
+            raise argparse.ArgumentTypeError(f"each process has a device of its own, so that {text!r} cannot be used")
         text = own_device(text)
         torch.zeros(1, device=text).item()
     except (RuntimeError, AssertionError):  # torch asserts where it was built without the device

@@ -128,6 +128,19 @@ def on_rank_0(work: Callable[[], Value]) -> Value:
     return result
 
 
+def write_on_rank_0(work: Callable[[], None]) -> None:
+    """Call a function on rank 0 alone; an OSError of it is raised on all ranks, which may then go on without it."""
+    failure: OSError | None = None
+    if rank() == 0:
+        try:
+            work()
+        except OSError as error:
+            failure = error
+    failure = from_rank_0(failure)
+    if failure is not None:
+        raise failure
+
+
 def wait_for_all() -> None:
     """Go on when every rank is here."""
     if world_size() > 1:

@@ -1159,7 +1159,7 @@ def test_a_rehearsal_comes_before_the_directory_and_is_logged(
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(call, tiny_model_dir, my_data, monkeypatch):
-    monkeypatch.setattr("minidpost.selftraining.estimates.disk_bytes", lambda model, preset, method: 10**18)
+    monkeypatch.setattr("minidpost.selftraining.estimates.disk_bytes", lambda *_, **__: 10**18)
     outcome = call("train.py", "--model", tiny_model_dir, "--data", my_data, "--run-dir", "runs/new", *QUICK)
     assert outcome.status == 2 and len(outcome.complaints) == 1
     assert outcome.complaints[0].startswith("train.py: disk: 1000000000.0 GB needed")

@@ -1,5 +1,6 @@
 """Commands by several processes: the same samples for any number of them, files of rank 0, one message at a failure."""
 
+import errno
 import json
 import os
 import re
@@ -273,23 +274,24 @@ def test_a_whole_run_of_two_processes(mine, tmp_path):
     evaluations = [json.loads((side / "iteration-1/evaluation.json").read_text()) for side in (one, two)]
     assert evaluations[0] == evaluations[1]
 
-    # The last stages once more, by one process.
-    before = (two / "iteration-1/sft/model.safetensors").read_bytes()
-    for stage in ("iteration-1/sft", "iteration-1/evaluation.json"):
-        subprocess.run(["rm", "-r", two / stage], check=True)
-    train(1, mine, "two")
-    assert "begun with 2 processes, continued with 1" in (two / "log.txt").read_text()
+    # The last stages once more, by another number of processes.
+    expected = load_file(one / "iteration-1/sft/model.safetensors")
+    for path, before, after in ((two, 2, 1), (one, 1, 2)):
+        for stage in ("iteration-1/sft", "iteration-1/evaluation.json"):
+            subprocess.run(["rm", "-r", path / stage], check=True)
+        train(after, mine, path.name)
+        assert f"begun with {before} processes, continued with {after}" in (path / "log.txt").read_text()
+        found = load_file(path / "iteration-1/sft/model.safetensors")
+        for key, weight in expected.items():
+            torch.testing.assert_close(found[key], weight, rtol=1e-3, atol=3e-4)
     assert stage_names(one) == stage_names(two)
-    ours = load_file(two / "iteration-1/sft/model.safetensors")
-    for key, weight in load_file(one / "iteration-1/sft/model.safetensors").items():
-        torch.testing.assert_close(ours[key], weight, rtol=1e-3, atol=3e-4)
-    assert len(before) == (two / "iteration-1/sft/model.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
         (["--beta", "a"], "train.py: argument --beta: "),  # every process finds it
+        (["--device", "cpu:0"], "train.py: argument --device: each process has a device of its own"),
         (["--data", "none.jsonl"], "train.py: none.jsonl: cannot be read"),  # rank 0
         (["--max-target", "1"], "train.py: 0/sft: all "),  # every process, in a stage
     ],
@@ -328,15 +330,25 @@ def test_sample_and_eval_write_what_one_process_writes(tmp_path, monkeypatch):
 # -- killed, or without room ------------------------------------------------------------------------------------------
 
 
-def fail_to_save(out: Path) -> list[str]:
-    """An SFT of which one rank can write nothing for a while: the third and fourth save, after every step, fail."""
+def fail_to_save(out: Path, failing: int) -> list[str]:
+    """An SFT of which one rank can write nothing for a while: the third and fourth save, after every step, fail.
+
+    Rank 0 can write its slices, but not what it writes in the end.
+    """
     n_saves = 0
+    write_json = state_module.write_json
+
+    def write_nothing(*_):
+        raise OSError(errno.EFBIG, "File too large")
+
     to_disk = state_module.save_slices
 
     def save(tensors, metadata, directory):
         nonlocal n_saves
         n_saves += 1
-        if n_saves in (3, 4) and rank() == 1:
+        must_fail = n_saves in (3, 4) and rank() == failing
+        state_module.write_json = write_nothing if must_fail else write_json
+        if must_fail and rank() == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
         try:
             to_disk(tensors, metadata, directory)
@@ -353,12 +365,13 @@ def fail_to_save(out: Path) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
-def test_a_save_without_room_on_one_rank_is_given_up_by_all(tmp_path):
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_save_without_room_on_one_rank_is_given_up_by_all(tmp_path, failing):
     """Training goes on, what was saved last before stays, and the next save is whole again."""
-    results = on_ranks(2, fail_to_save, tmp_path)
+    results = on_ranks(2, fail_to_save, tmp_path, failing)
     for messages in results:
         given_up = [message for message in messages if "not saved (File too large); training goes on" in message]
-        assert len(given_up) == 2
+        assert len(given_up) == 2, messages
     assert [path.name for path in tmp_path.iterdir()] == ["state-0000006"]
 
 

@@ -427,3 +427,4 @@ def write_safetensors(tensors: Sequence[WritableTensor], path: Path) -> None:
         for tensor in ordered:
             values = tensor.values().detach().to("cpu", tensor.dtype).contiguous()
             stream.write(values.flatten().view(torch.uint8).numpy().data)
+            del values  # before the next one is made

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from minidpost.errors import UserError
 from minidpost.models.weights import open_tensors
-from minidpost.processes import from_rank_0, is_lost_connection, max_over_ranks, rank, wait_for_all, world_size
+from minidpost.processes import from_rank_0, is_lost_connection, max_over_ranks, rank, world_size, write_on_rank_0
 from minidpost.storage import no_room, read_json, staged_file, to_disk, write_json
 from minidpost.training.optim import trained_parameters
 from minidpost.training.parallel import is_spread, local_part, own_rows
@@ -235,23 +235,29 @@ def save_slices(tensors: dict[str, Tensor], metadata: dict[str, str], directory:
 
     unfinished = directory.with_name(f"{directory.name}.unfinished")
     writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
-    if rank() == 0:
+
+    def begin() -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-    wait_for_all()
-    try:
-        save({**tensors}, storage_writer=writer)
-    except CheckpointException as error:  # on all ranks, whichever failed
-        if rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise next(iter(error.failures.values()))[0] from None
-    if rank() == 0:
+
+    def end() -> None:
         write_json(unfinished / METADATA, metadata)
         for path in (*unfinished.iterdir(), unfinished):
             to_disk(path)
         os.replace(unfinished, directory)
         to_disk(directory.parent)
-    wait_for_all()
+
+    # Whichever rank fails, its error is raised on all of them.
+    try:
+        write_on_rank_0(begin)
+        save({**tensors}, storage_writer=writer)
+        write_on_rank_0(end)
+    except (CheckpointException, OSError) as error:
+        if rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, CheckpointException):
+            raise next(iter(error.failures.values()))[0] from None
+        raise
 
 
 def fingerprint(*identity: object) -> str:

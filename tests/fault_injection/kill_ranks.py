@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -179,7 +180,8 @@ def start(path: Path, number: int, n_ranks: int, port: int) -> int:
     with open(path.with_suffix(".out"), "ab") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(n_ranks)}
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}
+    os.environ |= {"WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     sys.argv = ["train.py", *RUN, "--run-dir", str(path)]
     sampler.CHUNK = kill.CHUNK
@@ -189,6 +191,8 @@ def start(path: Path, number: int, n_ranks: int, port: int) -> int:
         status = 0
     except SystemExit as end:
         status = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from t5_oracle import SHAPES, random_t5
 
 from minidpost.models.hf_config import Model
+from minidpost.models.lora import add_adapters
 from minidpost.models.weights import load_model, save_model
 from minidpost.processes import process_group, rank, whole, world_size
 from minidpost.training.batching import TokenizedExample
@@ -32,9 +33,18 @@ MODELS = {
 SCHEDULE = Schedule(learning_rate=1e-2, warmup=0.0, max_grad_norm=0.5)
 
 
-def load(directory: Path) -> Model:
+def load(directory: Path, has_adapters: bool = False) -> Model:
     """The whole model where there is one process, else slices of it."""
-    return load_spread(directory) if world_size() > 1 else load_model(directory)
+
+    def add(model: Model) -> None:
+        if has_adapters:
+            add_adapters(model, rank=3, alpha=6.0, seed=5)
+
+    if world_size() > 1:
+        return load_spread(directory, add=add, adapter_seed=5)
+    model = load_model(directory)
+    add(model)
+    return model
 
 
 def examples(n: int) -> list[TokenizedExample]:
@@ -62,10 +72,10 @@ def preference_pairs(n: int) -> list[PreferencePair]:
 def train(directory: Path, out: Path, kind: str, per_step: int, micro_batch_tokens: int, checkpointing: bool) -> None:
     """A short training; rank 0 leaves the log, the whole weights and the reference."""
     # In fp64 rounding is far below AdamW's eps. In fp32 it makes steps of its own where a gradient is nothing but it.
-    model = load(directory).double()
+    model = load(directory, has_adapters=kind.endswith("lora")).double()
     log = out / "log.jsonl" if rank() == 0 else None
     reference_P2 = torch.empty(0, 2)
-    if kind == "sft":
+    if kind.startswith("sft"):
         settings = SFTSettings(
             epochs=2,
             examples_per_step=per_step,
@@ -109,14 +119,17 @@ def on_processes(n: int, work: Callable[..., None], cases: list) -> None:
     torch.multiprocessing.spawn(process, (n, port, work, cases), nprocs=n)
 
 
-@pytest.mark.parametrize("n_processes", [2, 3, 4])
-def test_training_is_that_of_one_process(tmp_path, n_processes):
+@pytest.mark.parametrize(
+    ("n_processes", "kinds"),
+    [(2, ("sft", "dpo")), (3, ("sft", "dpo")), (4, ("sft", "dpo")), (2, ("sft-lora", "dpo-lora"))],
+)
+def test_training_is_that_of_one_process(tmp_path, n_processes, kinds):
     """Accumulation, steps of fewer examples than processes (a process then has none), activation checkpointing."""
     cases = []
     for name, make in MODELS.items():
         directory = tmp_path / name / "model"
         save_model(make(), directory, [])
-        for kind in ("sft", "dpo"):
+        for kind in kinds:
             for per_step, micro_batch_tokens, checkpointing in ((8, 10**6, False), (2, 60, True)):
                 out = tmp_path / name / f"{kind}-{per_step}"
                 for count in (1, n_processes):
