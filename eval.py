@@ -13,6 +13,7 @@ Every score is printed with its 95 % interval: Wilson's for fractions, a mean's 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from minidpost.data import datasets, toy
 from minidpost.data.example import Example
 from minidpost.errors import when_memory_runs_out
 from minidpost.models.hf_config import Model
+from minidpost.processes import from_rank_0, on_rank_0, rank
 from minidpost.sampling import sampler
 from minidpost.sampling.generate import check_prompts
 from minidpost.sampling.sampler import DecodingModel, SamplingSettings
@@ -48,8 +50,8 @@ def main() -> None:
     outputs = [path for path in (options.output, options.save_completions) if path is not None]
     for flag, path in (("--output", options.output), ("--save-completions", options.save_completions)):
         progress = progress_directory(outputs[0]) if outputs else None
-        cli.check_output(flag, path, overwrite=options.overwrite, progress=progress)
-    sets = load_sets(options)
+        on_rank_0(partial(cli.check_output, flag, path, overwrite=options.overwrite, progress=progress))
+    sets = on_rank_0(lambda: load_sets(options))
     baseline: Baseline = {}
     if options.baseline:
         baseline = read_baseline(options.baseline)
@@ -61,12 +63,18 @@ def main() -> None:
         questions = [example.question for example in examples]
         check_prompts(questions, [template.prompt_ids(question) for question in questions])
 
-    # 2) Measure; and where a file is asked for, save what is done.
+    # 2) Measure; and where a file is asked for, save what is done: of several processes rank 0 does.
+    advice = f"fewer --slots (now {options.slots:,}) need less; the same command with them continues here"
+    if outputs and rank() > 0:
+        with when_memory_runs_out(advice):
+            is_finished = from_rank_0(False)
+            if not is_finished:
+                measure_all(options, sets, job=None, model=model, template=template)
+        return
     if outputs:
         identity = identity_of(options, sets, directory, model)
-        advice = f"fewer --slots (now {options.slots:,}) need less; the same command with them continues here"
         with Job(outputs, identity, overwrite=options.overwrite) as job, when_memory_runs_out(advice):
-            if job.is_finished and options.output:
+            if from_rank_0(job.is_finished and options.output is not None):
                 results = json_object(options.output)["results"]
                 job.remove()
             else:
@@ -87,6 +95,8 @@ def main() -> None:
                 job.finish(writers)
     else:
         results = measure_all(options, sets, job=None, model=model, template=template)
+    if rank() > 0:
+        return
     compare(results, baseline)
 
     # 3) Show.

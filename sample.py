@@ -28,6 +28,7 @@ from minidpost.data import datasets
 from minidpost.data.datasets import QuestionFile
 from minidpost.errors import UserError, when_memory_runs_out
 from minidpost.models.hf_config import Model
+from minidpost.processes import from_rank_0, on_rank_0, rank, started_by_torchrun
 from minidpost.progress import Progress
 from minidpost.sampling import sampler
 from minidpost.sampling.generate import Sample, check_prompt, generate
@@ -49,7 +50,7 @@ def main() -> None:
     options = parse_options()
     if options.output:
         progress = progress_directory(options.output)
-        cli.check_output("--output", options.output, overwrite=options.overwrite, progress=progress)
+        on_rank_0(lambda: cli.check_output("--output", options.output, overwrite=options.overwrite, progress=progress))
     if options.interactive:
         _, model, template = cli.open_model(options)
         converse(options, model, template)
@@ -151,6 +152,8 @@ def parse_options() -> argparse.Namespace:
         parser.error("questions come from the command line or from --input, not from both")
     if options.interactive and (options.input or options.output):
         parser.error("--interactive asks and answers on the terminal, without --input and --output")
+    if started_by_torchrun() and (options.interactive or options.input == "-"):
+        parser.error("of several processes none has the terminal: --interactive and --input - are for one")
     return options
 
 
@@ -177,7 +180,17 @@ def write(
     model: Model,
     template: Template,
 ) -> None:
-    """Write a row for each completion to --output, going on where the same command was stopped."""
+    """Write a row for each completion to --output, going on where the same command was stopped.
+
+    Of several processes rank 0 writes.
+    """
+    advice = f"fewer --slots (now {options.slots:,}) need less; the same command with them continues here"
+    if rank() > 0:
+        with when_memory_runs_out(advice):
+            is_finished = from_rank_0(False)
+            if not is_finished:
+                sample_chunks(options, questions, None, model=model, template=template)
+        return
     weight = next(model.parameters())
     names = "template samples temperature top_k top_p max_new_tokens slots seed no_calculator chunk".split()
     identity = {
@@ -188,9 +201,8 @@ def write(
         "dtype": str(weight.dtype),
         "device": weight.device.type,
     }
-    advice = f"fewer --slots (now {options.slots:,}) need less; the same command with them continues here"
     with Job([options.output], identity, overwrite=options.overwrite) as job, when_memory_runs_out(advice):
-        if job.is_finished:
+        if from_rank_0(job.is_finished):
             job.remove()
         else:
             chunks = job.chunks("rows")
@@ -202,7 +214,7 @@ def write(
 def sample_chunks(
     options: argparse.Namespace,
     questions: Questions,
-    chunks: Chunks,
+    chunks: Chunks | None,
     *,
     model: Model,
     template: Template,
@@ -210,16 +222,19 @@ def sample_chunks(
     """Sample and save the chunks that are missing; in memory are the questions of one block of chunks.
 
     A chunk's rows depend on its block alone, and blocks are the same wherever a job was stopped. With --chunk 4 and
-    --samples 3 a block has 16 * 4 // 3 = 21 questions, whose 63 rows make 15 chunks of 4 and one of 3.
+    --samples 3 a block has 16 * 4 // 3 = 21 questions, whose 63 rows make 15 chunks of 4 and one of 3. Of several
+    processes rank 0 has the `chunks`.
     """
     questions_per_block = max(1, BLOCK * options.chunk // options.samples)
     chunks_per_block = -(-questions_per_block * options.samples // options.chunk)  # rounded up
     rows = questions.rows()
     n_rows = questions.n * options.samples
-    with Progress(total=n_rows, initial=chunks.n_records, desc="sampling", unit="row") as progress:
+    n_before = 0 if chunks is None else chunks.n_records
+    with Progress(total=n_rows, initial=n_before, desc="sampling", unit="row", disable=rank() > 0) as progress:
         for block_index in range(-(-questions.n // questions_per_block)):
             block = list(islice(rows, questions_per_block))
-            n_finished = chunks.n_finished() - block_index * chunks_per_block  # chunks of this block and later ones
+            n_finished = on_rank_0(lambda: 0 if chunks is None else chunks.n_finished())
+            n_finished -= block_index * chunks_per_block  # chunks of this block and later ones
             if n_finished >= chunks_per_block:
                 continue
             questions.check_unchanged()
@@ -237,6 +252,7 @@ def sample_chunks(
             # Rows end in any order. A chunk's are those of successive questions, so that sorted chunks make a sorted
             # file.
             while chunk := list(islice(samples, options.chunk)):
+                assert chunks is not None  # other ranks than 0 get no samples
                 chunk.sort(key=place)
                 first_index = block_index * questions_per_block
                 records = [record(sample, block[sample.example_index], first_index) for sample in chunk]
@@ -313,7 +329,8 @@ def answer(
     with_questions: bool = True,
 ) -> None:
     """Show the completions of questions, in order; on a terminal a single one as it is written."""
-    is_streamed = sys.stdout.isatty() and len(questions) * options.samples == 1
+    is_single = len(questions) * options.samples == 1
+    is_streamed = sys.stdout.isatty() and is_single and not started_by_torchrun()
     stream = Stream(template)
     samples = generate(
         model,

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -30,6 +30,7 @@ from minidpost.models.hf_config import read_config
 from minidpost.models.hub import BUNDLED, PUBLISHED, find_model
 from minidpost.models.weights import TEMPLATES, check_weights, empty_model, load_template
 from minidpost.precision import DTYPES, default_device, sampling_dtype, training_dtype
+from minidpost.processes import on_rank_0, rank
 from minidpost.selftraining.algorithm import self_train
 from minidpost.selftraining.estimates import Plan, check_disk, check_memory, slots_for, warn_of_hours
 from minidpost.selftraining.flags import (
@@ -44,7 +45,7 @@ from minidpost.selftraining.methods import METHODS
 from minidpost.selftraining.presets import Preset, for_lora, n_parameters, preset_for
 from minidpost.selftraining.rehearsal import rehearse
 from minidpost.selftraining.report import write_report
-from minidpost.selftraining.run import Data, Run, tokenize
+from minidpost.selftraining.run import Data, Keep, Run, tokenize
 from minidpost.selftraining.run_directory import RunDirectory, model_hash
 from minidpost.selftraining.steps import planned_stages
 
@@ -53,9 +54,9 @@ MAX_NAME = 100  # characters of a run directory's name that say what differs fro
 
 def main() -> None:
     """Read and check everything, claim the run's directory, then self-train, with a new report after each iteration."""
-    # 1) Everything that can be wrong is found before anything is written.
+    # 1) Everything that can be wrong is found before anything is written. What has to be fetched, rank 0 fetches.
     options = parse_options()
-    base = find_model(options.model)
+    base = on_rank_0(lambda: find_model(options.model))
     replaced = replaced_hyperparameters(options)
     default = preset_for(base, options.method)
     if replaced.get("lora_rank") is not None:
@@ -65,7 +66,7 @@ def main() -> None:
     default = replace(default, slots=slots_for(model, default, dtype, options.device))
     preset = resolve_preset(options, default, replaced)
     check_weights(base)
-    data = load_data(options)
+    data = on_rank_0(lambda: load_data(options))
     template = load_template(base, options.template)
     tokens = tokenize(data, template, base)
     run_dir = options.run_dir or Path("runs") / run_name(options, data, base=base, differing=changes(default, preset))
@@ -81,14 +82,24 @@ def main() -> None:
         device=options.device,
     )
     memory = check_memory(model, preset, dtype=plan.dtype, device=options.device, training_dtype=plan.training_dtype)
-    disk = check_disk(model, preset, method=options.method, run_dir=run_dir, fresh=options.fresh)
+    disk = on_rank_0(
+        lambda: check_disk(
+            model,
+            preset,
+            method=options.method,
+            run_dir=run_dir,
+            fresh=options.fresh,
+            save_dtype=DTYPES[options.save_dtype],
+            keep=options.keep,
+        )
+    )
     warn_of_hours(plan, model)
     rehearsed = rehearse(plan, model)
 
     # 2) The run's directory: a new one, or one that the same command left.
     directory = RunDirectory(
         run_dir,
-        fingerprint(options, plan),
+        on_rank_0(lambda: fingerprint(options, plan)),
         options.fresh,
         may_change=[f"preset.{name}" for name in MAY_CHANGE],
     )
@@ -110,14 +121,17 @@ def main() -> None:
         training_dtype=plan.training_dtype,
         device=options.device,
         checkpoint_minutes=options.checkpoint_minutes,
+        save_dtype=DTYPES[options.save_dtype],
+        keep=options.keep,
     )
 
     # 3) The method.
     directory.planned = planned_stages(run)
     table = ""
     for _ in self_train(run):
-        table = write_report(run, base.name)
-    print(f"\n{table}\n\n{run_dir}/report.md, results.json, figures/")
+        table = on_rank_0(lambda: write_report(run, base.name))
+    if rank() == 0:
+        print(f"\n{table}\n\n{run_dir}/report.md, results.json, figures/")
 
 
 def parse_options() -> argparse.Namespace:
@@ -153,6 +167,20 @@ def parse_options() -> argparse.Namespace:
         default=5.0,
         metavar="X",
         help="save a training in progress this often (default: 5)",
+    )
+    parser.add_argument(
+        "--keep",
+        choices=get_args(Keep),
+        default="all",
+        help="which finished models stay on the disk: all; the last one, which a next iteration begins with; or also "
+        "the best on dev so far. Logs and adapters stay (default: all)",
+    )
+    parser.add_argument(
+        "--save-dtype",
+        choices=DTYPES,
+        default="fp32",
+        help="of finished models on the disk; bf16 halves their size, and what follows begins with the rounded weights "
+        "(default: fp32)",
     )
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of everything random (default: 42)")
     parser.add_argument("--no-calculator", action="store_true", help="let the model do its own arithmetic")
@@ -209,6 +237,7 @@ def fingerprint(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     return {
         "model": plan.base.name,
         **{name: vars(options)[name] for name in names},
+        **({"save_dtype": options.save_dtype} if options.save_dtype != "fp32" else {}),
         "train_dtype": train_dtype,  # what "auto" is here, so that a run goes on in the precision it was begun in
         "preset": dataclasses.asdict(plan.preset),
         "examples": plan.data.fingerprint(),
@@ -233,6 +262,8 @@ def run_name(options: argparse.Namespace, data: Data, *, base: Path, differing: 
             parts.append(f"{name}={vars(options)[name]}")
     if options.train_dtype != "auto":
         parts.append(f"train-dtype={options.train_dtype}")
+    if options.save_dtype != "fp32":
+        parts.append(f"save-dtype={options.save_dtype}")
     for name, value in differing.items():
         parts.append(f"{name.replace('_', '-')}={written(value)}")
     differences = "-".join(parts)

@@ -33,6 +33,7 @@ from benchmarks.common import RESULTS, command_line, instruction_set, machine_li
 from minidpost.data import datasets  # noqa: E402
 from minidpost.models.hf_config import Model  # noqa: E402
 from minidpost.models.hub import find_model  # noqa: E402
+from minidpost.models.layers import token_log_probabilities  # noqa: E402
 from minidpost.models.llama import Llama, LlamaConfig  # noqa: E402
 from minidpost.models.weights import load_model, load_template  # noqa: E402
 from minidpost.sampling import sampler  # noqa: E402
@@ -40,7 +41,7 @@ from minidpost.sampling.sampler import Request, Row, SamplingSettings, sample  #
 from minidpost.sampling.token_choice import row_uniforms  # noqa: E402
 from minidpost.storage import markdown_table  # noqa: E402
 from minidpost.training.batching import TokenizedExample, collate, micro_batches  # noqa: E402
-from minidpost.training.losses import log_probabilities, token_log_probabilities  # noqa: E402
+from minidpost.training.losses import log_probabilities  # noqa: E402
 
 BUNDLED = ("tiny-t5-sft", "tiny-t5-dpo-st", "tiny-llama")
 SMOLLM2 = LlamaConfig(49152, 576, 1536, 30, n_heads=9, n_kv_heads=3, d_head=64, rope_theta=1e5, tied=True)

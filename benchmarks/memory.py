@@ -20,10 +20,11 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from minidpost.models.layers import token_log_probabilities  # noqa: E402
 from minidpost.models.llama import Llama, LlamaConfig  # noqa: E402
 from minidpost.storage import markdown_table  # noqa: E402
 from minidpost.training.batching import Batch, TokenizedExample, collate  # noqa: E402
-from minidpost.training.losses import LOGITS_AT_ONCE, log_probabilities, sft_loss, token_log_probabilities  # noqa: E402
+from minidpost.training.losses import LOGITS_AT_ONCE, log_probabilities, sft_loss  # noqa: E402
 from minidpost.training.optim import Schedule, adamw, apply_step, enable_activation_checkpointing  # noqa: E402
 
 VOCAB_SIZE = 128_256

@@ -23,6 +23,17 @@ from minidpost.models.hf_config import Model
 from minidpost.models.hub import find_model
 from minidpost.models.weights import TEMPLATES, load_model, load_template
 from minidpost.precision import DTYPES, default_device, prepare_device, sampling_dtype
+from minidpost.processes import (
+    common_exit_status,
+    is_first_to_fail,
+    is_lost_connection,
+    on_rank_0,
+    own_device,
+    process_group,
+    rank,
+    started_by_torchrun,
+    world_size,
+)
 from minidpost.selftraining.estimates import slots_for
 from minidpost.selftraining.presets import preset_of
 from minidpost.storage import no_room, read_json
@@ -47,13 +58,31 @@ def run_command(main: Callable[[], None], if_interrupted: str = "nothing was wri
 
     0: done. 1: the reader of a pipe went away. 2: a mistake of the user's, too little memory or a full disk, with one
     line on standard error. 130: Ctrl-C. 143: SIGTERM. `if_interrupted` is what becomes of the work after Ctrl-C,
-    SIGTERM or a full disk, as the last words of that line, unless a note of the exception says it (see job.Job).
+    SIGTERM or a full disk, as the last words of that line, unless a note of the exception says it (see job.Job). Of
+    several processes (torchrun) the one that fails first says why, and all end with its status.
     """
+    with process_group():
+        _run_process(main, if_interrupted)
+
+
+def _run_process(main: Callable[[], None], if_interrupted: str) -> None:
+    """`run_command` of one of the processes, or of the only one."""
     name = os.path.basename(sys.argv[0])
 
     def ending(error: BaseException) -> str:
         notes: list[str] = vars(error).get("__notes__", [])
         return notes[-1] if notes else if_interrupted
+
+    # torchrun ends the other processes as soon as one has ended: they may end by themselves, with the same status.
+    sigterm_at_the_end = signal.SIG_DFL if world_size() == 1 else signal.SIG_IGN
+
+    def fail(status: int, message: str | None = None) -> NoReturn:
+        signal.signal(signal.SIGTERM, sigterm_at_the_end)
+        if not is_first_to_fail(status):
+            status = common_exit_status(status)
+        elif message is not None:
+            print(message, file=sys.stderr)
+        sys.exit(status)
 
     def format_warning(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
@@ -61,6 +90,8 @@ def run_command(main: Callable[[], None], if_interrupted: str = "nothing was wri
         return f"{name}: warning: {one_line(message)}\n"
 
     warnings.formatwarning = format_warning
+    if rank() > 0:
+        warnings.simplefilter("ignore")  # rank 0 warns of the same
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters that a model has
     try:
@@ -69,26 +100,27 @@ def run_command(main: Callable[[], None], if_interrupted: str = "nothing was wri
             main()
         sys.stdout.flush()  # here, so that a closed pipe is noticed while it can be handled
     except UserError as error:
-        print(f"{name}: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        fail(2, f"{name}: {one_line(error)}")
     except KeyboardInterrupt as interruption:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only garble the message
-        print(f"\n{name}: interrupted; {ending(interruption)}", file=sys.stderr)
-        sys.exit(143 if isinstance(interruption, Terminated) else 130)
+        status = 143 if isinstance(interruption, Terminated) else 130
+        fail(status, f"\n{name}: interrupted; {ending(interruption)}")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        fail(1)
     except Exception as error:
         reason = no_room(error)
         if reason is not None:
-            print(f"{name}: cannot write ({reason}); {ending(error)}", file=sys.stderr)
-        elif isinstance(error, OSError) and error.filename is not None:
-            print(f"{name}: {one_line(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
-        else:
+            fail(2, f"{name}: cannot write ({reason}); {ending(error)}")
+        if isinstance(error, OSError) and error.filename is not None:
+            fail(2, f"{name}: {one_line(f'{error.filename}: {error.strerror}')}")
+        if is_lost_connection(error):
+            fail(1, f"{name}: another process has ended ({one_line(error):.200}); {ending(error)}")
+        if is_first_to_fail(1):
             raise
-        sys.exit(2)
+        fail(1)
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, sigterm_at_the_end)
 
 
 def one_line(message: object) -> str:
@@ -178,8 +210,11 @@ FRACTION = checked(float, lambda value: 0 < value <= 1, "a number above 0 and at
 
 
 def device(text: str) -> str:
-    """A flag's type for argparse: a device that tensors can be put on."""
+    """A flag's type for argparse: a device that tensors can be put on; of several processes each has its own GPU."""
     try:
+        if started_by_torchrun() and torch.device(text).index is not None:
+            raise argparse.ArgumentTypeError(f"each process has a device of its own, so that {text!r} cannot be used")
+        text = own_device(text)
         torch.zeros(1, device=text).item()
     except (RuntimeError, AssertionError):  # torch asserts where it was built without the device
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here; cpu always can") from None
@@ -230,10 +265,11 @@ def open_model(options: argparse.Namespace) -> tuple[Path, Model, Template]:
     device has memory for. UserError: no such model, or a broken one.
     """
     if options.checkpoint is not None:
-        directory = find_model(options.checkpoint)
+        directory = on_rank_0(lambda: find_model(options.checkpoint))
     else:
-        directory = default_checkpoint()
-        print(f"model: {directory}", file=sys.stderr)
+        directory = on_rank_0(default_checkpoint)
+        if rank() == 0:
+            print(f"model: {directory}", file=sys.stderr)
     template = load_template(directory, options.template)  # before the weights, which take longer to read
     dtype = sampling_dtype(options.device, options.dtype)
     model = load_model(directory, dtype, options.device)
@@ -253,6 +289,6 @@ def default_checkpoint() -> Path:
             directory = find_model(content["model"]) if checkpoint is None else results.parent / checkpoint
         except (OSError, ValueError, LookupError, TypeError, UserError):
             continue  # of an older format, or not ours
-        if (directory / "config.json").is_file():
+        if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
             return directory
     return find_model("tiny-t5-dpo-st")

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import sample as sample_command
 from minidpost import cli
@@ -684,6 +685,46 @@ def test_unlabelled_questions_are_sampled_for(call, tiny_model_dir, my_data):
     assert {"How many?", "And now?"} <= {row["question"] for row in rows}
 
 
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_only_the_models_stay_that_are_asked_for(call, tiny_model_dir, my_data, keep):
+    """A run can be taken further, and a command that asks for less removes what an earlier one left."""
+    run = Path("run")
+    flags = ["--model", tiny_model_dir, "--data", my_data, *QUICK, "--dpo-steps", 1, "--run-dir", run]
+
+    def weights() -> set[str]:
+        return {str(path.parent.relative_to(run)) for path in run.rglob("model.safetensors")}
+
+    assert call("train.py", *flags).status == 0
+    assert weights() == {"iteration-0/sft", "iteration-1/dpo", "iteration-1/sft"}
+    outcome = call("train.py", *flags, "--iterations", 2, "--keep", keep)
+    assert outcome.status == 0
+    results = json.loads((run / "results.json").read_text())
+    best = f"iteration-{results['best_iteration']}/sft"
+    assert weights() == {"iteration-2/sft", *([best] if keep == "best" else [])}
+    assert {str(path.parent.relative_to(run)) for path in run.rglob("log.jsonl")} >= {"iteration-1/dpo", best}
+    if keep == "last" and best != "iteration-2/sft":
+        assert "weights were removed (--keep last); the last model is in iteration-2/sft" in outcome.out
+    # Nothing is done again, and nothing is missed.
+    before = snapshot(run / "iteration-2")
+    assert call("train.py", *flags, "--iterations", 2, "--keep", keep).status == 0
+    assert snapshot(run / "iteration-2") == before
+
+
+def test_finished_models_are_saved_in_the_precision_asked_for(call, tiny_model_dir, my_data):
+    flags = ["--model", tiny_model_dir, "--data", my_data, *QUICK, "--dpo-steps", 1, "--save-dtype", "bf16"]
+    assert call("train.py", *flags, "--run-dir", "run").status == 0
+    for stage in ("iteration-0/sft", "iteration-1/dpo", "iteration-1/sft"):
+        tensors = load_file(Path("run", stage, "model.safetensors"))
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+        assert json.loads(Path("run", stage, "config.json").read_text())["torch_dtype"] == "bfloat16"
+    outcome = call("train.py", *flags[:-2], "--run-dir", "run")
+    assert outcome.status == 2 and "save_dtype = bf16" in outcome.err
+    assert call("train.py", *flags).status == 0
+    assert [path.name for path in Path("runs").iterdir() if path.name.endswith("save-dtype=bf16-samples=2")] or [
+        path.name for path in Path("runs").iterdir() if "save-dtype=bf16" in path.name or "changes" in path.name
+    ]
+
+
 def test_fresh_renames_the_old_run(call, tiny_model_dir, my_data):
     flags = ["--model", tiny_model_dir, "--data", my_data, "--run-dir", "run", "--method", "sft", *QUICK]
     assert call("train.py", *flags).status == 0
@@ -776,19 +817,24 @@ def test_a_second_process_on_a_run_is_refused(call, tiny_model_dir):
     process.communicate()
 
 
-def test_a_full_disk_is_one_line_then_continued(call, tiny_model_dir, undisturbed):
-    """The limit lets the first steps of a training be logged, but no checkpoint be written."""
+@pytest.mark.parametrize("n_models", [0.5, 2])
+def test_a_full_disk_is_one_line_then_continued(call, tiny_model_dir, undisturbed, n_models):
+    """A training state has three models' size: without room for it training goes on; a finished model must be saved."""
     flags = ["--model", tiny_model_dir, *LONG]
-    limit = (tiny_model_dir / "model.safetensors").stat().st_size * 2
+    limit = int((tiny_model_dir / "model.safetensors").stat().st_size * n_models)
 
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     at_each_step = ["--checkpoint-minutes", 0, "--run-dir", "run"]
     outcome = finished(start("train.py", *flags, *at_each_step, cwd=Path.cwd(), preexec_fn=limited))
-    assert outcome.status == 2
-    reason = "train.py: cannot write (File too large); the same command continues from here"
-    assert outcome.complaints == [reason]
+    state = "run/iteration-0/sft.progress/state.safetensors"
+    assert f"train.py: warning: {state}: not saved (File too large); training goes on\n" in outcome.err
+    if n_models < 1:
+        reason = "train.py: cannot write (File too large); the same command continues from here"
+        assert (outcome.status, outcome.complaints) == (2, [reason])
+    else:
+        assert (outcome.status, outcome.complaints) == (0, [])
     assert call("train.py", *flags, "--run-dir", "run").status == 0
     assert results_of(Path("run")) == undisturbed
 
@@ -826,9 +872,13 @@ def test_a_file_system_that_others_fill(call, tiny_model_dir, kilobytes):
             time.sleep(0.01)
         Path("disk/others").write_bytes(bytes(shutil.disk_usage("disk").free - kilobytes * 1024))
         outcome = finished(process)
-        assert outcome.status == 2
+        # A training state has three models' size, a model more than the two smaller rooms.
+        assert "not saved (No space left on device); training goes on\n" in outcome.err
+        if kilobytes == 512:
+            assert (outcome.status, outcome.complaints) == (0, [])
+            return
         reason = "train.py: cannot write (No space left on device); the same command continues from here"
-        assert outcome.complaints == [reason]
+        assert (outcome.status, outcome.complaints) == (2, [reason])
         for path in Path("disk/run").rglob("*.json"):
             json.loads(path.read_bytes())
         shutil.copytree("disk/run", "run")
@@ -1122,7 +1172,7 @@ def test_a_rehearsal_comes_before_the_directory_and_is_logged(
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(call, tiny_model_dir, my_data, monkeypatch):
-    monkeypatch.setattr("minidpost.selftraining.estimates.disk_bytes", lambda model, preset, method: 10**18)
+    monkeypatch.setattr("minidpost.selftraining.estimates.disk_bytes", lambda *_, **__: 10**18)
     outcome = call("train.py", "--model", tiny_model_dir, "--data", my_data, "--run-dir", "runs/new", *QUICK)
     assert outcome.status == 2 and len(outcome.complaints) == 1
     assert outcome.complaints[0].startswith("train.py: disk: 1000000000.0 GB needed")

@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "minidpost"
 COMMANDS = ("train.py", "sample.py", "eval.py", "report.py")
 # A module imports only from its own room and from those above it.
-ROOMS = "version errors progress storage precision text data models sampling training selftraining page cli".split()
+ROOMS = (
+    *("version", "errors", "progress", "storage", "precision", "processes"),
+    *("text", "data", "models", "sampling", "training", "selftraining", "page", "cli"),
+)
 FOREIGN = {"transformers", "trl", "accelerate", "lightning", "pytorch_lightning", "peft", "deepspeed", "pickle"}
 
 MODULES = {

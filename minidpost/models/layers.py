@@ -9,7 +9,7 @@ H heads, G key and value heads, K head width, V vocabulary, L layers, O outputs 
 (lora.py); C cells of the table of rows and prompts, X entries of the table of position biases (both in kvcache.py).
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +97,44 @@ class RMSNorm(nn.RMSNorm):
         scale_BT1 = norm_BT1.square_().add_(width * eps).rsqrt_()
         scaled_BTD: Tensor = x_BTD * scale_BT1
         return scaled_BTD.mul_(self.weight * width**0.5)
+
+
+def token_log_probabilities(logits_NV: Tensor, label_N: Tensor) -> Tensor:
+    """log f(y_t | x, y_<t) of each label in nats, (N,), computed in at least fp32."""
+    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+    return -F.cross_entropy(logits_NV.to(dtype), label_N, reduction="none")
+
+
+class LanguageModel(nn.Module):
+    """What T5 and Llama have in common: hidden states, logits, and the log-probabilities that both are trained by."""
+
+    def hidden(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Final hidden states, (B, T, D), of what the family takes as inputs."""
+        raise NotImplementedError
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """The output matrix: (…, D) to (…, V)."""
+        raise NotImplementedError
+
+    def label_log_probabilities(
+        self, inputs: tuple[Tensor | None, ...], *, label_N: Tensor, position_N: Tensor, positions_at_once: int
+    ) -> Tensor:
+        """log f of the label at each of N positions of the flattened (B·T), in nats, (N,): all that training needs.
+
+        It is one method, so that a model whose weights are spread over processes (training/parallel.py) gathers them
+        once for it. Logits exist for `positions_at_once` at a time: those of a whole batch would outweigh the model.
+        """
+        # Only the N positions that have a label go through the output matrix, not the padding, and not Llama's prompts.
+        hidden_ND = self.hidden(*inputs).flatten(0, 1)[position_N]
+        if len(label_N) <= positions_at_once:
+            return self._of_positions(hidden_ND, label_N)
+        # Each chunk's logits are freed once its log-probabilities are known; the backward pass computes them again.
+        chunks = zip(hidden_ND.split(positions_at_once), label_N.split(positions_at_once), strict=True)
+        return torch.cat([checkpoint(self._of_positions, *chunk, use_reentrant=False) for chunk in chunks])
+
+    def _of_positions(self, hidden_ND: Tensor, label_N: Tensor) -> Tensor:
+        """The log-probability of the label at each of N positions, (N,)."""
+        return token_log_probabilities(self.logits(hidden_ND), label_N)
 
 
 class LayerStack(nn.Module):

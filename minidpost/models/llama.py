@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidpost.models.kvcache import CachedTokens, KVCache, StepPlan, indices
-from minidpost.models.layers import Attendable, LayerStack, Linear, RMSNorm, linear
+from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, linear
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Stack(LayerStack):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
 
 
-class Llama(nn.Module):
+class Llama(LanguageModel):
     """The decoder-only model, Llama or of its kind: `model(ids_BT, mask_BT) -> logits_BTV`.
 
     `dropout`, in training mode, is the probability with which an attention weight is dropped: a Llama has no dropout

@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from minidpost.models.hf_config import Model, mapping_for
 from minidpost.models.layers import Linear
-from minidpost.models.weights import checked_files, save_tensors, stored_tensors, write_directory
+from minidpost.models.weights import (
+    WritableTensor,
+    checked_files,
+    in_memory,
+    open_tensors,
+    read_tensor,
+    write_directory,
+    write_safetensors,
+)
+from minidpost.processes import rank, whole
 from minidpost.storage import write_json
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # peft's names
@@ -60,7 +69,7 @@ class LoRALinear(Linear):
 
     def delta(self) -> Tensor:
         """What the adapter adds to the weight, α/M · B A, (O, D) in fp32."""
-        return self.scale * (self.lora_B.detach() @ self.lora_A.detach())
+        return self.scale * (whole(self.lora_B.detach()) @ whole(self.lora_A.detach()))
 
 
 def adapted_layers(model: Model) -> list[tuple[str, Linear]]:
@@ -77,20 +86,29 @@ def n_adapter_parameters(model: Model, rank: int) -> int:
 def add_adapters(model: Model, *, rank: int, alpha: float, seed: int) -> None:
     """Freeze a model and give it fresh adapters, which alone are trained from now on.
 
-    A is Kaiming-uniform as in peft, that is uniform within ±1/√D, and depends on the seed alone, on whatever device the
-    model is. ValueError where the model has adapters already.
+    ValueError where the model has adapters already.
     """
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
     for name, layer in adapted_layers(model):
         if isinstance(layer, LoRALinear):
             raise ValueError(f"{name} has an adapter already")
-        adapted = LoRALinear(layer, rank, alpha)
-        a_MD = torch.empty(rank, layer.in_features, dtype=torch.float32)
+        model.set_submodule(name, LoRALinear(layer, rank, alpha))
+    with torch.no_grad():
+        for weight, values in fresh_values(model, seed):
+            weight.copy_(values)
+
+
+def fresh_values(model: Model, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """The parameters of all adapters, each with its first values, which depend on the seed alone.
+
+    A is Kaiming-uniform as in peft, that is uniform within ±1/√D; B is zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for layer in adapters(model).values():
+        a_MD = torch.empty(layer.rank, layer.in_features, dtype=torch.float32)
         nn.init.kaiming_uniform_(a_MD, a=5**0.5, generator=generator)
-        with torch.no_grad():
-            adapted.lora_A.copy_(a_MD)
-        model.set_submodule(name, adapted)
+        yield layer.lora_A, a_MD
+        yield layer.lora_B, torch.zeros(layer.out_features, layer.rank)
 
 
 def adapters(model: Model) -> dict[str, LoRALinear]:
@@ -109,12 +127,14 @@ def save_adapters(model: Model, directory: Path, start: Path) -> None:
     targets = set()
     for name, layer in layers.items():
         theirs = their_names[f"{name}.weight"].removesuffix(".weight")
-        tensors[f"base_model.model.{theirs}.lora_A.weight"] = layer.lora_A.detach()
-        tensors[f"base_model.model.{theirs}.lora_B.weight"] = layer.lora_B.detach()
+        tensors[f"base_model.model.{theirs}.lora_A.weight"] = whole(layer.lora_A.detach())
+        tensors[f"base_model.model.{theirs}.lora_B.weight"] = whole(layer.lora_B.detach())
         targets.add(theirs.rpartition(".")[2])
+    if rank() > 0:
+        return
     any_layer = next(iter(layers.values()))
     directory.mkdir(parents=True, exist_ok=True)
-    save_tensors(tensors, directory / ADAPTER_WEIGHTS)
+    write_safetensors(in_memory(tensors), directory / ADAPTER_WEIGHTS)
     content = {
         "peft_type": "LORA",
         "task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
@@ -130,31 +150,46 @@ def save_adapters(model: Model, directory: Path, start: Path) -> None:
 
 
 def save_merged(
-    model: Model, directory: Path, *, start: Path, tokenizer_files: Sequence[Path], template: str | None = None
+    model: Model,
+    directory: Path,
+    *,
+    start: Path,
+    tokenizer_files: Sequence[Path],
+    template: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write the model in the directory `start` with the adapters of `model` added, as `save_model` would write it.
 
-    The weights are read from `start` once more and written in fp32, whatever the precision of the frozen ones: next to
-    a bf16 weight most of what an adapter adds would be rounded away. At most one shard is held in memory.
+    The weights are read from `start` once more and added in fp32, whatever the precision of the frozen ones: next to
+    a bf16 weight most of what an adapter adds would be rounded away. One tensor at a time is held in memory.
     """
-    tensors = merged_tensors(model, start)
     write_directory(
         directory,
         model.config,
-        tensors,
-        dtype=torch.float32,
+        merged_tensors(model, start, dtype),
+        dtype=dtype,
         tokenizer_files=tokenizer_files,
         template=template,
     )
 
 
-def merged_tensors(model: Model, start: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the directory `start` in fp32 on the CPU, by their names, with the adapters of `model` added."""
+def merged_tensors(model: Model, start: Path, dtype: torch.dtype) -> list[WritableTensor]:
+    """The tensors of the directory `start`, by their names, with the adapters of `model` added in fp32 on the CPU."""
     layers = adapters(model)
+    parameters = dict(model.named_parameters())
+
+    def to_write(path: Path, theirs: str, ours: str) -> WritableTensor:
+        owner, _, last = ours.rpartition(".")
+
+        def values() -> Tensor:
+            # What an adapter adds may have to be gathered from all ranks; what it is added to rank 0 alone reads.
+            delta = layers[owner].delta().cpu() if owner in layers and last == "weight" else torch.zeros(())
+            if rank() > 0:
+                return delta
+            with open_tensors(path) as tensors:
+                return read_tensor(tensors, path, theirs).float() + delta
+
+        return WritableTensor(theirs, tuple(parameters[ours].shape), dtype, values)
+
     _, files = checked_files(start)
-    for stored in stored_tensors(files):
-        tensor = stored.tensor.float()
-        owner, _, last = stored.ours.rpartition(".")
-        if owner in layers and last == "weight":
-            tensor = tensor + layers[owner].delta().cpu()
-        yield stored.theirs, tensor
+    return [to_write(path, theirs, ours) for path, names in files.items() for theirs, ours in names.items()]

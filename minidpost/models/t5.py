@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidpost.models.kvcache import CachedPrompts, CachedTokens, KVCache, SharedPromptCache, T5Cache, T5Plan, indices
-from minidpost.models.layers import Attendable, LayerStack, Linear, RMSNorm, linear, mask_bias
+from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, linear, mask_bias
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class Stack(LayerStack):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
 
 
-class T5(nn.Module):
+class T5(LanguageModel):
     """The encoder-decoder: `model(source_BS, source_mask_BS, target_BT) -> logits_BTV`.
 
     `dropout`, in training mode, is the probability with which an embedding, a hidden unit, an attention weight or a

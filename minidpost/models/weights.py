@@ -5,23 +5,25 @@ all before the first of them is read. Weights are read one tensor at a time stra
 held twice. Pickles (*.bin) are not read: they can run code.
 """
 
+import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minidpost.errors import UserError
 from minidpost.models.hf_config import Config, Model, config_json, mapping_for, read_config
 from minidpost.models.t5 import T5Config
+from minidpost.processes import rank, whole
 from minidpost.storage import read_json, write_json
 from minidpost.text.chat import CHAT_FILES, ChatTemplate, chat_format_of
 from minidpost.text.templates import Template, Tokenizer, template_for
@@ -33,6 +35,7 @@ RECORD = "minidpost.json"  # how the model of a directory writes: {"template": "
 TOKENIZER_FILES = (*FILE_NAMES, *CHAT_FILES, "generation_config.json", RECORD)
 TEMPLATES = ("alpaca", "chat")  # of decoder-only models
 READABLE_DTYPES = ("F32", "BF16", "F16")  # in the words of safetensors
+SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -197,43 +200,75 @@ def tokenizer_files(directory: str | Path) -> list[Path]:
 
 
 def save_model(
-    model: Model, directory: str | Path, tokenizer_files: Sequence[Path], template: str | None = None
+    model: Model,
+    directory: str | Path,
+    tokenizer_files: Sequence[Path],
+    template: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write config.json, safetensors (shards above 5 GB) and the tokenizer's files, as transformers reads them.
 
     `tokenizer_files` are those of the model this one was made from (see the function of that name); an empty sequence
     gives a directory without a tokenizer. `template`, "alpaca" or "chat", is recorded for `load_template`; with None a
-    record among `tokenizer_files` stays. ValueError where the model has adapters, for which these files have no place:
-    lora.save_merged writes such a one.
+    record among `tokenizer_files` stays. Weights are written in `dtype`, None: as they are. Of several processes that
+    have slices of the model rank 0 writes; it never has more than one whole tensor. ValueError where the model has
+    adapters, for which these files have no place: lora.save_merged writes such a one.
     """
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     their_names = dict(mapping_for(model.config).names(model.config))
     without_place = parameters.keys() - their_names.keys()
     if without_place:
         raise ValueError(f"{min(without_place)} has no name in a Hugging Face directory; are there adapters to merge?")
+    if dtype is None:
+        dtype = next(model.parameters()).dtype
+
+    def to_write(ours: str, theirs: str) -> WritableTensor:
+        weight = parameters[ours]
+        return WritableTensor(theirs, tuple(weight.shape), dtype, lambda: whole(weight.to(dtype)))
+
     write_directory(
         Path(directory),
         model.config,
-        ((theirs, parameters[ours]) for ours, theirs in their_names.items()),
-        dtype=next(model.parameters()).dtype,
+        [to_write(ours, theirs) for ours, theirs in their_names.items()],
+        dtype=dtype,
         tokenizer_files=tokenizer_files,
         template=template,
     )
 
 
+class WritableTensor(NamedTuple):
+    """A tensor that is to be written: how it is called and what it looks like, and a function that gives its values.
+
+    The function is called when it is the tensor's turn, on all ranks, as values may have to be gathered from them.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    values: Callable[[], Tensor]
+
+    @property
+    def n_bytes(self) -> int:
+        """What it takes on the disk."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
 def write_directory(
     directory: Path,
     config: Config,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Sequence[WritableTensor],
     *,
     dtype: torch.dtype,
     tokenizer_files: Sequence[Path],
     template: str | None,
 ) -> None:
-    """`save_model` of tensors that are given one by one, by their names; `dtype` is what config.json says of them."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "config.json", config_json(config, dtype))
+    """`save_model` of tensors with their names; `dtype` is what config.json says of them."""
+    if rank() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "config.json", config_json(config, dtype))
     write_tensors(tensors, directory, MAX_SHARD_BYTES)
+    if rank() > 0:
+        return
     # All go to the root, `original/tokenizer.model` too; of two files with one name the first is taken.
     copied: set[str] = set()
     for path in tokenizer_files:
@@ -334,52 +369,78 @@ def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     setattr(model.get_submodule(owner), last, parameter)
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """A safetensors file that whoever may read the directory's other files may read: the library makes it private."""
-    save_file(tensors, path, metadata={"format": "pt"})
-    umask = os.umask(0)  # reading it means setting it
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+def in_memory(tensors: Mapping[str, Tensor]) -> list[WritableTensor]:
+    """Tensors that are there, by name, as they are to be written."""
+
+    def to_write(name: str, tensor: Tensor) -> WritableTensor:
+        return WritableTensor(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+    return [to_write(name, tensor) for name, tensor in tensors.items()]
 
 
-def write_tensors(tensors: Iterable[tuple[str, Tensor]], directory: Path, max_shard_bytes: int) -> None:
-    """Write model.safetensors, or numbered shards and their index where one file would exceed `max_shard_bytes`.
-
-    The tensors come one by one, so that they may be made as they are asked for: at most one shard of them is held.
-    """
-    # 1) Write each shard as it is full. How many there will be shows at the end, so that they have no final names yet.
-    paths: list[Path] = []
-    shard_index_of: dict[str, int] = {}
-    total_bytes = 0
-    for shard in in_shards(tensors, max_shard_bytes):
-        path = directory / f"model-{len(paths) + 1:05d}.unfinished"
-        save_tensors(shard, path)
-        shard_index_of.update(dict.fromkeys(shard, len(paths)))
-        total_bytes += sum(tensor.nbytes for tensor in shard.values())
-        paths.append(path)
-        shard.clear()  # else it would be held while the next one is filled
-    # 2) One file needs no index.
-    if len(paths) == 1:
-        os.replace(paths[0], directory / WEIGHTS)
-        return
-    # 3) Several are named model-00001-of-00003.safetensors and so on; the index says where each tensor lies.
-    names = [f"model-{number:05d}-of-{len(paths):05d}.safetensors" for number in range(1, len(paths) + 1)]
-    for path, name in zip(paths, names, strict=True):
-        os.replace(path, directory / name)
-    weight_map = {name: names[index] for name, index in shard_index_of.items()}
-    write_json(directory / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-    (directory / WEIGHTS).unlink(missing_ok=True)  # an older one would be read before the shards
+def write_tensors(tensors: Sequence[WritableTensor], directory: Path, max_shard_bytes: int) -> None:
+    """Write model.safetensors, or numbered shards and their index where one file would exceed `max_shard_bytes`."""
+    # 1) One file needs no index; several are named model-00001-of-00003.safetensors and so on.
+    shards = in_shards(tensors, max_shard_bytes)
+    names = [WEIGHTS]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    # 2) The files. An older one of a name stays whole until the new one is: the model may be reading it.
+    for shard, name in zip(shards, names, strict=True):
+        unfinished = directory / f"{name}.unfinished"
+        write_safetensors(shard, unfinished)
+        if rank() == 0:
+            os.replace(unfinished, directory / name)
+    # 3) The index says where each tensor lies.
+    if len(shards) > 1 and rank() == 0:
+        weight_map = {tensor.name: name for shard, name in zip(shards, names, strict=True) for tensor in shard}
+        n_bytes = sum(tensor.n_bytes for tensor in tensors)
+        write_json(directory / INDEX, {"metadata": {"total_size": n_bytes}, "weight_map": weight_map})
+        (directory / WEIGHTS).unlink(missing_ok=True)  # an older one would be read before the shards
 
 
-def in_shards(tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+def in_shards(tensors: Sequence[WritableTensor], max_shard_bytes: int) -> list[list[WritableTensor]]:
     """Tensors in their order, as many together as `max_shard_bytes` allow; a larger one has a shard of its own."""
-    shard: dict[str, Tensor] = {}
+    shards: list[list[WritableTensor]] = [[]]
     room = max_shard_bytes
-    for name, tensor in tensors:
-        if tensor.nbytes > room and shard:
-            yield shard
-            shard = {}
+    for tensor in tensors:
+        if tensor.n_bytes > room and shards[-1]:
+            shards.append([])
             room = max_shard_bytes
-        shard[name] = tensor.contiguous()
-        room -= tensor.nbytes
-    yield shard
+        shards[-1].append(tensor)
+        room -= tensor.n_bytes
+    return shards
+
+
+def write_safetensors(tensors: Sequence[WritableTensor], path: Path) -> None:
+    """Write one safetensors file, tensor by tensor: no more than one is held. (The library takes all at once.)
+
+    The format: eight bytes that say how long the header is, the header, which is JSON, then the values. Of several
+    processes rank 0 writes; the others help to gather what each has a slice of.
+    """
+    # The wider types first, so that every value lies at a multiple of its size; as the library does it.
+    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+    if rank() > 0:
+        for tensor in ordered:
+            tensor.values()
+        return
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for tensor in ordered:
+        end = begin + tensor.n_bytes
+        header[tensor.name] = {
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": (begin, end),
+        }
+        begin = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little"))
+        stream.write(text)
+        for tensor in ordered:
+            values = tensor.values().detach().to("cpu", tensor.dtype).contiguous()
+            stream.write(values.flatten().view(torch.uint8).numpy().data)
+            del values  # before the next one is made

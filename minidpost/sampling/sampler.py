@@ -33,9 +33,10 @@ what is drawn for it is thrown away.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -150,6 +151,7 @@ class Job:
     use_cuda_graphs: bool
     overlap: bool  # whether a step begins before the host has read the one before
     max_prompt: int  # tokens of the longest prompt
+    max_rows: int  # requests of the largest chunk
     device: torch.device  # where the model lies
     on_token: Callable[[Row], None] | None = None  # is shown every row after each of its tokens
 
@@ -163,6 +165,7 @@ def sample(
     new_override: Callable[[], Override] | None = None,
     first_chunk: int = 0,
     chunk_size: int | None = None,
+    chunk_indices: Iterable[int] | None = None,
     use_cuda_graphs: bool = True,
     overlap: bool | None = None,
     on_token: Callable[[Row], None] | None = None,
@@ -174,10 +177,13 @@ def sample(
     one question should stand together in `requests`: those of one chunk share a prefill. Prompts must not be empty.
     With `overlap` a step begins before the host has read what the one before drew (None: on a GPU); the completions are
     the same. `on_token` is called with a row after each of its tokens, while it is written; all rows are then written
-    in this process.
+    in this process. With `chunk_indices` these chunks are worked off, in this order, each number asked for when it is
+    its turn.
     """
     device = next(model.parameters()).device
-    chunks = chunked(requests, default_chunk_size(settings.slots, device) if chunk_size is None else chunk_size)
+    if chunk_size is None:
+        chunk_size = default_chunk_size(settings.slots, device)
+    chunks = chunked(requests, chunk_size)
     if overlap is None:
         overlap = device.type == "cuda"
     # The longest of all prompts, worked off or not, so that a run that continues has caches of the same shape.
@@ -191,15 +197,23 @@ def sample(
         use_cuda_graphs=use_cuda_graphs and device.type == "cuda",
         overlap=overlap,
         max_prompt=max_prompt,
+        max_rows=min(len(requests), chunk_size),
         device=device,
         on_token=on_token,
     )
     # Likewise of all chunks: how the questions of a chunk are dealt to workers decides which rows share a step.
     n_workers = n_workers_for(model, settings.slots, chunks) if on_token is None else 1
-    remaining = chunks[first_chunk:]
+    work = partial(sample_chunks, job)
+    if chunk_indices is None:
+        remaining = chunks[first_chunk:]
+        if n_workers > 1:
+            return sample_in_workers(work, remaining, settings.slots, n_workers)
+        return work(remaining, settings.slots)
+    given = (chunks[index] for index in chunk_indices)
     if n_workers > 1:
-        return sample_in_workers(partial(sample_chunks, job), remaining, settings.slots, n_workers)
-    return sample_chunks(job, remaining, settings.slots)
+        of_chunks = (sample_in_workers(work, [chunk], settings.slots, n_workers) for chunk in given)
+        return chain.from_iterable(of_chunks)
+    return work(given, settings.slots)
 
 
 def default_chunk_size(n_slots: int, device: torch.device | str) -> int:
@@ -227,12 +241,13 @@ def chunked(requests: Sequence[Request], chunk_size: int) -> list[Chunk]:
     return chunks
 
 
-def sample_chunks(job: Job, chunks: Sequence[Chunk], n_slots: int) -> Iterator[Row]:
+def sample_chunks(job: Job, chunks: Iterable[Chunk], n_slots: int) -> Iterator[Row]:
     """Work off chunk after chunk in this process, with one cache for all of them."""
-    if not chunks:
+    remaining = iter(chunks)
+    chunk = next(remaining, None)
+    if chunk is None:
         return
-    sizes = [sum(map(len, chunk)) for chunk in chunks]  # requests of each chunk
-    n_cache_rows = min(n_slots, max(sizes)) + prefill_batch(n_slots, job.device)
+    n_cache_rows = min(n_slots, job.max_rows) + prefill_batch(n_slots, job.device)
     # A row that has ended is decoded once more where steps overlap, and T5 has no room for that but at the end.
     max_new_tokens = job.settings.max_new_tokens + int(job.overlap)
     cache: Any
@@ -243,9 +258,11 @@ def sample_chunks(job: Job, chunks: Sequence[Chunk], n_slots: int) -> Iterator[R
     else:
         cache = job.model.new_cache(n_cache_rows, job.max_prompt, max_new_tokens)
         step = partial(job.model.decode, cache)
-    for chunk, size in zip(chunks, sizes, strict=True):
+    while chunk is not None:
         cache.clear()
-        yield from sample_chunk(job, chunk, min(n_slots, size), cache=cache, step=step)
+        n_requests = sum(map(len, chunk))
+        yield from sample_chunk(job, chunk, min(n_slots, n_requests), cache=cache, step=step)
+        chunk = next(remaining, None)
 
 
 def sample_chunk(

@@ -20,6 +20,7 @@ from minidpost.selftraining.steps import (
     evaluate,
     fine_tune,
     has_converged,
+    remove_models,
     sample_rationales,
     train_preferences,
 )
@@ -59,6 +60,7 @@ def self_train(run: Run) -> Iterator[int]:
         fine_tune(run, iteration, labels)
 
         accuracies.append(evaluate(run, iteration))
+        remove_models(run, accuracies)
         yield iteration
         # Algorithm 1, line 7; Algorithm 2, line 9: until convergence or max iteration is reached
         if has_converged(run, accuracies):

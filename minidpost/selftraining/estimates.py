@@ -6,7 +6,8 @@ logits with its gradient. With LoRA it is the adapters' parameters that take 16 
 or 4. Sampling needs the weights, the KV cache, and the logits of all slots. The activations of a layer are counted
 roughly, and rather too high; what a rehearsal measures (rehearsal.py) is exact.
 
-A run's models stay on the disk, fp32, 4 bytes a parameter for each SFT and DPO, and with LoRA their adapters too. While
+A run's models stay on the disk (those that --keep names), 4 bytes a parameter for each SFT and DPO, or 2 with
+--save-dtype bf16, and with LoRA their adapters too. While
 a training is at work, so do two saved states of it, weights and AdamW's moments, 12 bytes a parameter that is trained:
 the last one, until the next is whole.
 
@@ -36,14 +37,16 @@ from minidpost.models.layers import Linear
 from minidpost.models.lora import n_adapter_parameters
 from minidpost.models.t5 import T5Config
 from minidpost.models.weights import empty_model
+from minidpost.processes import processes_of_machine, world_size
 from minidpost.sampling.generate import MAX_PROMPT_TOKENS
 from minidpost.sampling.sampler import prefill_batch
 from minidpost.selftraining.methods import METHODS
 from minidpost.selftraining.presets import Preset, n_parameters
-from minidpost.selftraining.run import Data, TokenizedData
+from minidpost.selftraining.run import Data, Keep, TokenizedData
 from minidpost.text.templates import Template
 from minidpost.training.batching import TokenizedExample, drop_too_long, token_counts
 from minidpost.training.losses import LOGITS_AT_ONCE
+from minidpost.training.parallel import MAX_WHOLE_GRADIENTS
 
 GB = 10**9
 GPU_SLOTS = (1024, 512, 256, 128)  # of which the first that fits is taken
@@ -64,12 +67,17 @@ def check_memory(
 
     `model` may be on the meta device; `dtype` is that of sampling, `training_dtype` that of training's forward passes.
     """
+    n_ranks = world_size()
     needed = {
-        "training": training_bytes(model, preset, training_dtype, device),
+        "training": training_bytes(model, preset, training_dtype, device, n_ranks),
         "sampling": sampling_bytes(model, preset, dtype, device),
     }
     text = ", ".join(f"{stage} {size_text(size)}" for stage, size in needed.items())
+    if n_ranks > 1:
+        text += f" in each of {n_ranks} processes"
     free = available_bytes(device)
+    if free is not None and torch.device(device).type == "cpu":
+        free //= processes_of_machine()
     if free is None:
         return f"memory: {text} (estimated)"
     if max(needed.values()) > free:
@@ -83,8 +91,10 @@ def check_memory(
     return f"memory: {text} (estimated) of {size_text(free)} free on {device}"
 
 
-def training_bytes(model: Model, preset: Preset, dtype: torch.dtype = torch.float32, device: str = "cpu") -> int:
-    """The peak of an SFT or DPO step whose forward pass is computed in `dtype`."""
+def training_bytes(
+    model: Model, preset: Preset, dtype: torch.dtype = torch.float32, device: str = "cpu", n_ranks: int = 1
+) -> int:
+    """The peak of an SFT or DPO step whose forward pass is computed in `dtype`, in each of `n_ranks` processes."""
     n_layers = max(len(stack.layers) for stack in model.stacks)
     n_tokens = max(preset.micro_batch_tokens, preset.max_source + preset.max_target)
     layer_bytes = n_tokens * activation_bytes_a_token(model, preset, dtype, device)
@@ -93,14 +103,35 @@ def training_bytes(model: Model, preset: Preset, dtype: torch.dtype = torch.floa
     frozen_bytes = number_bytes * n_parameters(model) if preset.freezes_weights else 0
     # The forward pass in bf16 keeps a bf16 copy of every fp32 weight for the backward pass: of the layers that it
     # keeps. Frozen weights are bf16 themselves.
-    copies_bytes = 2 * n_trained if dtype == torch.bfloat16 else 0
+    # Of several processes on GPUs each gathers bf16 weights, and lets them go.
+    on_gpu = torch.device(device).type == "cuda"
+    copies_bytes = 2 * n_trained if dtype == torch.bfloat16 and not (on_gpu and n_ranks > 1) else 0
     if preset.activation_checkpointing:  # every layer's input, and one layer at a time computed again
         inputs_bytes = n_layers * number_bytes * n_tokens * model.config.d_model
         activation_bytes = inputs_bytes + layer_bytes + copies_bytes // n_layers
     else:
         activation_bytes = n_layers * layer_bytes + copies_bytes
     logits_bytes = 12 * min(LOGITS_AT_ONCE, n_tokens * model.config.vocab_size)  # logits, log-softmax, gradient
-    return frozen_bytes + 16 * n_trained + activation_bytes + logits_bytes
+    weights_bytes = frozen_bytes + 16 * n_trained
+    if n_ranks > 1:
+        weights_bytes = weights_bytes // n_ranks + gathered_bytes(model, preset, dtype, device)
+    return weights_bytes + activation_bytes + logits_bytes
+
+
+def gathered_bytes(model: Model, preset: Preset, dtype: torch.dtype, device: str) -> int:
+    """What a rank holds besides its slices (parallel.py): gathered weights, and gradients that are not summed yet.
+
+    Gathered are two layers, the one at work and the next, and what belongs to no layer. Of a model that is not large a
+    rank holds all gradients until the last micro-batch; of a large one those of the same parameters.
+    """
+    layer_sizes = [n_parameters(layer) for stack in dict.fromkeys(model.stacks) for layer in stack.layers]
+    n_gathered = 2 * max(layer_sizes) + n_parameters(model) - sum(layer_sizes)
+    weight_bytes = preset.weights_dtype(device, dtype).itemsize
+    if torch.device(device).type == "cuda":
+        weight_bytes = dtype.itemsize
+    n_trained = n_trained_parameters(model, preset)
+    n_gradients = n_trained if n_trained <= MAX_WHOLE_GRADIENTS else n_gathered
+    return weight_bytes * n_gathered + 4 * n_gradients
 
 
 def n_trained_parameters(model: Model, preset: Preset) -> int:
@@ -203,7 +234,16 @@ def size_text(n_bytes: float) -> str:
     return f"{n_bytes / GB:.1f} GB" if n_bytes >= 0.05 * GB else f"{n_bytes / 10**6:.1f} MB"
 
 
-def check_disk(model: Model, preset: Preset, *, method: str, run_dir: Path, fresh: bool = False) -> str:
+def check_disk(
+    model: Model,
+    preset: Preset,
+    *,
+    method: str,
+    run_dir: Path,
+    fresh: bool = False,
+    save_dtype: torch.dtype = torch.float32,
+    keep: Keep = "all",
+) -> str:
     """What a run writes and what is free, in one line; UserError where it cannot fit, a warning where it hardly does.
 
     What an earlier command has left of the run counts as written, unless it begins anew (`fresh`).
@@ -211,29 +251,40 @@ def check_disk(model: Model, preset: Preset, *, method: str, run_dir: Path, fres
     written = 0
     if run_dir.is_dir() and not fresh:
         written = sum(path.stat().st_size for path in run_dir.rglob("*.safetensors"))
-    needed = max(0, disk_bytes(model, preset, method) - written)
+    needed = max(0, disk_bytes(model, preset, method, save_dtype=save_dtype, keep=keep) - written)
     existing = next(parent for parent in (run_dir.absolute(), *run_dir.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     text = f"disk: {size_text(needed)} (estimated) of {size_text(free)} free in {existing}"
     if needed > free:
         raise UserError(
             f"disk: {size_text(needed)} needed (estimated: its models, and two saved states of a training at work), "
-            f"but {existing} has {size_text(free)} free; choose a --run-dir on another disk, or fewer --iterations"
+            f"but {existing} has {size_text(free)} free; choose a --run-dir on another disk, --keep best, "
+            "--save-dtype bf16, or fewer --iterations"
         )
     if needed * TIGHT > free:
         warnings.warn(f"{text}: hardly enough", stacklevel=2)
     return text
 
 
-def disk_bytes(model: Model, preset: Preset, method: str) -> int:
-    """The models of a whole run, and two saved states of a training at work."""
+def disk_bytes(
+    model: Model,
+    preset: Preset,
+    method: str,
+    *,
+    save_dtype: torch.dtype = torch.float32,
+    keep: Keep = "all",
+) -> int:
+    """The models of a whole run that are there at one time, and two saved states of a training at work."""
     rules = METHODS[method]
     n_models = int(preset.warm_up) + preset.iterations_of(rules) * (1 + int(rules.has_dpo))
+    if keep != "all":
+        # The last iteration's model, this one's, and what DPO made of the former; with "best" perhaps one more.
+        n_models = min(n_models, 2 + int(rules.has_dpo) + int(keep == "best"))
     n_trained = n_trained_parameters(model, preset)
     n_written = n_parameters(model)
     if preset.freezes_weights:
-        n_written += n_trained  # the adapters lie beside the merged model
-    return 4 * n_models * n_written + 2 * 12 * n_trained
+        n_written += 4 // save_dtype.itemsize * n_trained  # the adapters lie beside the merged model, in fp32
+    return save_dtype.itemsize * n_models * n_written + 2 * 12 * n_trained
 
 
 # -- floating-point operations ----------------------------------------------------------------------------------------

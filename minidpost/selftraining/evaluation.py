@@ -7,6 +7,7 @@ from math import comb, sqrt
 from typing import Any
 
 from minidpost.data.example import Example
+from minidpost.processes import from_rank_0, on_rank_0, rank
 from minidpost.sampling import sampler
 from minidpost.sampling.generate import Sample, generate
 from minidpost.sampling.sampler import DecodingModel, SamplingSettings
@@ -127,7 +128,7 @@ def samples_by_question(
     """The graded samples, a list of `n_samples` for each example, in order whatever the order in which they end.
 
     With `chunks`, which must be of these arguments alone, samples are saved as chunks end, and those that are there
-    already are not sampled again.
+    already are not sampled again. Several processes share the work, and all get all samples; rank 0's `chunks` count.
     """
     samples: Iterable[Sample] = generate(
         model,
@@ -138,14 +139,14 @@ def samples_by_question(
         n_samples=n_samples,
         calculator=calculator,
         label=label,
-        first_chunk=0 if chunks is None else chunks.n_finished(),
+        first_chunk=on_rank_0(lambda: 0 if chunks is None else chunks.n_finished()),
     )
-    if chunks is not None:
+    if chunks is not None and rank() == 0:
         device = next(model.parameters()).device
         chunk_size = sampler.default_chunk_size(settings.slots, device)
         chunks.save((asdict(sample) for sample in samples), chunk_size)
         samples = [Sample(**record) for record in chunks.records()]
-    in_order = sorted(samples, key=lambda sample: (sample.example_index, sample.sample_index))
+    in_order = sorted(from_rank_0([*samples]), key=lambda sample: (sample.example_index, sample.sample_index))
     return [in_order[start : start + n_samples] for start in range(0, len(in_order), n_samples)]
 
 

@@ -26,6 +26,7 @@ from minidpost.errors import when_memory_runs_out
 from minidpost.models.hf_config import Model
 from minidpost.models.kvcache import T5Cache
 from minidpost.models.weights import load_model
+from minidpost.processes import world_size
 from minidpost.sampling.cuda_graphs import CUDAGraphs
 from minidpost.sampling.sampler import default_chunk_size, prefill_batch
 from minidpost.sampling.token_choice import choose
@@ -132,7 +133,7 @@ def rehearse_training(plan: Plan) -> None:
         factor = reference_batch_factor(torch.device(plan.device))
         reference_log_probabilities(
             model,
-            pairs_of(plan, factor * preset.micro_batch_tokens, n_most=factor * len(pairs)),
+            of_all_ranks(plan, factor * preset.micro_batch_tokens, n_most=factor * len(pairs) // world_size()),
             micro_batch_tokens=preset.micro_batch_tokens,
             stage="rehearsal",
             dtype=plan.training_dtype,
@@ -140,7 +141,7 @@ def rehearse_training(plan: Plan) -> None:
 
     # A first step with little to do, after which AdamW has its moments.
     optimizer = adamw(model, sft.schedule)
-    small = [min(plan.labelled, key=lambda example: example.n_tokens)]
+    small = [min(plan.labelled, key=lambda example: example.n_tokens)] * world_size()
     micro_batch_tokens = preset.micro_batch_tokens
     sft_gradients(model, small, micro_batch_tokens, dtype=sft.dtype)
     apply_step(model, optimizer, sft.schedule, step=0, n_steps=1)
@@ -149,7 +150,7 @@ def rehearse_training(plan: Plan) -> None:
     for examples in largest_sft_batches(plan, model):
         # The small micro-batch leaves gradients, to which those of the large one are added.
         sft_gradients(model, small, micro_batch_tokens, dtype=sft.dtype)
-        sft_gradients(model, examples, micro_batch_tokens, dtype=sft.dtype)
+        sft_gradients(model, examples * world_size(), micro_batch_tokens, dtype=sft.dtype)  # each rank gets as many
         apply_step(model, optimizer, sft.schedule, step=0, n_steps=1)
 
     if pairs:
@@ -199,14 +200,23 @@ def largest_sft_batches(plan: Plan, model: Model) -> list[list[TokenizedExample]
 
 
 def largest_pairs(plan: Plan) -> list[PreferencePair]:
-    """The pairs of the largest micro-batch of DPO."""
-    return pairs_of(plan, plan.preset.micro_batch_tokens, n_most=plan.preset.dpo_pairs_per_step)
+    """The pairs of the largest micro-batch of DPO, for each rank as many."""
+    return of_all_ranks(plan, plan.preset.micro_batch_tokens, n_most=plan.preset.dpo_pairs_per_step)
 
 
-def pairs_of(plan: Plan, n_tokens: int, *, n_most: int) -> list[PreferencePair]:
+def of_all_ranks(plan: Plan, n_tokens: int, *, n_most: int) -> list[PreferencePair]:
+    """What `pairs_of` gives, once for every rank."""
+    made: list[PreferencePair] = []
+    for _ in range(world_size()):
+        made += pairs_of(plan, n_tokens, n_most=n_most, first=len(made))
+    return made
+
+
+def pairs_of(plan: Plan, n_tokens: int, *, n_most: int, first: int = 0) -> list[PreferencePair]:
     """As many of the longest pairs as `n_tokens` allow, `n_most` at most: each of its own question.
 
-    All pairs of one question are in one micro-batch, even where they exceed it: then there are these alone.
+    All pairs of one question are in one micro-batch, even where they exceed it: then there are these alone. Questions
+    are numbered from `first` on.
     """
     n_source, n_target = longest_lengths(plan)
     pair_tokens = 2 * (n_source + n_target)
@@ -215,7 +225,7 @@ def pairs_of(plan: Plan, n_tokens: int, *, n_most: int) -> list[PreferencePair]:
     n_pairs = n_of_question if has_one_question else min(n_tokens // pair_tokens, n_most)
     pairs = []
     for index in range(n_pairs):
-        prompt = distinct_ids(0 if has_one_question else index, n_source)
+        prompt = distinct_ids(first if has_one_question else first + index, n_source)
         chosen = TokenizedExample(prompt, distinct_ids(2 * index, n_target))
         rejected = TokenizedExample(prompt, distinct_ids(2 * index + 1, n_target))
         pairs.append(PreferencePair(chosen, rejected))

@@ -110,7 +110,7 @@ def iteration_result(
 
     `evaluations` are the contents of evaluation.json by iteration. `dpo` is None in an iteration without DPO, `pairs`
     and `pseudo_labels` are None where the method has none; `checkpoint` is the directory of f_θ' within the run's, or
-    None where that is the base itself.
+    None where that is the base itself; `removed` is there where its weights are not.
     """
     prefix = f"iteration-{iteration}/"
     of_iteration = {name: metadata for name, metadata in stages.items() if name.startswith(prefix)}
@@ -126,6 +126,8 @@ def iteration_result(
         "seconds": round(sum(metadata["seconds"] for metadata in of_iteration.values()), 1),
         "flops": sum(metadata.get("flops", 0.0) for metadata in of_iteration.values()),
     }
+    if "removed" in stages.get(f"{prefix}sft", {}):
+        result["removed"] = True  # the weights of the checkpoint (--keep)
     if "dpo" in evaluation:
         before = evaluations[iteration - 1]["sft"]
         after = evaluation["dpo"]
@@ -254,10 +256,11 @@ def recommendation(results: dict[str, Any]) -> str:
     measured = f"{percent(score)}, n {score['n']}"
     if entry["checkpoint"] is None:
         return f"Best on {results['dev']}, and the model to use: the base itself, {results['model']}, {measured}."
-    return (
-        f"Best on {results['dev']}: iteration {entry['iteration']}, {measured}. "
-        f"The model to use is in {entry['checkpoint']}."
-    )
+    best = f"Best on {results['dev']}: iteration {entry['iteration']}, {measured}."
+    if "removed" in entry:
+        last = results["iterations"][-1]
+        return f"{best} Its weights were removed (--keep last); the last model is in {last['checkpoint']}."
+    return f"{best} The model to use is in {entry['checkpoint']}."
 
 
 def dpo_entries(results: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -19,6 +20,8 @@ from minidpost.text.templates import Template
 from minidpost.training.batching import TokenizedExample
 from minidpost.training.optim import derived_seed
 from minidpost.training.state import TrainingState
+
+Keep = Literal["all", "best", "last"]  # which finished models stay on the disk
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ class Run:
     `base` is f_θ's directory. `template_name` (one of models.weights.TEMPLATES) is what fine-tuned models record of how
     they write, None what the base does. `dtype` (one of DTYPES) is that of the weights in sampling and evaluation, None
     the one that the device is fastest with; `training_dtype` is that of forward passes in training
-    (precision.autocast). `checkpoint_minutes` says how often a training in progress is saved.
+    (precision.autocast). `checkpoint_minutes` says how often a training in progress is saved, `save_dtype` in which
+    precision a finished model is, `keep` which of those stay (steps.remove_models).
     """
 
     directory: RunDirectory
@@ -113,6 +117,8 @@ class Run:
     training_dtype: torch.dtype | None = None
     device: str = "cpu"
     checkpoint_minutes: float = 5.0
+    save_dtype: torch.dtype = torch.float32
+    keep: Keep = "all"
 
     @property
     def rules(self) -> Method:

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from minidpost.errors import UserError
 from minidpost.models.weights import tokenizer_files
+from minidpost.processes import from_rank_0, on_rank_0, rank, world_size
 from minidpost.storage import (
     read_json,
     read_jsonl,
@@ -62,11 +63,13 @@ class Stage:
 
 
 class RunDirectory:
-    """The directory of one run, locked by this process until the process ends.
+    """The directory of one run, locked by this process until the process ends; of several processes by rank 0.
+
+    All of them call the same methods at the same points. Rank 0 looks, decides and writes; the others wait for it.
 
     `settings` are what makes a run the same run; `stages` has the metadata of every finished stage by name: what the
-    stage reported, its `seconds`, and `sha256`, the hash of each of its files. `planned` are the names of all stages of
-    the run, in order, where they are known: they say where the run stands.
+    stage reported, its `seconds`, and `sha256`, the hash of each of its files, of which some may be `removed`.
+    `planned` are the names of all stages of the run, in order, where they are known: they say where the run stands.
     """
 
     def __init__(
@@ -82,30 +85,15 @@ class RunDirectory:
         self.path = Path(path)
         self.planned: Sequence[str] = ()
         self.settings = json.loads(json.dumps(settings, default=str))  # as they will be read back
-        config = self.path / "config.json"
-        if self.path.exists() and not self._is_run_directory():
-            raise UserError(f"{path} exists and is no run directory; choose another --run-dir")
-
-        lock_directory(self.path)
-        if fresh and config.is_file():
-            old_run = self._rename_old_run()
-            self._write_config(config)
-            self.log(f"the run that was here is now {old_run}")
-        elif config.is_file():
-            self._check_config(config, may_change)
-        else:
-            self._write_config(config)
-
-        self.stages = self._finished_stages()
-        remove_unfinished(self.path)
-        for progress in list(self.path.rglob("*.progress")):
-            if progress.with_suffix("").exists():  # a kill came between the stage's end and the removal
-                shutil.rmtree(progress, ignore_errors=True)
+        self.stages = on_rank_0(lambda: self._claim(fresh, may_change))
 
     # -- stages -------------------------------------------------------------------------------------------------------
 
     def is_finished(self, name: str) -> bool:
         """Whether a stage has its final name; UserError where something has that name which no stage wrote."""
+        return on_rank_0(lambda: self._is_finished(name))
+
+    def _is_finished(self, name: str) -> bool:
         path = self.path / name
         if path.exists() and name not in self.stages:
             raise UserError(f"{path} is there, but stages.jsonl does not know of it; move it away, or --fresh")
@@ -115,8 +103,20 @@ class RunDirectory:
     def stage(self, name: str) -> Iterator[Stage]:
         """Give a stage a temporary path, which takes the stage's name when the block ends without an error.
 
-        A name with a suffix is that of a file, any other that of a directory.
+        A name with a suffix is that of a file, any other that of a directory. What rank 0 reports of the stage is what
+        counts.
         """
+        if rank() == 0:
+            with self._stage(name) as stage:
+                from_rank_0(stage.path)
+                yield stage
+        else:
+            stage = Stage(from_rank_0(Path()))
+            yield stage
+        self.stages[name] = from_rank_0(stage.metadata)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[Stage]:
         path = self.path / name
         self.log(f"{name}{self._standing(name)}")
         started = time.perf_counter()
@@ -128,8 +128,23 @@ class RunDirectory:
             metadata["sha256"] = file_hashes(temporary)
             # The metadata is written before the stage takes its name, so that whatever is finished has some.
             self.stages[name] = metadata
-            write_jsonl(self.path / "stages.jsonl", [{"stage": key, **value} for key, value in self.stages.items()])
+            self._write_stages()
         shutil.rmtree(self.progress(name), ignore_errors=True)
+
+    def remove_weights(self, name: str) -> None:
+        """Remove the weights of a finished stage that is a model's directory; it stays finished."""
+        files = [file for file in self.stages[name]["sha256"] if is_weights(file)]
+        if self.stages[name].get("removed") == files:
+            return
+        self.stages[name]["removed"] = files
+        if rank() == 0:
+            self._write_stages()  # first, so that after a kill the files are known to be missing rightly
+            for file in files:
+                (self.path / name / file).unlink()
+            self.log(f"removed the weights of {name}")
+
+    def _write_stages(self) -> None:
+        write_jsonl(self.path / "stages.jsonl", [{"stage": key, **value} for key, value in self.stages.items()])
 
     def progress(self, name: str) -> Path:
         """The directory of what an unfinished stage can be continued from; it is removed when the stage is finished."""
@@ -158,6 +173,8 @@ class RunDirectory:
 
     def log(self, text: str) -> None:
         """Write one line to the terminal, between progress bars, and to log.txt."""
+        if rank() > 0:
+            return
         line = f"{time.strftime('%H:%M:%S')} {text}"
         tqdm.write(line)
         sys.stdout.flush()  # a pipe would hold it back until the end
@@ -165,6 +182,29 @@ class RunDirectory:
             stream.write(line + "\n")
 
     # -- beginning and continuing -------------------------------------------------------------------------------------
+
+    def _claim(self, fresh: bool, may_change: Collection[str]) -> dict[str, dict[str, Any]]:
+        """Lock the directory, and begin or continue its run; gives the metadata of the finished stages."""
+        config = self.path / "config.json"
+        if self.path.exists() and not self._is_run_directory():
+            raise UserError(f"{self.path} exists and is no run directory; choose another --run-dir")
+
+        lock_directory(self.path)
+        if fresh and config.is_file():
+            old_run = self._rename_old_run()
+            self._write_config(config)
+            self.log(f"the run that was here is now {old_run}")
+        elif config.is_file():
+            self._check_config(config, may_change)
+        else:
+            self._write_config(config)
+
+        stages = self._finished_stages()
+        remove_unfinished(self.path)
+        for progress in list(self.path.rglob("*.progress")):
+            if progress.with_suffix("").exists():  # a kill came between the stage's end and the removal
+                shutil.rmtree(progress, ignore_errors=True)
+        return stages
 
     def _is_run_directory(self) -> bool:
         """Whether this is a run directory, or one that is empty but for what a run leaves that was killed at once."""
@@ -194,6 +234,7 @@ class RunDirectory:
             "settings": self.settings,
             "versions": versions(),
             "threads": torch.get_num_threads(),  # on a CPU also how many processes sample side by side
+            "processes": world_size(),
         }
         write_json(config, content)
 
@@ -207,6 +248,7 @@ class RunDirectory:
             old_format = content.get("format", 1)  # the first format was not numbered
             old_torch = content.get("versions", {}).get("torch")
             old_threads = content.get("threads")
+            old_processes = content.get("processes", 1)
             old_settings = flat(content["settings"])
             new_settings = flat(self.settings)
             differing = differing_names(old_settings, new_settings)
@@ -232,6 +274,10 @@ class RunDirectory:
             self.log(f"begun with torch {old_torch}, continued with {version('torch')}: rounding may differ")
         if old_threads != torch.get_num_threads():
             self.log(f"begun with {old_threads} threads, continued with {torch.get_num_threads()}: rounding may differ")
+        if old_processes != world_size():
+            self.log(
+                f"begun with {old_processes} processes, continued with {world_size()}: rounding and dropout differ"
+            )
 
     def _finished_stages(self) -> dict[str, dict[str, Any]]:
         """The metadata of every stage that has its final name; UserError where a file of one was changed."""
@@ -244,8 +290,13 @@ class RunDirectory:
                 if (self.path / name).exists():  # a kill between the writing of the metadata and the renaming
                     stages[name] = metadata
             for name, metadata in stages.items():
+                removed = metadata.get("removed", ())
                 for file, sha256 in metadata["sha256"].items():
-                    expected_sha256[self.path / name / file] = sha256
+                    if file not in removed:
+                        expected_sha256[self.path / name / file] = sha256
+                for file in removed:
+                    if is_weights(file):
+                        (self.path / name / file).unlink(missing_ok=True)  # a kill came before that
         except (KeyError, TypeError, ValueError, AttributeError, OSError):
             raise UserError(f"{path} was changed since it was written; restore it, or --fresh") from None
 
@@ -270,6 +321,11 @@ def duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def is_weights(file: str) -> bool:
+    """Whether a file of a model's directory, by relative name, has weights of the model; adapters are no such."""
+    return file.endswith(".safetensors") and "/" not in file
 
 
 def file_hashes(path: Path) -> dict[str, str]:
@@ -360,7 +416,7 @@ class Chunks:
             chunk_index = self._index_of(path, content)
             if chunk_index is None:
                 warnings.warn(f"{path} was changed since it was written; its part is done again", stacklevel=2)
-                path.unlink()
+                path.unlink(missing_ok=True)  # several processes may see it
             elif chunk_index == len(self._paths):  # none is missing before it
                 self._paths[chunk_index] = path
                 self.n_records += content.count(b"\n")

@@ -11,7 +11,8 @@ Every step takes the run and the number of an iteration, reads files of the run'
     build_pseudo_labels       samples-sft.jsonl of 1 … N         pseudo-labels.jsonl
     evaluate                  sft/, dpo/                         evaluation.json
 
-has_converged reads the run's accuracies on dev, and writes stopped.json where they no longer rise.
+has_converged reads the run's accuracies on dev, and writes stopped.json where they no longer rise. remove_models
+removes weights that are not needed any more, if it was asked to.
 
 A step whose stage is finished does nothing. One that was stopped continues from its last saved training state or chunk
 of samples; the others begin again. Pairs and pseudo-labels are stored as the very token ids that were sampled, which
@@ -30,19 +31,21 @@ from minidpost.data.example import Example
 from minidpost.errors import UserError, when_memory_runs_out
 from minidpost.models.hf_config import Model
 from minidpost.models.lora import adapters, add_adapters, save_adapters, save_merged
-from minidpost.models.weights import load_model, open_tensors, save_model, save_tensors, tokenizer_files
+from minidpost.models.weights import in_memory, load_model, open_tensors, save_model, tokenizer_files, write_safetensors
+from minidpost.processes import on_rank_0, rank, world_size
 from minidpost.sampling import sampler
 from minidpost.sampling.generate import Sample, generate
 from minidpost.selftraining.estimates import forward_flops, model_size, sampling_flops, training_flops
 from minidpost.selftraining.evaluation import greedy_outcomes, mean_score, sampled_scores
 from minidpost.selftraining.presets import Preset
 from minidpost.selftraining.run import Run
-from minidpost.selftraining.run_directory import Chunks, json_object, model_hash
+from minidpost.selftraining.run_directory import Chunks, Stage, json_object, model_hash
 from minidpost.selftraining.selection import Candidates, jaccard, preference_pairs, pseudo_labels
 from minidpost.storage import read_json, read_jsonl, write_json, write_jsonl
 from minidpost.training.batching import TokenizedExample, drop_too_long, token_counts
 from minidpost.training.dpo import PreferencePair, reference_log_probabilities, train_dpo
 from minidpost.training.optim import derived_seed
+from minidpost.training.parallel import load_spread
 from minidpost.training.sft import train_sft
 
 TrainingItem = TypeVar("TrainingItem", TokenizedExample, PreferencePair)
@@ -76,11 +79,11 @@ def fine_tune(run: Run, iteration: int, labels: Path | None = None) -> None:
             model,
             examples,
             settings,
-            log_path=stage.path / "log.jsonl",
+            log_path=log_path(stage),
             stage=f"{iteration}/sft",
             state=run.training_state(name),
         )
-        save_trained(model, stage.path, start=run.base, template=run.template_name)
+        save_trained(model, stage.path, start=run.base, template=run.template_name, dtype=run.save_dtype)
 
         n_source, n_target = token_counts(examples)
         is_frozen = run.preset.freezes_weights
@@ -99,14 +102,30 @@ def load_for_training(directory: Path, preset: Preset, *, dtype: torch.dtype | N
 
     `dtype` is the precision of forward passes (precision.autocast), in which frozen weights are held.
     """
-    model = load_model(directory, preset.weights_dtype(device, dtype), device)
-    if preset.lora_rank is not None:
-        alpha = 2.0 * preset.lora_rank if preset.lora_alpha is None else preset.lora_alpha
-        add_adapters(model, rank=preset.lora_rank, alpha=alpha, seed=seed)
+    weights_dtype = preset.weights_dtype(device, dtype)
+
+    def add(model: Model) -> None:
+        if preset.lora_rank is not None:
+            alpha = 2.0 * preset.lora_rank if preset.lora_alpha is None else preset.lora_alpha
+            add_adapters(model, rank=preset.lora_rank, alpha=alpha, seed=seed)
+
+    if world_size() > 1:
+        return load_spread(
+            directory, weights_dtype=weights_dtype, dtype=dtype, device=device, add=add, adapter_seed=seed
+        )
+    model = load_model(directory, weights_dtype, device)
+    add(model)
     return model
 
 
-def save_trained(model: Model, directory: Path, *, start: Path, template: str | None = None) -> None:
+def save_trained(
+    model: Model,
+    directory: Path,
+    *,
+    start: Path,
+    template: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write what a training has made of the model in `start`; adapters are merged, and kept in adapter/.
 
     They lie in a folder of their own, as transformers takes a directory that has an adapter_config.json for an adapter
@@ -114,9 +133,15 @@ def save_trained(model: Model, directory: Path, *, start: Path, template: str | 
     """
     if adapters(model):
         save_adapters(model, directory / "adapter", start)
-        save_merged(model, directory, start=start, tokenizer_files=tokenizer_files(start), template=template)
+        files = tokenizer_files(start)
+        save_merged(model, directory, start=start, tokenizer_files=files, template=template, dtype=dtype)
     else:
-        save_model(model, directory, tokenizer_files(start), template)
+        save_model(model, directory, tokenizer_files(start), template, dtype)
+
+
+def log_path(stage: Stage) -> Path | None:
+    """Where a training logs its steps; of several processes rank 0 does."""
+    return stage.path / "log.jsonl" if rank() == 0 else None
 
 
 def training_advice(run: Run, name: str) -> str:
@@ -188,7 +213,7 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
         chunks = Chunks(
             progress,
             stage_name,
-            weights_of(run, model),
+            on_rank_0(lambda: weights_of(run, model)),
             without_slots,
             n_samples,
             run.calculator,
@@ -204,9 +229,11 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
             n_samples=n_samples,
             calculator=run.calculator,
             label=f"{iteration}/{name}",
-            first_chunk=chunks.n_finished(),
+            first_chunk=on_rank_0(chunks.n_finished),
         )
         chunks.save((asdict(sample) for sample in generated), chunk_size)
+        if rank() > 0:
+            return  # of several processes rank 0 gets the samples, and the others none
 
         # Rows finish in any order; the file is sorted by question.
         samples = [Sample(**record) for record in chunks.records()]
@@ -263,23 +290,30 @@ def build_preference_pairs(run: Run, iteration: int) -> None:
     if run.directory.is_finished(name):
         return
     with run.directory.stage(name) as stage:
-        records = []
-        for example, of_question in zip(run.data.pool, candidates(run, iteration, "samples-dpo"), strict=True):
-            pairs = preference_pairs(
-                of_question,
-                max_similarity=run.preset.max_similarity,
-                pairs_per_question=run.preset.pairs_per_question,
-            )
-            for pair in pairs:
-                record = question_and_answer(example)
-                record["chosen"] = run.template.decode(pair.chosen.target_ids)
-                record["rejected"] = run.template.decode(pair.rejected.target_ids)
-                record["chosen_ids"] = pair.chosen.target_ids
-                record["rejected_ids"] = pair.rejected.target_ids
-                record["similarity"] = round(jaccard(pair.chosen, pair.rejected), 4)
-                records.append(record)
-        write_jsonl(stage.path, records)
-        stage.metadata["pairs"] = len(records)
+        if rank() == 0:
+            records = pair_records(run, iteration)
+            write_jsonl(stage.path, records)
+            stage.metadata["pairs"] = len(records)
+
+
+def pair_records(run: Run, iteration: int) -> list[dict[str, Any]]:
+    """The preference pairs as they are written, question by question."""
+    records = []
+    for example, of_question in zip(run.data.pool, candidates(run, iteration, "samples-dpo"), strict=True):
+        pairs = preference_pairs(
+            of_question,
+            max_similarity=run.preset.max_similarity,
+            pairs_per_question=run.preset.pairs_per_question,
+        )
+        for pair in pairs:
+            record = question_and_answer(example)
+            record["chosen"] = run.template.decode(pair.chosen.target_ids)
+            record["rejected"] = run.template.decode(pair.rejected.target_ids)
+            record["chosen_ids"] = pair.chosen.target_ids
+            record["rejected_ids"] = pair.rejected.target_ids
+            record["similarity"] = round(jaccard(pair.chosen, pair.rejected), 4)
+            records.append(record)
+    return records
 
 
 def read_pairs(run: Run, iteration: int) -> list[PreferencePair]:
@@ -307,7 +341,10 @@ def compute_reference(run: Run, iteration: int, *, model: Path) -> None:
         if pairs:
             # The policy before its first step; with LoRA that is the frozen model alone, in the precision it has then.
             weights_dtype = run.preset.weights_dtype(run.device, run.training_dtype)
-            policy = load_model(model, weights_dtype, run.device)
+            if world_size() > 1:
+                policy = load_spread(model, weights_dtype=weights_dtype, dtype=run.training_dtype, device=run.device)
+            else:
+                policy = load_model(model, weights_dtype, run.device)
             reference_P2 = reference_log_probabilities(
                 policy,
                 pairs,
@@ -317,7 +354,7 @@ def compute_reference(run: Run, iteration: int, *, model: Path) -> None:
             )
             n_source, n_target = token_counts(pairs)
             flops = forward_flops(model_size(policy), n_source, n_target)
-        save_tensors({"reference_P2": reference_P2}, stage.path)
+        write_safetensors(in_memory({"reference_P2": reference_P2}), stage.path)
         stage.metadata["flops"] = flops
 
 
@@ -344,7 +381,7 @@ def train_preferences(run: Run, iteration: int, *, model: Path) -> None:
                 pairs,
                 reference_P2,
                 settings,
-                log_path=stage.path / "log.jsonl",
+                log_path=log_path(stage),
                 stage=f"{iteration}/dpo",
                 state=run.training_state(name),
             )
@@ -355,7 +392,7 @@ def train_preferences(run: Run, iteration: int, *, model: Path) -> None:
             flops = n_epochs * training_flops(model_size(policy), n_source, n_target, is_frozen=is_frozen)
         else:
             run.directory.log(f"iteration {iteration}: no preference pairs, so DPO leaves the model as it is")
-        save_trained(policy, stage.path, start=model)
+        save_trained(policy, stage.path, start=model, dtype=run.save_dtype)
         stage.metadata["flops"] = flops
 
 
@@ -372,25 +409,33 @@ def build_pseudo_labels(run: Run, iteration: int) -> Path:
     if run.directory.is_finished(name):
         return path
     with run.directory.stage(name) as stage:
-        method = run.rules
-        questions = candidates(run, iteration, "samples-sft", merges_iterations=method.merges_iterations)
-        seed = derived_seed(run.seed, f"{iteration}/pseudo-labels")
-        labels = pseudo_labels(questions, method, run.preset, seed=seed)
-        records = []
-        for example, of_question, rationales in zip(run.data.pool, questions, labels, strict=True):
-            for rationale in rationales:
-                record = question_and_answer(example)
-                record["rationale"] = run.template.decode(rationale.target_ids)
-                # A sample may have the very ids of the human rationale and yet be a sample, so `is` and not `==`.
-                record["source"] = "gold" if rationale is of_question.gold else "sample"
-                record["token_ids"] = rationale.target_ids
-                records.append(record)
-        if not records:
-            raise UserError(f"iteration {iteration}: not one sample was correct, so there is nothing to fine-tune on")
-        write_jsonl(stage.path, records)
-        stage.metadata["pseudo_labels"] = sum(record["source"] == "sample" for record in records)
-        stage.metadata["examples"] = len(records)
+        if rank() == 0:
+            records = label_records(run, iteration)
+            if not records:
+                nothing = "not one sample was correct, so there is nothing to fine-tune on"
+                raise UserError(f"iteration {iteration}: {nothing}")
+            write_jsonl(stage.path, records)
+            stage.metadata["pseudo_labels"] = sum(record["source"] == "sample" for record in records)
+            stage.metadata["examples"] = len(records)
     return path
+
+
+def label_records(run: Run, iteration: int) -> list[dict[str, Any]]:
+    """The pseudo-labels as they are written, question by question."""
+    method = run.rules
+    questions = candidates(run, iteration, "samples-sft", merges_iterations=method.merges_iterations)
+    seed = derived_seed(run.seed, f"{iteration}/pseudo-labels")
+    labels = pseudo_labels(questions, method, run.preset, seed=seed)
+    records = []
+    for example, of_question, rationales in zip(run.data.pool, questions, labels, strict=True):
+        for rationale in rationales:
+            record = question_and_answer(example)
+            record["rationale"] = run.template.decode(rationale.target_ids)
+            # A sample may have the very ids of the human rationale and yet be a sample, so `is` and not `==`.
+            record["source"] = "gold" if rationale is of_question.gold else "sample"
+            record["token_ids"] = rationale.target_ids
+            records.append(record)
+    return records
 
 
 def question_and_answer(example: Example) -> dict[str, Any]:
@@ -414,11 +459,12 @@ def evaluate(run: Run, iteration: int) -> float:
         with run.directory.stage(name) as stage, when_memory_runs_out(sampling_advice(run, name)):
             sets = dev | limited_test_sets(run)
             evaluation = {"sft": evaluate_model(run, run.model(iteration), sets, label=f"{iteration}/sft")}
-            if (run.path(iteration) / "dpo").is_dir():
+            if f"iteration-{iteration}/dpo" in run.directory.stages:
                 evaluation["dpo"] = evaluate_model(run, run.path(iteration) / "dpo", dev, label=f"{iteration}/dpo")
-            write_json(stage.path, evaluation)
+            if rank() == 0:
+                write_json(stage.path, evaluation)
 
-    content: Any = read_json(path)
+    content: Any = on_rank_0(lambda: read_json(path))
     accuracy: float = content["sft"]["greedy"][run.data.dev_name]["value"]
     return accuracy
 
@@ -470,6 +516,28 @@ def evaluate_model(run: Run, directory: Path, sets: dict[str, Sequence[Example]]
     return {"greedy": greedy, "sampled": sampled}
 
 
+# -- which models stay ------------------------------------------------------------------------------------------------
+
+
+def remove_models(run: Run, accuracies: Sequence[float]) -> None:
+    """Remove the weights of models that are no longer needed, after an iteration, as `run.keep` has it.
+
+    "all": none are removed. "last": the last f_θ' stays, which the next iteration begins with. "best": so does the one
+    that is the best on dev so far; `accuracies` are those of all iterations.
+    """
+    if run.keep == "all":
+        return
+    last = len(accuracies) - 1
+    staying = {last}
+    if run.keep == "best":
+        staying.add(accuracies.index(max(accuracies)))  # the earliest in a tie, as in the report
+    for iteration in range(last + 1):
+        for name in ("sft", "dpo"):
+            stage = f"iteration-{iteration}/{name}"
+            if stage in run.directory.stages and (name == "dpo" or iteration not in staying):
+                run.directory.remove_weights(stage)
+
+
 # -- convergence ------------------------------------------------------------------------------------------------------
 
 
@@ -479,6 +547,10 @@ def has_converged(run: Run, accuracies: Sequence[float]) -> bool:
     That is where the best one is `patience` iterations old. A run that was stopped so goes on where a command asks for
     more iterations or more patience: it counts again from where it stopped.
     """
+    return on_rank_0(lambda: _has_converged(run, accuracies))
+
+
+def _has_converged(run: Run, accuracies: Sequence[float]) -> bool:
     patience = run.preset.patience
     if patience is None:
         return False

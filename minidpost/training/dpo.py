@@ -17,7 +17,7 @@ There is no dropout, neither in the reference nor in training: it would make log
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,8 +26,9 @@ from torch import Tensor
 
 from minidpost.models.hf_config import Model
 from minidpost.precision import at_least_fp32, autocast
+from minidpost.processes import rank, sum_over_ranks
 from minidpost.progress import Progress
-from minidpost.training.batching import TokenizedExample, collate, epoch_steps, micro_batches
+from minidpost.training.batching import TokenizedExample, collate, epoch_steps
 from minidpost.training.losses import dpo_loss, log_probabilities
 from minidpost.training.optim import (
     Schedule,
@@ -38,6 +39,7 @@ from minidpost.training.optim import (
     enable_activation_checkpointing,
     tokens_per_second,
 )
+from minidpost.training.parallel import let_go_of_weights, own_micro_batches
 from minidpost.training.state import TrainingState
 
 # Without gradients no activations are stored, so a GPU has room for larger batches when it computes the reference.
@@ -119,7 +121,7 @@ def train_dpo(
     model.eval()  # no dropout
     if settings.activation_checkpointing:
         enable_activation_checkpointing(model)
-    progress = Progress(total=settings.steps, initial=state.next_step, desc=stage, unit="step")
+    progress = Progress(total=settings.steps, initial=state.next_step, desc=stage, unit="step", disable=rank() > 0)
     with StepLog(log_path, state.log) as log, progress, state.stops_between_steps():
         for step, pair_indices in enumerate(steps):
             if step < state.next_step:
@@ -159,24 +161,25 @@ def dpo_gradients(
 
     Adds to each parameter's `.grad` the gradient of equation 5's mean over the batch; returns the batch's means of
     loss, chosen_logp, rejected_logp, margin and accuracy (scalars without gradient, on the model's device). `dtype` is
-    the precision of the forward pass, see DPOSettings.
+    the precision of the forward pass, see DPOSettings. On several processes each computes a part of the batch, and all
+    return the same.
     """
     device = next(model.parameters()).device
     names = ("loss", "chosen_logp", "rejected_logp", "margin", "accuracy")
     metrics = {name: torch.zeros((), device=device) for name in names}
 
     # Gradient accumulation: every part is divided by the pairs of the whole step, so that the parts add up to its mean.
-    for indices in pair_micro_batches(model, batch, micro_batch_tokens):
+    for indices, weight in own_pair_micro_batches(model, batch, micro_batch_tokens):
         policy_B2 = pair_log_probabilities(model, [batch[i] for i in indices], dtype)  # log π_θ, with gradient
         reference_B2 = reference_P2[indices].to(device, non_blocking=True)  # log π_ref, constants
         loss_B, margin_B = dpo_loss(policy_B2, reference_B2, beta)  # equation 5
-        (loss_B.sum() / len(batch)).backward()
+        (weight * loss_B.sum() / len(batch)).backward()
 
         chosen_B, rejected_B = policy_B2.detach().unbind(1)
         is_preferred_B = (margin_B > 0).to(chosen_B.dtype)
         for name, value_B in zip(names, (loss_B, chosen_B, rejected_B, margin_B, is_preferred_B), strict=True):
-            metrics[name] += value_B.detach().sum() / len(batch)
-    return metrics
+            metrics[name] += weight * value_B.detach().sum() / len(batch)
+    return {name: sum_over_ranks(value) for name, value in metrics.items()}
 
 
 @torch.no_grad()
@@ -197,11 +200,15 @@ def reference_log_probabilities(
     weight = next(model.parameters())
     max_tokens = micro_batch_tokens * reference_batch_factor(weight.device)
 
-    reference_P2 = torch.empty(len(pairs), 2, dtype=at_least_fp32(weight.dtype))
-    batches = pair_micro_batches(model, pairs, max_tokens)
-    for indices in Progress(batches, desc=f"{stage} reference", unit="batch", leave=False):
-        reference_P2[indices] = pair_log_probabilities(model, [pairs[i] for i in indices], dtype).cpu()
-    return reference_P2
+    # Each rank fills in its own pairs, and leaves the others' at 0, so that the sum has all.
+    reference_P2 = torch.zeros(len(pairs), 2, dtype=at_least_fp32(weight.dtype))
+    batches = [*own_pair_micro_batches(model, pairs, max_tokens)]
+    for indices, is_own in Progress(batches, desc=f"{stage} reference", unit="batch", leave=False, disable=rank() > 0):
+        logp_B2 = pair_log_probabilities(model, [pairs[i] for i in indices], dtype).cpu()
+        if is_own:
+            reference_P2[indices] = logp_B2
+    let_go_of_weights(model)
+    return sum_over_ranks(reference_P2)
 
 
 def reference_batch_factor(device: torch.device) -> int:
@@ -229,10 +236,13 @@ def pair_log_probabilities(model: Model, pairs: Sequence[PreferencePair], dtype:
     return log_probability_C[index_B2.to(device, non_blocking=True)]
 
 
-def pair_micro_batches(model: Model, pairs: Sequence[PreferencePair], max_tokens: int) -> list[list[int]]:
-    """Split pairs 0 … n−1 into micro-batches, in each of which all pairs of a question are together.
+def own_pair_micro_batches(
+    model: Model, pairs: Sequence[PreferencePair], max_tokens: int
+) -> Iterator[tuple[list[int], float]]:
+    """This rank's micro-batches of pairs 0 … n−1 and their weights, see parallel.own_micro_batches.
 
-    Pairs of the questions x, y, x, z may give [[0, 2], [1, 3]]: x has a micro-batch of its own, y and z share one.
+    All pairs of a question are together: pairs of the questions x, y, x, z may give [[0, 2], [1, 3]], where x has a
+    micro-batch of its own, y and z share one.
     """
     pairs_of_question: dict[tuple[int, ...], list[int]] = {}
     for index, pair in enumerate(pairs):
@@ -241,8 +251,8 @@ def pair_micro_batches(model: Model, pairs: Sequence[PreferencePair], max_tokens
     questions = list(pairs_of_question.values())
     items = [distinct_completions([pairs[i] for i in indices]) for indices in questions]
     device = next(model.parameters()).device
-    batches = micro_batches(model.config, items, max_tokens, device)
-    return [[index for question in batch for index in questions[question]] for batch in batches]
+    for batch, weight in own_micro_batches(model, items, max_tokens, device):
+        yield [index for question in batch for index in questions[question]], weight
 
 
 def distinct_completions(pairs: Sequence[PreferencePair]) -> list[TokenizedExample]:

@@ -5,24 +5,13 @@ output matrix is applied to a bounded number of positions at a time, only where 
 more in the backward pass.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from minidpost.models.hf_config import Model
-from minidpost.precision import at_least_fp32
 from minidpost.training.batching import Batch
 
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in fp32
-
-# What can be trained. Both have `hidden(*inputs)`, which gives the final hidden states (B, T, D), `logits(hidden)`,
-# which applies the output matrix, a `config`, and the `stacks` of layers that source and target tokens pass through.
-
-
-def token_log_probabilities(logits_NV: Tensor, label_N: Tensor) -> Tensor:
-    """log f(y_t | x, y_<t) of each label in nats, (N,), computed in at least fp32."""
-    return -F.cross_entropy(logits_NV.to(at_least_fp32(logits_NV.dtype)), label_N, reduction="none")
 
 
 def log_probabilities(model: Model, batch: Batch, logits_at_once: int = LOGITS_AT_ONCE) -> Tensor:
@@ -36,26 +25,15 @@ def log_probabilities(model: Model, batch: Batch, logits_at_once: int = LOGITS_A
         result_BT = log_BTV.gather(-1, label_BT1)[..., 0]
         return result_BT * has_label_BT
     """
-    # Only the N positions that have a label go through the output matrix, not the padding, and not Llama's prompts.
-    hidden_ND = model.hidden(*batch.inputs).flatten(0, 1)[batch.position_N]
-    label_N = batch.label_BT.flatten()[batch.position_N]
-
-    positions_at_once = max(1, logits_at_once // model.config.vocab_size)
-    if len(label_N) <= positions_at_once:
-        result_N = _of_positions(model, hidden_ND, label_N)
-    else:
-        # Each chunk's logits are freed once its log-probabilities are known; the backward pass computes them again.
-        chunks = zip(hidden_ND.split(positions_at_once), label_N.split(positions_at_once), strict=True)
-        result_N = torch.cat([checkpoint(_of_positions, model, *chunk, use_reentrant=False) for chunk in chunks])
-
+    result_N = model.label_log_probabilities(
+        batch.inputs,
+        label_N=batch.label_BT.flatten()[batch.position_N],
+        position_N=batch.position_N,
+        positions_at_once=max(1, logits_at_once // model.config.vocab_size),
+    )
     # Back to where the labels stand: positions [0, 1, 4] of a (2, 3) batch give [[r0, r1, 0], [0, r2, 0]].
     result = result_N.new_zeros(batch.label_BT.numel()).index_copy(0, batch.position_N, result_N)
     return result.view(batch.label_BT.shape)
-
-
-def _of_positions(model: Model, hidden_ND: Tensor, label_N: Tensor) -> Tensor:
-    """The log-probability of the label at each of N positions, (N,)."""
-    return token_log_probabilities(model.logits(hidden_ND), label_N)
 
 
 def sft_loss(log_probability_BT: Tensor, n_tokens: int) -> Tensor:

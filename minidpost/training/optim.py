@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from minidpost.models.hf_config import Model
+from minidpost.processes import whole
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def apply_step(
     learning_rate = schedule.at(step, n_steps)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm)
+    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm))  # over all ranks
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {"lr": learning_rate, "grad_norm": grad_norm.item()}

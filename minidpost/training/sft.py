@@ -19,8 +19,9 @@ from torch import Tensor
 
 from minidpost.models.hf_config import Model
 from minidpost.precision import autocast
+from minidpost.processes import other_rank, rank, sum_over_ranks
 from minidpost.progress import Progress
-from minidpost.training.batching import TokenizedExample, collate, epoch_steps, micro_batches
+from minidpost.training.batching import TokenizedExample, collate, epoch_steps
 from minidpost.training.losses import log_probabilities, sft_loss
 from minidpost.training.optim import (
     Schedule,
@@ -31,6 +32,7 @@ from minidpost.training.optim import (
     enable_activation_checkpointing,
     tokens_per_second,
 )
+from minidpost.training.parallel import own_micro_batches
 from minidpost.training.state import TrainingState
 
 
@@ -65,10 +67,11 @@ def train_sft(
 ) -> None:
     """Fine-tune `model` in place; it is in eval mode afterwards.
 
-    Dropout is on. The order of the examples and dropout are seeded by (seed, stage, step). The log at `log_path` has,
-    for each optimizer step, loss (nats a target token), lr, grad_norm (before clipping), n_tokens and
-    tokens_per_second (source and target). With a `state`, the training goes on where an earlier one of the same stage,
-    settings (but for those that save memory) and examples was stopped. UserError where the state's file is broken.
+    Dropout is on. The order of the examples and dropout are seeded by (seed, stage, step), on several processes dropout
+    by the rank as well. The log at `log_path` has, for each optimizer step, loss (nats a target token), lr, grad_norm
+    (before clipping), n_tokens and tokens_per_second (source and target). With a `state`, the training goes on where an
+    earlier one of the same stage, settings (but for those that save memory) and examples was stopped. UserError where
+    the state's file is broken.
     """
     # A plan of all optimizer steps; the last step of an epoch may be a short one.
     steps_per_epoch = -(-len(examples) // settings.examples_per_step)
@@ -84,7 +87,7 @@ def train_sft(
     state.restore(model, optimizer, stage, identity, examples)
 
     begin_sft(model, settings)
-    progress = Progress(total=n_steps, initial=state.next_step, desc=stage, unit="step")
+    progress = Progress(total=n_steps, initial=state.next_step, desc=stage, unit="step", disable=rank() > 0)
     with StepLog(log_path, state.log) as log, progress, state.stops_between_steps():
         for step, example_indices in enumerate(steps):
             if step < state.next_step:
@@ -93,7 +96,7 @@ def train_sft(
             batch = [examples[i] for i in example_indices]
 
             # Every step has random numbers of its own, so that it is the same one after a restart.
-            torch.manual_seed(derived_seed(settings.seed, stage, step))
+            torch.manual_seed(derived_seed(settings.seed, stage, step, *other_rank()))
             loss = sft_gradients(model, batch, settings.micro_batch_tokens, dtype=settings.dtype)
             update = apply_step(model, optimizer, settings.schedule, step=step, n_steps=n_steps)
 
@@ -122,7 +125,7 @@ def sft_gradients(
 
     Adds to each parameter's `.grad` the gradient of the mean loss over all target tokens of the batch; returns that
     loss (nats a token, without gradient, on the model's device). `dtype` is the precision of the forward pass, see
-    SFTSettings.
+    SFTSettings. On several processes each computes a part of the batch, and all return the same.
     """
     device = next(model.parameters()).device
     n_target_tokens = sum(len(example.target_ids) for example in batch)
@@ -131,11 +134,11 @@ def sft_gradients(
     # Gradient accumulation. Each micro-batch's loss is divided by the target tokens of the whole step, not by its own
     # (dividing by its own would give the tokens of small micro-batches more weight), so that the parts add up to
     # the mean and the gradients to its gradient.
-    for indices in micro_batches(model.config, [[example] for example in batch], micro_batch_tokens, device):
+    for indices, weight in own_micro_batches(model, [[example] for example in batch], micro_batch_tokens, device):
         micro_batch = collate(model.config, [batch[i] for i in indices], device)
         with autocast(device, dtype):
             log_probability_BT = log_probabilities(model, micro_batch)
-        micro_loss = sft_loss(log_probability_BT, n_target_tokens)  # equation 2
+        micro_loss = weight * sft_loss(log_probability_BT, n_target_tokens)  # equation 2
         micro_loss.backward()
         loss += micro_loss.detach()
-    return loss
+    return sum_over_ranks(loss)

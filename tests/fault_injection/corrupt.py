@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 from minidpost import cli  # noqa: E402, F401  (here, so that no child imports them)
 from minidpost.data import datasets  # noqa: E402, F401  (here, so that no child imports them)
 from minidpost.models.t5 import T5, T5Config  # noqa: E402
-from minidpost.models.weights import save_model, write_tensors  # noqa: E402
+from minidpost.models.weights import in_memory, save_model, write_tensors  # noqa: E402
 from minidpost.selftraining import algorithm, report  # noqa: E402, F401  (here, so that no child imports them)
 from minidpost.text.tokenizer import load_tokenizer  # noqa: E402
 
@@ -286,7 +286,7 @@ def shards() -> Iterator[tuple]:
             from safetensors.torch import load_file
 
             model = directory / MODEL
-            write_tensors(load_file(model / WEIGHTS).items(), model, max_shard_bytes=60_000)
+            write_tensors(in_memory(load_file(model / WEIGHTS)), model, max_shard_bytes=60_000)
             index = json.loads((model / INDEX).read_text())
             for place in (directory, directory / "elsewhere"):  # whole files that must not be opened
                 place.mkdir(exist_ok=True)

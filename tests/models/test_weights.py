@@ -18,7 +18,17 @@ from t5_oracle import SHAPES, assert_same_model, hf_logits, hf_twin, random_batc
 from minidpost.models import weights
 from minidpost.models.hf_config import read_config, t5_names
 from minidpost.models.t5 import T5, T5Config
-from minidpost.models.weights import INDEX, WEIGHTS, load_model, save_model, tokenizer_files, write_tensors
+from minidpost.models.weights import (
+    INDEX,
+    WEIGHTS,
+    WritableTensor,
+    in_memory,
+    load_model,
+    save_model,
+    tokenizer_files,
+    write_safetensors,
+    write_tensors,
+)
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
@@ -218,12 +228,12 @@ def test_new_shards_hide_no_older_whole_file(saved):
     model = random_t5(SHAPES[SHAPE], seed=5)
     names = dict(t5_names(model.config))
     tensors = {names[name]: weight.detach() for name, weight in model.named_parameters()}
-    write_tensors(tensors.items(), saved, max_shard_bytes=20_000)
+    write_tensors(in_memory(tensors), saved, max_shard_bytes=20_000)
     assert_same_model(load_model(saved), model)
 
 
 def test_shards_hold_every_tensor_once_within_their_size(saved):
-    write_tensors(load_file(saved / WEIGHTS).items(), saved, max_shard_bytes=20_000)
+    write_tensors(in_memory(load_file(saved / WEIGHTS)), saved, max_shard_bytes=20_000)
     index = json.loads((saved / INDEX).read_text())
     shards = {path.name: load_file(path) for path in saved.glob("*.safetensors")}
     assert index["weight_map"] == {name: shard for shard, tensors in shards.items() for name in tensors}
@@ -233,27 +243,47 @@ def test_shards_hold_every_tensor_once_within_their_size(saved):
     assert sorted(shards)[0] == f"model-00001-of-{len(shards):05d}.safetensors"
 
 
-def test_at_most_a_shard_is_held_while_shards_are_written(saved):
-    """The tensors are made as they are asked for, and freed as soon as their shard is on the disk."""
+@pytest.mark.parametrize("max_shard_bytes", [10**6, 16_000], ids=["one file", "shards of four"])
+def test_at_most_a_tensor_is_held_while_tensors_are_written(saved, max_shard_bytes):
+    """They are made when it is their turn, and freed as soon as they are on the disk."""
     alive: set[str] = set()
     most = 0
 
-    def made_one_by_one():
-        nonlocal most
-        for index in range(20):
+    def to_write(index: int) -> WritableTensor:
+        def values() -> torch.Tensor:
+            nonlocal most
             tensor = torch.full((1000,), float(index))
             alive.add(f"tensor {index}")
             weakref.finalize(tensor, alive.discard, f"tensor {index}")
             most = max(most, len(alive))
-            yield f"tensor {index}", tensor
+            return tensor
 
-    write_tensors(made_one_by_one(), saved, max_shard_bytes=16_000)  # four tensors
-    assert most <= 5 + 1  # a shard, the next tensor, and the one that the generator still names
-    index = json.loads((saved / INDEX).read_text())
-    assert len({*index["weight_map"].values()}) == 5 and index["metadata"]["total_size"] == 80_000
+        return WritableTensor(f"tensor {index}", (1000,), torch.float32, values)
+
+    write_tensors([to_write(index) for index in range(20)], saved, max_shard_bytes=max_shard_bytes)
+    assert most <= 2  # the one that was written last has its name until the next one is made
+    if max_shard_bytes == 16_000:
+        index = json.loads((saved / INDEX).read_text())
+        assert len({*index["weight_map"].values()}) == 5 and index["metadata"]["total_size"] == 80_000
+        where = index["weight_map"]
+    else:
+        where = {f"tensor {index}": WEIGHTS for index in range(20)}
     assert not [*saved.glob("*unfinished*")]
-    for name, shard in index["weight_map"].items():
+    for name, shard in where.items():
         assert load_file(saved / shard)[name].eq(float(name.split()[1])).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_files_are_those_that_the_library_writes(tmp_path, dtype):
+    tensors = {
+        "b": torch.randn(3, 4).to(dtype),
+        "a": torch.randn(5, 7).to(dtype).T,  # not contiguous
+        'ñ "': torch.tensor(1.5),
+        "empty": torch.empty(0, 3, dtype=dtype),
+    }
+    write_safetensors(in_memory(tensors), tmp_path / "ours")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs", {"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 # Memory

@@ -16,7 +16,16 @@ from minidpost.errors import UserError
 from minidpost.models import weights
 from minidpost.models.hf_config import config_json, llama_names
 from minidpost.models.llama import LlamaConfig
-from minidpost.models.weights import INDEX, WEIGHTS, check_weights, empty_model, load_model, save_model, write_tensors
+from minidpost.models.weights import (
+    INDEX,
+    WEIGHTS,
+    check_weights,
+    empty_model,
+    in_memory,
+    load_model,
+    save_model,
+    write_tensors,
+)
 from minidpost.storage import write_json
 
 torch.set_num_threads(1)
@@ -44,7 +53,7 @@ def saved(tmp_path) -> Path:
 @pytest.fixture
 def sharded(saved) -> Path:
     """The same in several shards."""
-    write_tensors(load_file(saved / WEIGHTS).items(), saved, max_shard_bytes=20_000)
+    write_tensors(in_memory(load_file(saved / WEIGHTS)), saved, max_shard_bytes=20_000)
     assert not (saved / WEIGHTS).exists()
     return saved
 

@@ -50,7 +50,19 @@ def requested(monkeypatch):
     """Replaces the sampler: takes down what it is asked, and answers every request with `#### <its index>`."""
     asked = {}
 
-    def sample(model, requests, settings, eos_id, *, new_override=None, first_chunk=0, chunk_size=None, on_token=None):
+    def sample(
+        model,
+        requests,
+        settings,
+        eos_id,
+        *,
+        new_override=None,
+        first_chunk=0,
+        chunk_size=None,
+        chunk_indices=None,
+        on_token=None,
+    ):
+        assert chunk_indices is None  # one process works off all chunks
         asked.update(model=model, requests=requests, settings=settings, eos_id=eos_id, new_override=new_override)
         asked.update(first_chunk=first_chunk)
         for index in reversed(range(len(requests))):

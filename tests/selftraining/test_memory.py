@@ -238,6 +238,35 @@ def test_a_run_leaves_a_model_for_each_training(method, changes, n_models):
     assert needed == 4 * n_models * n_parameters + 2 * 12 * n_parameters
 
 
+@pytest.mark.parametrize(
+    ("method", "keep", "n_models"),
+    [("dpo-st", "best", 4), ("dpo-st", "last", 3), ("st", "best", 3), ("st", "last", 2), ("sft", "last", 1)],
+)
+def test_a_run_may_keep_fewer_models(method, keep, n_models):
+    n_parameters = sum(p.numel() for p in meta().parameters())
+    needed = disk_bytes(meta(), LLAMA, method, keep=keep, save_dtype=torch.bfloat16)
+    assert needed == 2 * n_models * n_parameters + 2 * 12 * n_parameters
+
+
+def test_processes_share_weights_and_optimizer_but_not_activations():
+    model, preset = meta(), replace(LLAMA, micro_batch_tokens=1000, max_source=10, max_target=10)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    n_layer = sum(p.numel() for p in model.stacks[0].layers[0].parameters())
+    n_gathered = 2 * n_layer + n_parameters - 4 * n_layer
+    activations = training_bytes(model, preset) - 16 * n_parameters
+    expected = 16 * n_parameters // 4 + 4 * n_gathered + 4 * n_parameters + activations
+    assert training_bytes(model, preset, n_ranks=4) == expected
+
+
+def test_a_large_model_is_spread_over_gpus(shared):
+    """Eight of 80 GB train Llama-3-8B, which one cannot; none ever holds all gradients."""
+    config = read_config(shared / "configs" / "Meta-Llama-3-8B")
+    model, preset = empty_model(config), preset_of(config, "dpo-st")
+    one, eight = (training_bytes(model, preset, torch.bfloat16, "cuda", n_ranks) for n_ranks in (1, 8))
+    assert one > 120e9
+    assert 16e9 < eight < 40e9
+
+
 def test_a_disk_that_is_too_small_is_refused_in_one_line(tmp_path, free_space):
     needed = disk_bytes(meta(), LLAMA, "dpo-st")
     asked = free_space(needed - 1)

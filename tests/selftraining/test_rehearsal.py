@@ -23,7 +23,7 @@ from minidpost.selftraining.run import Data, tokenize
 from minidpost.text.tokenizer import load_tokenizer
 from minidpost.training import dpo, sft
 from minidpost.training.batching import micro_batches
-from minidpost.training.dpo import distinct_completions, pair_micro_batches
+from minidpost.training.dpo import distinct_completions, own_pair_micro_batches
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESET = replace(TINY_T5, micro_batch_tokens=400, slots=5, max_source=100, max_target=90, max_new_tokens=70)
@@ -174,7 +174,7 @@ def test_the_largest_pairs_are_one_micro_batch(plan, n_tokens, n_pairs, n_prompt
     assert len(pairs) == n_pairs
     assert len({pair.chosen.prompt_ids for pair in pairs}) == (n_prompts or n_pairs)
     assert len(distinct_completions(pairs)) == 2 * n_pairs
-    assert len(pair_micro_batches(Llama(LlamaConfig(50, 8, 8, 1, 1, 1, 8)), pairs, n_tokens)) == 1
+    assert len([*own_pair_micro_batches(Llama(LlamaConfig(50, 8, 8, 1, 1, 1, 8)), pairs, n_tokens)]) == 1
     assert {len(pair.rejected.target_ids) for pair in pairs} == {longest_lengths(plan)[1]}
 
 

@@ -16,8 +16,8 @@ from minidpost.training.dpo import (
     DPOSettings,
     PreferencePair,
     dpo_gradients,
+    own_pair_micro_batches,
     pair_log_probabilities,
-    pair_micro_batches,
     reference_log_probabilities,
     train_dpo,
 )
@@ -183,7 +183,7 @@ def test_completions_shared_by_pairs_are_scored_once(monkeypatch):
 def test_pairs_of_a_question_share_a_micro_batch(max_tokens):
     data = pairs(6)
     data += [PreferencePair(pair.chosen, replace(pair.rejected, target_ids=(9, 1))) for pair in data]
-    batches = pair_micro_batches(tiny(), data, max_tokens)
+    batches = [indices for indices, _ in own_pair_micro_batches(tiny(), data, max_tokens)]
     assert sorted(index for batch in batches for index in batch) == list(range(12))
     assert all((index + 6) % 12 in batch for batch in batches for index in batch)
 

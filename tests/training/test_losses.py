@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from minidpost.models.layers import token_log_probabilities
 from minidpost.models.t5 import T5, T5Config
 from minidpost.models.weights import load_model
 from minidpost.training.batching import IGNORED_LABEL, TokenizedExample, collate
-from minidpost.training.losses import dpo_loss, log_probabilities, sft_loss, token_log_probabilities
+from minidpost.training.losses import dpo_loss, log_probabilities, sft_loss
 
 torch.set_num_threads(1)
 

@@ -1,0 +1,260 @@
+"""The processes of a command that torchrun started, and what they tell each other; one where there is no torchrun.
+
+    torchrun --nproc-per-node 8 train.py …
+
+Each process, a rank of 0 … world − 1, runs the whole command. What they must agree on, rank 0 decides; what the disk
+holds, rank 0 writes, and the others read: all machines see the same directories. A rank that fails ends them all, and
+the first to fail is the only one that says why.
+"""
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+Value = TypeVar("Value")
+
+# The longest that ranks wait for one: while a large model is written, or the last chunk is sampled. One that has died
+# is noticed at once.
+PATIENCE = timedelta(hours=6)
+SECONDS_BETWEEN_COUNTS = 1.0  # in which the counts of other ranks may be out of date
+PIECE_BYTES = 2**22  # of what is handed in; the store refuses values from twice this size on
+
+
+def rank() -> int:
+    """This process's number among those of the command, 0 where it is the only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes the command has."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def processes_of_machine() -> int:
+    """How many processes of the command share this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if started_by_torchrun() else 1
+
+
+def other_rank() -> tuple[int, ...]:
+    """Nothing on rank 0, the number on any other: what tells a rank's random numbers from those of one process."""
+    return (rank(),) if rank() else ()
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of several; a single one needs no group."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def own_device(device: str) -> str:
+    """The device of this process: of a machine's GPUs the one with its local number, where `device` names none."""
+    if torch.device(device).type == "cuda" and torch.device(device).index is None and started_by_torchrun():
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return device
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the other processes, where there are any, until the block ends: by nccl among GPUs, by gloo among CPUs."""
+    if not started_by_torchrun():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
+    else:
+        dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+# -- one value for all ------------------------------------------------------------------------------------------------
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of every rank's tensor, in its place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each rank has a slice, gathered on all of them; any other as it is."""
+    if world_size() == 1:
+        return tensor
+    from torch.distributed.tensor import DTensor  # here, as it is slow to import
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def max_over_ranks(*numbers: int) -> list[int]:
+    """For each number the largest that any rank has: how ranks come to one decision."""
+    if world_size() == 1:
+        return [*numbers]
+    largest = torch.tensor(numbers)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def from_rank_0(value: Value) -> Value:
+    """What rank 0 has, on all ranks: any plain value."""
+    if world_size() == 1:
+        return value
+    values: list[Value] = [value]
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
+
+
+def on_rank_0(work: Callable[[], Value]) -> Value:
+    """What a function gives on rank 0, where alone it is called, on all ranks: how they use a disk.
+
+    An error of it ends rank 0, and thereby the others.
+    """
+    value: Any = work() if rank() == 0 else None
+    result: Value = from_rank_0(value)
+    return result
+
+
+def write_on_rank_0(work: Callable[[], None]) -> None:
+    """Call a function on rank 0 alone; an OSError of it is raised on all ranks, which may then go on without it."""
+    failure: OSError | None = None
+    if rank() == 0:
+        try:
+            work()
+        except OSError as error:
+            failure = error
+    failure = from_rank_0(failure)
+    if failure is not None:
+        raise failure
+
+
+def wait_for_all() -> None:
+    """Go on when every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+# -- work that is shared ----------------------------------------------------------------------------------------------
+
+
+class SharedWork:
+    """Pieces of work 0 … n − 1, each of which goes to the rank that asks next, and what comes of them, to rank 0.
+
+    All ranks must make theirs at the same point. A single process takes all pieces, in order.
+    """
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.numbers = numbers
+        self.name = common_name()
+
+    def take(self) -> Iterator[int]:
+        """The numbers that this rank is given, each when it asks for it, until none is left."""
+        if world_size() == 1:
+            yield from self.numbers
+            return
+        while (place := store().add(self.name, 1) - 1) < len(self.numbers):
+            yield self.numbers[place]
+
+    def hand_in(self, number: int, records: Sequence[dict[str, Any]]) -> None:
+        """Give rank 0 what has come of a piece."""
+        content = json.dumps(records)  # ASCII, so that a character is a byte
+        n_pieces = -(-len(content) // PIECE_BYTES)
+        for index in range(n_pieces):
+            store().set(f"{self.name}/{number}/{index}", content[index * PIECE_BYTES : (index + 1) * PIECE_BYTES])
+        store().set(f"{self.name}/{number}", str(n_pieces))  # last, as rank 0 looks for it
+
+    def handed_in(self, number: int) -> list[dict[str, Any]] | None:
+        """What another rank has made of a piece, once; None where it is not done yet."""
+        key = f"{self.name}/{number}"
+        if not store().check([key]):
+            return None
+        keys = [f"{key}/{index}" for index in range(int(store().get(key)))]
+        content = b"".join(store().get(piece) for piece in keys)
+        for used in (key, *keys):
+            store().delete_key(used)
+        records: list[dict[str, Any]] = json.loads(content)
+        return records
+
+
+class Counts:
+    """Numbers that all ranks add to, for what rank 0 shows; those of the others are a second old at most.
+
+    All ranks must make theirs at the same point.
+    """
+
+    def __init__(self, n_counts: int) -> None:
+        self.name = common_name()
+        self.own = [0] * n_counts  # that the others do not know of yet
+        self.totals = [0] * n_counts
+        self.told_at = 0.0  # time.monotonic()
+
+    def add(self, *numbers: int) -> list[int]:
+        """Add one number to each count; gives the sums over all ranks."""
+        self.own = [own + number for own, number in zip(self.own, numbers, strict=True)]
+        if world_size() == 1:
+            return self.own
+        if time.monotonic() - self.told_at >= SECONDS_BETWEEN_COUNTS:
+            self.tell()
+        return [total + own for total, own in zip(self.totals, self.own, strict=True)]
+
+    def tell(self) -> None:
+        """Tell the others of what they do not know yet, and ask for theirs."""
+        if world_size() > 1:
+            self.totals = [store().add(f"{self.name}/{index}", own) for index, own in enumerate(self.own)]
+            self.own = [0] * len(self.own)
+            self.told_at = time.monotonic()
+
+
+def common_name() -> str:
+    """A name that all ranks have, and nothing else has."""
+    return from_rank_0(uuid.uuid4().hex)
+
+
+def store() -> "Store":
+    """Keys and values that all ranks see, which outlive any of them."""
+    return dist.distributed_c10d._get_default_store()
+
+
+# -- the end of a rank ------------------------------------------------------------------------------------------------
+
+
+def is_first_to_fail(status: int) -> bool:
+    """Whether no rank failed before this one, whose exit status is to be `status`: then it says why, and alone."""
+    if world_size() == 1:
+        return True
+    try:
+        is_first: bool = store().add("failures", 1) == 1
+        if is_first:
+            store().set("exit status", str(status))
+    except RuntimeError:  # the store is gone, and so are others
+        return False
+    return is_first
+
+
+def common_exit_status(status: int) -> int:
+    """The exit status of the rank that failed first, in place of this one's."""
+    if world_size() == 1:
+        return status
+    try:
+        store().wait(["exit status"], timedelta(seconds=5))
+        return int(store().get("exit status"))
+    except RuntimeError:
+        return status
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether an error says that another rank has ended."""
+    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))

@@ -1,0 +1,423 @@
+"""Commands by several processes: the same samples for any number of them, files of rank 0, one message at a failure."""
+
+import errno
+import json
+import os
+import re
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from llama_oracle import LLAMA_SHAPES, random_llama
+from ranks import on_ranks
+from safetensors.torch import load_file
+from t5_oracle import SHAPES, random_t5
+
+from minidpost import processes
+from minidpost.data import toy
+from minidpost.models.weights import load_model, load_template, save_model
+from minidpost.processes import Counts, SharedWork, is_first_to_fail, on_rank_0, rank, wait_for_all
+from minidpost.sampling import sampler
+from minidpost.sampling.generate import generate
+from minidpost.sampling.sampler import SamplingSettings
+from minidpost.selftraining.evaluation import greedy_outcomes, sampled_scores
+from minidpost.selftraining.presets import TINY_T5
+from minidpost.selftraining.run_directory import RunDirectory
+from minidpost.selftraining.steps import load_for_training, save_trained
+from minidpost.storage import write_jsonl
+from minidpost.training import state as state_module
+from minidpost.training.batching import TokenizedExample
+from minidpost.training.optim import Schedule, read_log
+from minidpost.training.parallel import load_spread
+from minidpost.training.sft import SFTSettings, train_sft
+from minidpost.training.state import TrainingState
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "weights" / "tiny-t5-dpo-st"
+EXAMPLES = list(toy.examples("dev"))[:7]
+SETTINGS = SamplingSettings(0.7, max_new_tokens=24, slots=5, seed=3)
+
+
+# -- what processes tell each other -----------------------------------------------------------------------------------
+
+
+def share_work(n_pieces: int) -> tuple[list[int], dict[int, list[dict]]]:
+    """Take pieces until there are none; rank 0 collects what has come of those of the others."""
+    processes.PIECE_BYTES = 100  # so that a result has several pieces
+    work = SharedWork(range(10, 10 + n_pieces))
+    counts = Counts(2)
+    taken = []
+    for number in work.take():
+        taken.append(number)
+        counts.add(1, number)
+        if rank() > 0:
+            work.hand_in(number, [{"number": number, "text": "½\ud800" * number, "none": None}])
+    counts.tell()
+    wait_for_all()
+    counts.tell()
+    found = {}
+    if rank() == 0:
+        for number in work.numbers:
+            records = work.handed_in(number)
+            assert (records is None) == (number in taken)
+            if records is not None:
+                found[number] = records
+                assert work.handed_in(number) is None  # once
+    assert counts.add(0, 0) == [n_pieces, sum(work.numbers)]
+    return taken, found
+
+
+@pytest.mark.parametrize(("n_ranks", "n_pieces"), [(2, 9), (4, 3)])
+def test_every_piece_of_work_is_done_once(n_ranks, n_pieces):
+    results = on_ranks(n_ranks, share_work, n_pieces)
+    taken = [number for of_rank, _ in results for number in of_rank]
+    assert sorted(taken) == [*range(10, 10 + n_pieces)]
+    assert all(of_rank == sorted(of_rank) for of_rank, _ in results)
+    found = results[0][1]
+    assert found.keys() == {*taken} - {*results[0][0]}
+    assert all(records == [{"number": n, "text": "½\ud800" * n, "none": None}] for n, records in found.items())
+
+
+def decide() -> tuple[int, int]:
+    return on_rank_0(lambda: 10 + rank()), sum(is_first_to_fail(7) for _ in range(2))
+
+
+def test_rank_0_decides_and_the_first_to_fail_speaks():
+    results = on_ranks(3, decide)
+    assert [decided for decided, _ in results] == [10, 10, 10]
+    assert sum(n_first for _, n_first in results) == 1
+
+
+# -- sampling and evaluation ------------------------------------------------------------------------------------------
+
+
+def sample_and_evaluate(first_chunk: int) -> tuple[list[dict], list[int], dict, list[str]]:
+    """The samples of some questions in chunks of four, on rank 0, and evaluations."""
+    sampler.CHUNK = 4
+    template = load_template(MODEL)
+    model = load_model(MODEL)
+    questions = [example.question for example in EXAMPLES]
+    answers = [example.answer for example in EXAMPLES]
+    samples = [
+        asdict(sample)
+        for sample in generate(
+            model, template, questions, SETTINGS, answers=answers, n_samples=3, first_chunk=first_chunk
+        )
+    ]
+    outcomes = greedy_outcomes(model, template, EXAMPLES, SETTINGS)
+    scores = sampled_scores(model, template, EXAMPLES, SETTINGS, pass_at=[1, 2], maj_at=[2])
+    return samples, outcomes, asdict(scores)
+
+
+@pytest.fixture(scope="module")
+def of_one_process() -> dict[int, tuple]:
+    """What a single process samples and scores, from chunk 0 and from chunk 2 on."""
+    chunk = sampler.CHUNK
+    try:
+        return {first_chunk: sample_and_evaluate(first_chunk) for first_chunk in (0, 2)}
+    finally:
+        sampler.CHUNK = chunk
+
+
+@pytest.mark.parametrize(("n_ranks", "first_chunk"), [(2, 0), (2, 2), (4, 0)])
+def test_samples_and_scores_are_those_of_one_process(of_one_process, n_ranks, first_chunk):
+    samples, outcomes, scores = of_one_process[first_chunk]
+    results = on_ranks(n_ranks, sample_and_evaluate, first_chunk)
+    assert len(samples) == 7 * 3 - 4 * first_chunk
+    assert results[0][0] == samples  # in the same order
+    assert [of_rank[0] for of_rank in results[1:]] == [[]] * (n_ranks - 1)
+    assert [of_rank[1:] for of_rank in results] == [(outcomes, scores)] * n_ranks
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def load_and_save(start: Path, out: Path, lora_rank: int | None, dtype: torch.dtype) -> None:
+    """Load a model as a training does, change it, and write it."""
+    preset = replace(TINY_T5, lora_rank=lora_rank)
+    model = load_for_training(start, preset, dtype=None, device="cpu", seed=1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                weight.mul_(1.5).add_(0.01 * len(name))
+    save_trained(model, out, start=start, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("lora_rank", [None, 3])
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_slices_of_a_model_are_written_as_the_whole(tmp_path, family, lora_rank, dtype):
+    model = random_t5(SHAPES["relu-tied-scaled"]) if family == "t5" else random_llama(LLAMA_SHAPES["grouped"])
+    save_model(model, tmp_path / "start", [])
+    load_and_save(tmp_path / "start", tmp_path / "one", lora_rank, dtype)
+    on_ranks(3, load_and_save, tmp_path / "start", tmp_path / "three", lora_rank, dtype)
+    files = {str(path.relative_to(tmp_path / "one")) for path in (tmp_path / "one").rglob("*") if path.is_file()}
+    assert ("adapter/adapter_model.safetensors" in files) == (lora_rank is not None)
+    assert files == {str(p.relative_to(tmp_path / "three")) for p in (tmp_path / "three").rglob("*") if p.is_file()}
+    for name in files:
+        if name.endswith(".json"):
+            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
+            continue
+        one, three = (load_file(tmp_path / side / name) for side in ("one", "three"))
+        assert one.keys() == three.keys()
+        for key in one:
+            assert one[key].dtype == three[key].dtype
+            torch.testing.assert_close(one[key], three[key], rtol=1e-6, atol=1e-7)
+    loaded = load_model(tmp_path / "three")
+    assert not torch.equal(loaded.embedding.weight, model.embedding.weight) or lora_rank is not None
+
+
+# -- a run's directory ------------------------------------------------------------------------------------------------
+
+
+def make_stages(path: Path) -> tuple[list[bool], dict, dict]:
+    """Two stages, in which every rank tries to write."""
+    directory = RunDirectory(path, {"seed": 1})
+    finished = [directory.is_finished("a.json")]
+    with directory.stage("a.json") as stage:
+        stage.metadata["rank"] = rank()
+        if rank() == 0:
+            stage.path.write_text("{}")
+    with directory.stage("b") as stage:
+        (stage.path / f"{rank()}").write_text(f"{rank()}")  # all are given the same place
+        wait_for_all()
+    finished += [directory.is_finished("a.json"), directory.is_finished("b")]
+    directory.log("once")
+    return finished, directory.stages
+
+
+def test_rank_0_owns_the_run_directory(tmp_path):
+    results = on_ranks(3, make_stages, tmp_path / "run")
+    assert [finished for finished, _ in results] == [[False, True, True]] * 3
+    assert results[0][1] == results[1][1] == results[2][1]
+    assert results[2][1]["a.json"]["rank"] == 0
+    assert results[2][1]["b"]["sha256"].keys() == {"0", "1", "2"}
+    assert (tmp_path / "run" / "log.txt").read_text().count("once") == 1
+    assert RunDirectory(tmp_path / "run", {"seed": 1}).is_finished("b")
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+QUICK = """
+    --iterations 1 --sft-epochs 2 --sft-dropout 0 --dpo-steps 2 --dpo-learning-rate 7e-5 --max-new-tokens 48 --slots 8
+    --samples 2 --dpo-samples 3 --pass-at 2 --micro-batch-tokens 900 --checkpoint-minutes 0
+""".split()
+
+
+def command(name: str, arguments: list, out: Path) -> None:
+    """A command as its file is run, with what it shows in files by rank."""
+    for number, suffix in ((1, "out"), (2, "err")):
+        with open(out / f"{os.environ['RANK']}.{suffix}", "wb") as stream:
+            os.dup2(stream.fileno(), number)
+    # pytest's own streams are no files
+    sys.stdout = open(1, "w", closefd=False)
+    sys.stderr = open(2, "w", closefd=False)
+    sampler.CHUNK = 16
+    sys.argv = [str(ROOT / name), *map(str, arguments)]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch) -> list:
+    """Flags of a short run on 24 examples, in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("mine.jsonl", [vars(example) for example in list(toy.examples("train"))[:24]])
+    return ["--model", MODEL, "--data", "mine.jsonl", *QUICK]
+
+
+def train(n_ranks: int, arguments: list, name: str) -> list[str]:
+    """A run by some processes; what each has shown on standard error."""
+    out = Path(f"{name}-{n_ranks}.shown")
+    out.mkdir(exist_ok=True)
+    statuses = on_ranks(n_ranks, command, "train.py", [*arguments, "--run-dir", name], out, are_joined=False)
+    shown = [(out / f"{number}.err").read_text() for number in range(n_ranks)]
+    assert statuses == [None] * n_ranks, shown
+    return shown
+
+
+def stage_names(path: Path) -> list[str]:
+    return [json.loads(line)["stage"] for line in (path / "stages.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_two_processes(mine, tmp_path):
+    """Samples, pairs and labels are those of one process, weights but for rounding; one continues what two did."""
+    train(1, mine, "one")
+    shown = train(2, mine, "two")
+    assert shown[1] == "" and "0/sft" in shown[0]
+    assert Path("two-2.shown/1.out").read_text() == ""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert stage_names(one) == stage_names(two)
+    for name in ("samples-dpo", "pairs", "samples-sft", "pseudo-labels"):
+        ours, theirs = ((side / "iteration-1" / f"{name}.jsonl").read_bytes() for side in (one, two))
+        assert ours == theirs and len(ours) > 1000, name
+    for name in ("iteration-0/sft", "iteration-1/dpo", "iteration-1/sft"):
+        ours, theirs = (load_file(side / name / "model.safetensors") for side in (one, two))
+        for key in ours:
+            torch.testing.assert_close(theirs[key], ours[key], rtol=1e-3, atol=3e-4, msg=f"{name} {key}")
+        logs = [[step["loss"] for step in read_log(side / name / "log.jsonl")] for side in (one, two)]
+        assert logs[1] == pytest.approx(logs[0], rel=1e-3)
+    evaluations = [json.loads((side / "iteration-1/evaluation.json").read_text()) for side in (one, two)]
+    assert evaluations[0] == evaluations[1]
+
+    # The last stages once more, by another number of processes.
+    expected = load_file(one / "iteration-1/sft/model.safetensors")
+    for path, before, after in ((two, 2, 1), (one, 1, 2)):
+        for stage in ("iteration-1/sft", "iteration-1/evaluation.json"):
+            subprocess.run(["rm", "-r", path / stage], check=True)
+        train(after, mine, path.name)
+        assert f"begun with {before} processes, continued with {after}" in (path / "log.txt").read_text()
+        found = load_file(path / "iteration-1/sft/model.safetensors")
+        for key, weight in expected.items():
+            torch.testing.assert_close(found[key], weight, rtol=1e-3, atol=3e-4)
+    assert stage_names(one) == stage_names(two)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        (["--beta", "a"], "train.py: argument --beta: "),  # every process finds it
+        (["--device", "cpu:0"], "train.py: argument --device: each process has a device of its own"),
+        (["--data", "none.jsonl"], "train.py: none.jsonl: cannot be read"),  # rank 0
+        (["--max-target", "1"], "train.py: 0/sft: all "),  # every process, in a stage
+    ],
+)
+def test_a_mistake_is_told_once_and_ends_all(mine, changes, complaint):
+    Path("shown").mkdir()
+    statuses = on_ranks(2, command, "train.py", [*mine, *changes, "--run-dir", "run"], Path("shown"), are_joined=False)
+    assert statuses == [2, 2]
+    told = [line for number in range(2) for line in Path(f"shown/{number}.err").read_text().splitlines()]
+    assert len(told) == 1 and told[0].startswith(complaint), told
+
+
+def test_sample_and_eval_write_what_one_process_writes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("questions.jsonl", [{"question": example.question} for example in EXAMPLES * 3])
+    common = ["--checkpoint", MODEL, "--max-new-tokens", 20, "--slots", 8]
+    shown = {}
+    for n_ranks in (1, 2):
+        out = Path(f"{n_ranks}")
+        out.mkdir()
+        flags = [*common, "--input", "questions.jsonl", "--samples", 3, "--temperature", 0.7]
+        statuses = on_ranks(
+            n_ranks, command, "sample.py", [*flags, "--output", out / "samples.jsonl"], out, are_joined=False
+        )
+        flags = [*common, "--limit", 9, "--pass-at", 2, "--calculator", "on"]
+        statuses += on_ranks(
+            n_ranks, command, "eval.py", [*flags, "--output", out / "eval.json"], out, are_joined=False
+        )
+        assert statuses == [None] * 2 * n_ranks, [path.read_text() for path in out.glob("*.err")]
+        shown[n_ranks] = [(out / f"{number}.out").read_text() for number in range(n_ranks)]
+    assert shown[2] == [*shown[1], ""]  # rank 0 alone shows something
+    for name in ("samples.jsonl", "eval.json"):
+        assert Path("1", name).read_bytes() == Path("2", name).read_bytes()
+
+
+# -- killed, or without room ------------------------------------------------------------------------------------------
+
+
+def fail_to_save(out: Path, failing: int) -> list[str]:
+    """An SFT of which one rank can write nothing for a while: the third and fourth save, after every step, fail.
+
+    Rank 0 can write its slices, but not what it writes in the end.
+    """
+    n_saves = 0
+    write_json = state_module.write_json
+
+    def write_nothing(*_):
+        raise OSError(errno.EFBIG, "File too large")
+
+    to_disk = state_module.save_slices
+
+    def save(tensors, metadata, directory):
+        nonlocal n_saves
+        n_saves += 1
+        must_fail = n_saves in (3, 4) and rank() == failing
+        state_module.write_json = write_nothing if must_fail else write_json
+        if must_fail and rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        try:
+            to_disk(tensors, metadata, directory)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    state_module.save_slices = save
+    model = load_spread(MODEL)
+    examples = [TokenizedExample((n, 5), (n, 1)) for n in range(7)]
+    settings = SFTSettings(epochs=6, examples_per_step=7, schedule=Schedule(1e-3), dropout=0.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_sft(model, examples, settings, state=TrainingState(out / "state.safetensors", minutes=0))
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_save_without_room_on_one_rank_is_given_up_by_all(tmp_path, failing):
+    """Training goes on, what was saved last before stays, and the next save is whole again."""
+    results = on_ranks(2, fail_to_save, tmp_path, failing)
+    for messages in results:
+        given_up = [message for message in messages if "not saved (File too large); training goes on" in message]
+        assert len(given_up) == 2, messages
+    assert [path.name for path in tmp_path.iterdir()] == ["state-0000006"]
+
+
+@pytest.mark.slow
+def test_three_kills_of_one_of_two_processes(tmp_path):
+    script = ROOT / "tests" / "fault_injection" / "kill_ranks.py"
+    flags = ["--kills", "3", "--seed", "5", "--output", tmp_path / "kills.md"]
+    outcome = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert "**3 of 3** ended" in (tmp_path / "kills.md").read_text(encoding="utf-8")
+
+
+def torchrun(arguments: list) -> subprocess.Popen:
+    """train.py by two processes, started as a user does."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "train.py", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+def test_torchrun_with_a_mistake_a_kill_and_to_the_end(mine):
+    mistaken = torchrun([*mine, "--run-dir", "run", "--beta", "a"])
+    _, err = mistaken.communicate(timeout=120)
+    assert err.count("train.py: argument --beta: ") == 1
+    assert mistaken.returncode == 1  # torchrun's own
+    assert len(re.findall(r"exitcode  : 2", err)) == 2
+
+    killed = torchrun([*mine, "--run-dir", "run"])
+    while not Path("run/iteration-0/sft.progress").is_dir() or not [*Path("run/iteration-0/sft.progress").iterdir()]:
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.05)
+    os.kill(children(killed.pid)[-1], signal.SIGKILL)
+    _, err = killed.communicate(timeout=60)  # both have ended
+    assert killed.returncode == 1
+    assert "another process has ended; the same command continues from here" in err or "SIGTERM" in err
+
+    whole = torchrun([*mine, "--run-dir", "run"])
+    out, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
+    assert "The model to use is in" in out
+    assert len(stage_names(Path("run"))) == 10

@@ -1,0 +1,207 @@
+"""One training on 1, 2, 3 and 4 processes (gloo): loss, gradient norm, weights, reference, whatever the batches."""
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from llama_oracle import LLAMA_SHAPES, random_llama
+from safetensors.torch import load_file, save_file
+from t5_oracle import SHAPES, random_t5
+
+from minidpost.models.hf_config import Model
+from minidpost.models.lora import add_adapters
+from minidpost.models.weights import load_model, save_model
+from minidpost.processes import process_group, rank, whole, world_size
+from minidpost.training.batching import TokenizedExample
+from minidpost.training.dpo import DPOSettings, PreferencePair, reference_log_probabilities, train_dpo
+from minidpost.training.optim import Schedule, read_log
+from minidpost.training.parallel import deal, load_spread
+from minidpost.training.sft import SFTSettings, train_sft
+from minidpost.training.state import TrainingState
+
+MODELS = {
+    "t5": lambda: random_t5(SHAPES["gated-untied"]),
+    "t5 tied": lambda: random_t5(SHAPES["relu-tied-scaled"]),
+    "llama": lambda: random_llama(LLAMA_SHAPES["grouped"]),
+    "llama tied": lambda: random_llama(replace(LLAMA_SHAPES["grouped"], tied=True)),
+}
+SCHEDULE = Schedule(learning_rate=1e-2, warmup=0.0, max_grad_norm=0.5)
+
+
+def load(directory: Path, has_adapters: bool = False) -> Model:
+    """The whole model where there is one process, else slices of it."""
+
+    def add(model: Model) -> None:
+        if has_adapters:
+            add_adapters(model, rank=3, alpha=6.0, seed=5)
+
+    if world_size() > 1:
+        return load_spread(directory, add=add, adapter_seed=5)
+    model = load_model(directory)
+    add(model)
+    return model
+
+
+def examples(n: int) -> list[TokenizedExample]:
+    """Ragged prompts and targets."""
+    random = torch.Generator().manual_seed(5)
+
+    def ids(longest: int) -> tuple[int, ...]:
+        length = int(torch.randint(1, longest, (1,), generator=random))
+        return tuple(torch.randint(3, 40, (length,), generator=random).tolist())
+
+    return [TokenizedExample(ids(20), (*ids(30), 1)) for _ in range(n)]
+
+
+def preference_pairs(n: int) -> list[PreferencePair]:
+    """Pairs of which some share a question, and some a completion."""
+    made = []
+    for index, (a, b, c) in enumerate(zip(*[iter(examples(3 * n))] * 3, strict=True)):
+        chosen = TokenizedExample(a.prompt_ids, a.target_ids)
+        made.append(PreferencePair(chosen, TokenizedExample(a.prompt_ids, b.target_ids)))
+        if index % 2:
+            made.append(PreferencePair(chosen, TokenizedExample(a.prompt_ids, c.target_ids)))
+    return made
+
+
+def train(directory: Path, out: Path, kind: str, per_step: int, micro_batch_tokens: int, checkpointing: bool) -> None:
+    """A short training; rank 0 leaves the log, the whole weights and the reference."""
+    # In fp64 rounding is far below AdamW's eps. In fp32 it makes steps of its own where a gradient is nothing but it.
+    model = load(directory, has_adapters=kind.endswith("lora")).double()
+    log = out / "log.jsonl" if rank() == 0 else None
+    reference_P2 = torch.empty(0, 2)
+    if kind.startswith("sft"):
+        settings = SFTSettings(
+            epochs=2,
+            examples_per_step=per_step,
+            schedule=SCHEDULE,
+            dropout=0.0,
+            micro_batch_tokens=micro_batch_tokens,
+            activation_checkpointing=checkpointing,
+        )
+        train_sft(model, examples(10), settings, log_path=log)
+    else:
+        pairs = preference_pairs(6)
+        reference_P2 = reference_log_probabilities(model, pairs, micro_batch_tokens=micro_batch_tokens)
+        settings = DPOSettings(
+            steps=5,
+            pairs_per_step=per_step,
+            schedule=SCHEDULE,
+            micro_batch_tokens=micro_batch_tokens,
+            activation_checkpointing=checkpointing,
+        )
+        train_dpo(model, pairs, reference_P2, settings, log_path=log)
+    weights = {name: whole(weight.detach()) for name, weight in model.named_parameters()}
+    if rank() == 0:
+        save_file({**weights, "reference_P2": reference_P2}, out / "result.safetensors")
+
+
+def process(number: int, n_processes: int, port: int, work: Callable[..., None], cases: list) -> None:
+    """One of the processes: all cases, one after the other."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_RANK": str(number)}
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(n_processes)}
+    with process_group():
+        for case in cases:
+            work(*case)
+
+
+def on_processes(n: int, work: Callable[..., None], cases: list) -> None:
+    """Do something for each of some cases, on processes of their own."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(process, (n, port, work, cases), nprocs=n)
+
+
+@pytest.mark.parametrize(
+    ("n_processes", "kinds"),
+    [(2, ("sft", "dpo")), (3, ("sft", "dpo")), (4, ("sft", "dpo")), (2, ("sft-lora", "dpo-lora"))],
+)
+def test_training_is_that_of_one_process(tmp_path, n_processes, kinds):
+    """Accumulation, steps of fewer examples than processes (a process then has none), activation checkpointing."""
+    cases = []
+    for name, make in MODELS.items():
+        directory = tmp_path / name / "model"
+        save_model(make(), directory, [])
+        for kind in kinds:
+            for per_step, micro_batch_tokens, checkpointing in ((8, 10**6, False), (2, 60, True)):
+                out = tmp_path / name / f"{kind}-{per_step}"
+                for count in (1, n_processes):
+                    (out / str(count)).mkdir(parents=True)
+                case = (directory, out, kind, per_step, micro_batch_tokens, checkpointing)
+                cases.append(case)
+                train(directory, out / "1", *case[2:])
+    on_processes(n_processes, train, [(d, out / str(n_processes), *rest) for d, out, *rest in cases])
+
+    for _, out, *_ in cases:
+        logs = [[*read_log(out / str(count) / "log.jsonl")] for count in (1, n_processes)]
+        assert len(logs[0]) == len(logs[1]) >= 4
+        for one, several in zip(*logs, strict=True):
+            assert one.keys() == several.keys()
+            # Before the first update all margins are 0, or what rounding leaves of it.
+            for key in one.keys() - {"tokens_per_second", *(["accuracy"] if one["step"] == 0 else [])}:
+                assert several[key] == pytest.approx(one[key], rel=1e-6, abs=1e-9), (out, key)
+        one, several = (load_file(out / str(count) / "result.safetensors") for count in (1, n_processes))
+        assert one.keys() == several.keys()
+        for name in one:
+            torch.testing.assert_close(several[name], one[name], rtol=1e-9, atol=1e-9, msg=f"{out} {name}")
+
+
+def test_rows_are_dealt_evenly():
+    items = [[TokenizedExample((1,) * size, (1,))] for size in (3, 70, 30, 60, 20, 50, 10)]
+    assert deal(items, 1) == [[0, 1, 2, 3, 4, 5, 6]]
+    assert deal(items, 2) == [[1, 2, 4], [3, 5, 6, 0]]
+    assert deal(items[:2], 4) == [[1], [0], [], []]
+
+
+class Stopped(Exception):
+    """A training that is stopped in the middle."""
+
+
+def train_in_part(directory: Path, out: Path, stop_after: int | None, precise: bool) -> None:
+    """SFT with dropout 0 that saves after every step, and stops after one of them."""
+    model = load(directory)
+    model = model.double() if precise else model
+    state = TrainingState(out / "state.safetensors", minutes=0)
+    save = state._save
+
+    def save_and_stop(tensors, metadata):
+        save(tensors, metadata)
+        if int(metadata["next_step"]) == stop_after:
+            raise Stopped
+
+    state._save = save_and_stop
+    settings = SFTSettings(epochs=2, examples_per_step=4, schedule=SCHEDULE, dropout=0.0, micro_batch_tokens=90)
+    log = out / "log.jsonl" if rank() == 0 else None
+    try:
+        train_sft(model, examples(10), settings, log_path=log, state=state)
+    except Stopped:
+        return
+    weights = {name: whole(weight.detach()) for name, weight in model.named_parameters()}
+    if rank() == 0:
+        save_file(weights, out / "result.safetensors")
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (1, 2), (2, 1), (2, 3)])
+def test_a_training_is_taken_up_by_any_number_of_processes(tmp_path, before, after):
+    directory = tmp_path / "model"
+    save_model(MODELS["llama"](), directory, [])
+    for name in ("undisturbed", "stopped"):
+        (tmp_path / name).mkdir()
+    on_processes(after, train_in_part, [(directory, tmp_path / "undisturbed", None, True)])
+    on_processes(before, train_in_part, [(directory, tmp_path / "stopped", 3, True)])
+    assert len([*tmp_path.glob("stopped/state*")]) == 1
+    on_processes(after, train_in_part, [(directory, tmp_path / "stopped", None, True)])
+    one, other = (load_file(tmp_path / name / "result.safetensors") for name in ("undisturbed", "stopped"))
+    for name in one:
+        rounding = 0 if before == after else 1e-9
+        torch.testing.assert_close(other[name], one[name], rtol=rounding, atol=rounding, msg=name)
+    logs = [[*read_log(tmp_path / name / "log.jsonl")] for name in ("undisturbed", "stopped")]
+    assert [step["step"] for step in logs[1]] == [*range(6)]
+    assert [step["loss"] for step in logs[0]] == pytest.approx([step["loss"] for step in logs[1]], rel=1e-6)
