@@ -18,9 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 MIN_ENTRIES_FOR_SWAP = 2**17  # entries of a matrix from which on the swapped product is faster, see `linear`
 MAX_ROWS_FOR_SWAP = 128
-# Queries that share keys and values, up to which plain products are faster on a GPU than a fused kernel, whose tiles
-# have room for 64 queries (benchmarks/results/gpu.md).
-MAX_QUERIES_FOR_PRODUCTS = 4
 
 
 class Attendable(Protocol):
@@ -44,10 +41,11 @@ def attention(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_BGRS: Tensor,
 
     Each of the G heads of keys and values is read by R queries. The bias is anything that broadcasts to (B, G, R, S).
     """
-    # Fused kernels are made for many queries: for one a row, plain products take a fifth less time on a CPU, and a
-    # third less on a GPU.
-    if q_BGRK.device.type != "cpu" and q_BGRK.shape[2] > MAX_QUERIES_FOR_PRODUCTS:
+    if q_BGRK.device.type != "cpu":
+        # For few queries plain products take a third less time on a GPU too, but they round scores to bf16 before the
+        # softmax, which the fused kernel does not (benchmarks/results/gpu.md).
         return F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, bias_BGRS, scale=scale)
+    # The fused kernel is made for many queries; for one a row, plain products take a fifth less time on a CPU.
     if scale != 1.0:
         q_BGRK = q_BGRK * scale
     weight_BGRS = torch.matmul(q_BGRK, k_BGSK.mT).add_(bias_BGRS).softmax(-1)
