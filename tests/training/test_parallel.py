@@ -1,22 +1,20 @@
 """One training on 1, 2, 3 and 4 processes (gloo): loss, gradient norm, weights, reference, whatever the batches."""
 
-import os
-import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from llama_oracle import LLAMA_SHAPES, random_llama
+from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from t5_oracle import SHAPES, random_t5
 
 from minidpost.models.hf_config import Model
 from minidpost.models.lora import add_adapters
 from minidpost.models.weights import load_model, save_model
-from minidpost.processes import process_group, rank, whole, world_size
+from minidpost.processes import rank, whole, world_size
 from minidpost.training.batching import TokenizedExample
 from minidpost.training.dpo import DPOSettings, PreferencePair, reference_log_probabilities, train_dpo
 from minidpost.training.optim import Schedule, read_log
@@ -101,36 +99,43 @@ def train(directory: Path, out: Path, kind: str, per_step: int, micro_batch_toke
         save_file({**weights, "reference_P2": reference_P2}, out / "result.safetensors")
 
 
-def process(number: int, n_processes: int, port: int, work: Callable[..., None], cases: list) -> None:
-    """One of the processes: all cases, one after the other."""
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_RANK": str(number)}
-    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(n_processes)}
-    with process_group():
-        for case in cases:
-            work(*case)
+def all_cases(work: Callable[..., None], cases: list) -> None:
+    """All cases, one after the other, in one of the processes."""
+    for case in cases:
+        work(*case)
 
 
 def on_processes(n: int, work: Callable[..., None], cases: list) -> None:
-    """Do something for each of some cases, on processes of their own."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(process, (n, port, work, cases), nprocs=n)
+    """Do something for each of some cases, on processes of their own; one is a process without a group."""
+    if n == 1:
+        all_cases(work, cases)
+    else:
+        on_ranks(n, all_cases, work, cases)
+
+
+WHOLE_STEPS = (8, 10**6, False)  # examples a step, tokens of a micro-batch, activation checkpointing
+RAGGED_STEPS = (2, 60, True)  # accumulation, and fewer examples than processes: some then have none
 
 
 @pytest.mark.parametrize(
-    ("n_processes", "kinds"),
-    [(2, ("sft", "dpo")), (3, ("sft", "dpo")), (4, ("sft", "dpo")), (2, ("sft-lora", "dpo-lora"))],
+    ("n_processes", "kinds", "names", "steps"),
+    [
+        (2, ("sft", "dpo"), MODELS, (WHOLE_STEPS, RAGGED_STEPS)),
+        (3, ("sft", "dpo"), ("t5", "llama"), (RAGGED_STEPS,)),
+        (4, ("dpo",), ("t5", "llama"), (RAGGED_STEPS,)),
+        (2, ("sft-lora", "dpo-lora"), ("t5", "llama"), (RAGGED_STEPS,)),
+        pytest.param(3, ("sft", "dpo"), MODELS, (WHOLE_STEPS, RAGGED_STEPS), marks=pytest.mark.slow),
+        pytest.param(4, ("sft", "dpo"), MODELS, (WHOLE_STEPS, RAGGED_STEPS), marks=pytest.mark.slow),
+        pytest.param(2, ("sft-lora", "dpo-lora"), MODELS, (WHOLE_STEPS, RAGGED_STEPS), marks=pytest.mark.slow),
+    ],
 )
-def test_training_is_that_of_one_process(tmp_path, n_processes, kinds):
-    """Accumulation, steps of fewer examples than processes (a process then has none), activation checkpointing."""
+def test_training_is_that_of_one_process(tmp_path, n_processes, kinds, names, steps):
     cases = []
-    for name, make in MODELS.items():
+    for name in names:
         directory = tmp_path / name / "model"
-        save_model(make(), directory, [])
+        save_model(MODELS[name](), directory, [])
         for kind in kinds:
-            for per_step, micro_batch_tokens, checkpointing in ((8, 10**6, False), (2, 60, True)):
+            for per_step, micro_batch_tokens, checkpointing in steps:
                 out = tmp_path / name / f"{kind}-{per_step}"
                 for count in (1, n_processes):
                     (out / str(count)).mkdir(parents=True)
