@@ -414,6 +414,7 @@ def test_ids_are_those_of_the_published_tokenizer(shared, name, pre, n_tokens, b
         assert found.decode(ids, skip_special_tokens=False) == theirs.decode(ids, skip_special_tokens=False)
 
 
+@pytest.mark.slow
 def test_ids_of_llama3_are_those_of_its_own_file(shared):
     directory = shared / "tokenizers/llama3"
     lines = (directory / "tokenizer.model").read_bytes().splitlines()

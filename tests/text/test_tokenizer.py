@@ -154,6 +154,7 @@ def test_llama3_ids_equal_bpe_by_ranks_on_all_of_gsm8k(llama3, shared, gsm8k):
     assert [text for text in gsm8k if llama3.decode([128_000, *llama3.encode(text), 128_001]) != text] == []
 
 
+@pytest.mark.slow
 def test_llama3_is_read_from_tokenizer_json_too(llama3, transformers_llama3, gsm8k, tmp_path):
     content = json.loads(transformers_llama3.backend_tokenizer.to_str())
     content["post_processor"] = {
@@ -204,6 +205,7 @@ def test_llama2_from_tokenizer_json_equals_its_sentencepiece_model(llama2, llama
         assert templates[0].target_ids(rationale) == templates[1].target_ids(rationale)
 
 
+@pytest.mark.slow
 def test_t5_from_tokenizer_json_equals_its_sentencepiece_model(t5, shared, gsm8k, tmp_path):
     oracle = transformers_tokenizer(shared / "tokenizers" / "t5" / "spiece.model", t5)
     oracle.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))

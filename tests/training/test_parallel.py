@@ -120,10 +120,11 @@ RAGGED_STEPS = (2, 60, True)  # accumulation, and fewer examples than processes:
 @pytest.mark.parametrize(
     ("n_processes", "kinds", "names", "steps"),
     [
-        (2, ("sft", "dpo"), MODELS, (WHOLE_STEPS, RAGGED_STEPS)),
+        (2, ("sft", "dpo"), ("t5", "llama tied"), (WHOLE_STEPS, RAGGED_STEPS)),
         (3, ("sft", "dpo"), ("t5", "llama"), (RAGGED_STEPS,)),
         (4, ("dpo",), ("t5", "llama"), (RAGGED_STEPS,)),
         (2, ("sft-lora", "dpo-lora"), ("t5", "llama"), (RAGGED_STEPS,)),
+        pytest.param(2, ("sft", "dpo"), MODELS, (WHOLE_STEPS, RAGGED_STEPS), marks=pytest.mark.slow),
         pytest.param(3, ("sft", "dpo"), MODELS, (WHOLE_STEPS, RAGGED_STEPS), marks=pytest.mark.slow),
         pytest.param(4, ("sft", "dpo"), MODELS, (WHOLE_STEPS, RAGGED_STEPS), marks=pytest.mark.slow),
         pytest.param(2, ("sft-lora", "dpo-lora"), MODELS, (WHOLE_STEPS, RAGGED_STEPS), marks=pytest.mark.slow),
