@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the precisions of weights, by the names that flags take
 
@@ -28,6 +29,11 @@ def prepare_device(device: str) -> None:
     """
     if torch.device(device).type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy without waiting for what a GPU is still doing."""
+    return tensor.to(device, non_blocking=True)
 
 
 def sampling_dtype(device: str, name: str | None = None) -> torch.dtype:

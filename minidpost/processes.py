@@ -141,12 +141,6 @@ def write_on_rank_0(work: Callable[[], None]) -> None:
         raise failure
 
 
-def wait_for_all() -> None:
-    """Go on when every rank is here."""
-    if world_size() > 1:
-        dist.barrier()
-
-
 # -- work that is shared ----------------------------------------------------------------------------------------------
 
 

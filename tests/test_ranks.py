@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 from llama_oracle import LLAMA_SHAPES, random_llama
-from ranks import on_ranks
+from ranks import on_ranks, wait_for_all
 from safetensors.torch import load_file
 from t5_oracle import SHAPES, random_t5
 
 from minidpost import processes
 from minidpost.data import toy
 from minidpost.models.weights import load_model, load_template, save_model
-from minidpost.processes import Counts, SharedWork, is_first_to_fail, on_rank_0, rank, wait_for_all
+from minidpost.processes import Counts, SharedWork, is_first_to_fail, on_rank_0, rank
 from minidpost.sampling import sampler
 from minidpost.sampling.generate import generate
 from minidpost.sampling.sampler import SamplingSettings

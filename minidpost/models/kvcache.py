@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minidpost.models.layers import attention, mask_bias
+from minidpost.precision import to_device
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class KVCache:
 
 def indices(numbers: Sequence[int], device: torch.device) -> Tensor:
     """Whole numbers as a tensor on the device. A GPU is not waited for, as it is where a list is an index itself."""
-    return torch.tensor(list(numbers)).to(device, non_blocking=True)
+    return to_device(torch.tensor(list(numbers)), device)
 
 
 @dataclass
@@ -153,9 +154,7 @@ class PromptPlan:
     def to(self, device: torch.device) -> "PromptPlan":
         """The same on a device, which is not waited for."""
         return PromptPlan(
-            self.table_QR.to(device, non_blocking=True),
-            self.cell_of_row_B.to(device, non_blocking=True),
-            self.bias_Q11S.to(device, non_blocking=True),
+            to_device(self.table_QR, device), to_device(self.cell_of_row_B, device), to_device(self.bias_Q11S, device)
         )
 
     def by_prompt(self, q_B1HK: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from minidpost.models.kvcache import CachedTokens, KVCache, StepPlan, indices
 from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, linear
+from minidpost.precision import to_device
 
 
 @dataclass(frozen=True)
@@ -321,7 +322,7 @@ class Llama(LanguageModel):
             ids_1N = indices([token_id for prompt in prompts for token_id in prompt[:-1]], device)[None]
             # Prompts of 2 and 3 tokens: prompt_N is 0 0 1 1 1, position_N is 0 1 0 1 2.
             is_token_QT = torch.arange(longest) < torch.tensor(lengths)[:, None]
-            prompt_N, position_N = is_token_QT.nonzero().to(device, non_blocking=True).unbind(1)
+            prompt_N, position_N = to_device(is_token_QT.nonzero(), device).unbind(1)
 
             rotation = self.rotation(position_N[None])
             x_1ND = self.embedding(ids_1N)

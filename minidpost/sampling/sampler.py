@@ -42,6 +42,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from minidpost.precision import to_device
 from minidpost.sampling.cuda_graphs import recorded_steps
 from minidpost.sampling.token_choice import SamplingSettings, choose, row_uniforms
 from minidpost.sampling.workers import n_workers_for, sample_in_workers
@@ -336,7 +337,7 @@ def begin_step(job: Job, rows: Sequence[Row], latest: Draw | None, step: Callabl
         # What is drawn for a row that has all its tokens already, one of them unread, is thrown away.
         last = job.settings.max_new_tokens - 1
         uniforms = [row.uniforms[min(len(row.token_ids) + row.is_unread, last)] for row in rows]
-        uniform_B = to_device(uniforms, torch.float64, job.device)
+        uniform_B = numbers_to_device(uniforms, torch.float64, job.device)
     ids_B = next_ids(job, rows, latest)
     chosen_B = choose(step(ids_B), uniform_B, job.settings)
     return Draw(rows, chosen_B)
@@ -345,7 +346,7 @@ def begin_step(job: Job, rows: Sequence[Row], latest: Draw | None, step: Callabl
 def next_ids(job: Job, rows: Sequence[Row], latest: Draw | None) -> Tensor:
     """What each row is fed, (B,): ids that the host knows, or those of the latest step, which are on the device."""
     if not job.overlap:
-        return to_device([row.next_id for row in rows], torch.long, job.device)
+        return numbers_to_device([row.next_id for row in rows], torch.long, job.device)
     known = []  # −1 where the host does not know it
     drawn_at = []  # the slot of the latest step: a row may have moved to another since
     for slot, row in enumerate(rows):
@@ -358,10 +359,10 @@ def next_ids(job: Job, rows: Sequence[Row], latest: Draw | None) -> Tensor:
             known.append(row.pending[0])
         else:
             known.append(-1)
-    known_B = to_device(known, torch.long, job.device)
+    known_B = numbers_to_device(known, torch.long, job.device)
     if latest is None:
         return known_B
-    drawn_B = latest.ids_B.index_select(0, to_device(drawn_at, torch.long, job.device))
+    drawn_B = latest.ids_B.index_select(0, numbers_to_device(drawn_at, torch.long, job.device))
     return torch.where(known_B >= 0, known_B, drawn_B)
 
 
@@ -402,11 +403,9 @@ def emit(job: Job, draw: Draw) -> list[Row]:
     return ended
 
 
-def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of the values, without waiting for what a GPU is still doing."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype).to(device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+def numbers_to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of the values, in memory that a GPU can read without the host's help."""
+    return to_device(torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda"), device)
 
 
 def prefilled_rows(job: Job, chunk: Chunk, n_slots: int, cache: Cache) -> Iterator[Row]:

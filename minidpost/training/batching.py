@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minidpost.models.hf_config import Config
+from minidpost.precision import to_device
 
 IGNORED_LABEL = -100  # a label that carries no loss
 PADDING_ID = 0  # any id would do: padding is recognised by the rows' lengths, never by its id
@@ -156,11 +157,6 @@ def collate_decoder_only(examples: Sequence[TokenizedExample], device: torch.dev
 def labelled_positions(label_BT: Tensor) -> Tensor:
     """Indices into the flattened (B·T) that have a label. To be called on the CPU: a GPU would wait for the count."""
     return (label_BT != IGNORED_LABEL).flatten().nonzero()[:, 0]
-
-
-def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Copy without waiting for what a GPU is still doing with the micro-batch before."""
-    return tensor.to(device, non_blocking=True)
 
 
 def length_multiple(device: torch.device | str) -> int:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from minidpost.models.hf_config import Model
-from minidpost.precision import at_least_fp32, autocast
+from minidpost.precision import at_least_fp32, autocast, to_device
 from minidpost.processes import rank, sum_over_ranks
 from minidpost.progress import Progress
 from minidpost.training.batching import TokenizedExample, collate, epoch_steps
@@ -171,7 +171,7 @@ def dpo_gradients(
     # Gradient accumulation: every part is divided by the pairs of the whole step, so that the parts add up to its mean.
     for indices, weight in own_pair_micro_batches(model, batch, micro_batch_tokens):
         policy_B2 = pair_log_probabilities(model, [batch[i] for i in indices], dtype)  # log π_θ, with gradient
-        reference_B2 = reference_P2[indices].to(device, non_blocking=True)  # log π_ref, constants
+        reference_B2 = to_device(reference_P2[indices], device)  # log π_ref, constants
         loss_B, margin_B = dpo_loss(policy_B2, reference_B2, beta)  # equation 5
         (weight * loss_B.sum() / len(batch)).backward()
 
@@ -233,7 +233,7 @@ def pair_log_probabilities(model: Model, pairs: Sequence[PreferencePair], dtype:
 
     index_of = {completion: index for index, completion in enumerate(completions)}
     index_B2 = torch.tensor([[index_of[pair.chosen], index_of[pair.rejected]] for pair in pairs])
-    return log_probability_C[index_B2.to(device, non_blocking=True)]
+    return log_probability_C[to_device(index_B2, device)]
 
 
 def own_pair_micro_batches(

@@ -42,12 +42,7 @@ CLOCK = re.compile(rb'"(seconds|tokens_per_second)": [^,}\n]+|"log\.jsonl": "[0-
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, metavar="N", help="how many (default: 100)")
-    parser.add_argument("--minutes", type=float, default=1e9, metavar="M", help="begin no further kill after so many")
-    parser.add_argument("--seed", type=int, default=1, help="of the instants")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table here, as Markdown")
-    options = parser.parse_args()
+    options = parse_options(__doc__, n_kills=100)
     output = options.output and options.output.absolute()
     torch.set_num_threads(1)
     random = Random(options.seed)
@@ -113,6 +108,14 @@ def train_for(path: Path, seconds: float | None = None) -> float:
         finally:
             sys.stdout.flush()
             os._exit(status)
+    status = status_of(child, started, seconds)
+    if seconds is None and status != 0:
+        sys.exit(f"kill.py: the run ended with status {status}:\n{path.with_suffix('.out').read_text()[-3000:]}")
+    return time.monotonic() - started
+
+
+def status_of(child: int, started: float, seconds: float | None) -> int:
+    """The exit status of a forked process, killed with its group so many seconds after `started`; None: not killed."""
     if seconds is not None:
         time.sleep(max(0.0, started + seconds - time.monotonic()))
         try:
@@ -120,9 +123,17 @@ def train_for(path: Path, seconds: float | None = None) -> float:
         except ProcessLookupError:  # not yet a group of its own
             os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    if seconds is None and status != 0:
-        sys.exit(f"kill.py: the run ended with status {status}:\n{path.with_suffix('.out').read_text()[-3000:]}")
-    return time.monotonic() - started
+    return status
+
+
+def parse_options(description: str, n_kills: int) -> argparse.Namespace:
+    """The command line of a script that kills runs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=n_kills, metavar="N", help=f"how many (default: {n_kills})")
+    parser.add_argument("--minutes", type=float, default=1e9, metavar="M", help="begin no further kill after so many")
+    parser.add_argument("--seed", type=int, default=1, help="of the instants")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table here, as Markdown")
+    return parser.parse_args()
 
 
 def stage_at_work(path: Path) -> str:

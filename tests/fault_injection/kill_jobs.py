@@ -11,7 +11,6 @@ process that has its imports done.
 import argparse
 import os
 import runpy
-import signal
 import sys
 import tempfile
 import time
@@ -19,9 +18,10 @@ from pathlib import Path
 from random import Random
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from fault_injection.kill import status_of  # noqa: E402
 
 import eval as eval_command  # noqa: E402, F401  (so that a child finds all modules imported)
 import sample as sample_command  # noqa: E402, F401
@@ -102,13 +102,7 @@ def run(command: str, directory: Path, seconds: float | None = None) -> float:
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             break
     started = time.monotonic()
-    if seconds is not None:
-        time.sleep(seconds)
-        try:
-            os.killpg(child, signal.SIGKILL)
-        except ProcessLookupError:  # not yet a group of its own
-            os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
+    status = status_of(child, started, seconds)
     if seconds is None and status != 0:
         sys.exit(f"kill_jobs.py: {command} ended with status {status}:\n{Path(f'{directory}.out').read_text()[-3000:]}")
     return time.monotonic() - started

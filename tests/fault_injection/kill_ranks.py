@@ -9,7 +9,6 @@ units dropout hits is another matter, so that there is none here).
     OMP_NUM_THREADS=1 python tests/fault_injection/kill_ranks.py --kills 30 --output benchmarks/results/kills-ranks.md
 """
 
-import argparse
 import json
 import os
 import signal
@@ -43,12 +42,7 @@ TOLERANCE = 2e-3  # of a loss, between one process and two
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30, metavar="N", help="how many (default: 30)")
-    parser.add_argument("--minutes", type=float, default=1e9, metavar="M", help="begin no further kill after so many")
-    parser.add_argument("--seed", type=int, default=1, help="of the instants")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table here, as Markdown")
-    options = parser.parse_args()
+    options = kill.parse_options(__doc__, n_kills=30)
     output = options.output and options.output.absolute()
     torch.set_num_threads(1)
     random = Random(options.seed)

@@ -197,7 +197,7 @@ def test_graphs_are_for_gpus(monkeypatch):
         return CUDAGraphs(model.model, model.model.new_cache(n_rows, max_prompt, max_new), Recorder())
 
     monkeypatch.setattr(sampler, "recorded_steps", recorded_steps)
-    monkeypatch.setattr(sampler, "to_device", lambda values, dtype, _: torch.tensor(values, dtype=dtype))  # none here
+    monkeypatch.setattr(sampler, "numbers_to_device", lambda values, dtype, _: torch.tensor(values, dtype=dtype))
     settings = SamplingSettings(max_new_tokens=3, slots=2)
     for device, use_cuda_graphs, expected in (("cpu", True, []), ("cuda", False, []), ("cuda", True, ["cuda"])):
         list(sample(ModelOf(device), ragged_requests(2, 1), settings, END, use_cuda_graphs=use_cuda_graphs))
