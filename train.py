@@ -20,16 +20,14 @@ from pathlib import Path
 from random import Random
 from typing import Any, get_args
 
-import torch
-
-from minidpost.cli import DTYPE_TEXT, MINUTES, POSITIVE, TEMPLATE_TEXT, Parser, add_data_dir, device, run_command
+from minidpost.cli import MINUTES, POSITIVE, TEMPLATE_TEXT, Parser, add_data_dir, device, dtype_text, run_command
 from minidpost.data import datasets, toy
 from minidpost.data.example import Example
 from minidpost.errors import UserError
 from minidpost.models.hf_config import read_config
 from minidpost.models.hub import BUNDLED, PUBLISHED, find_model
 from minidpost.models.weights import TEMPLATES, check_weights, empty_model, load_template
-from minidpost.precision import DTYPES, default_device, sampling_dtype, training_dtype
+from minidpost.precision import DTYPES, default_device, name_of, sampling_dtype, training_dtype
 from minidpost.processes import on_rank_0, rank
 from minidpost.selftraining.algorithm import self_train
 from minidpost.selftraining.estimates import Plan, check_disk, check_memory, slots_for, warn_of_hours
@@ -62,7 +60,7 @@ def main() -> None:
     if replaced.get("lora_rank") is not None:
         default = for_lora(default)
     model = empty_model(read_config(base))
-    dtype = sampling_dtype(options.device, options.dtype)
+    dtype = sampling_dtype(options.dtype, options.device, n_parameters(model))
     default = replace(default, slots=slots_for(model, default, dtype, options.device))
     preset = resolve_preset(options, default, replaced)
     check_weights(base)
@@ -78,7 +76,7 @@ def main() -> None:
         template=template,
         tokens=tokens,
         dtype=dtype,
-        training_dtype=resolve_training_dtype(options, n_parameters(model)),
+        training_dtype=training_dtype(options.train_dtype, options.device, n_parameters(model)),
         device=options.device,
     )
     memory = check_memory(model, preset, dtype=plan.dtype, device=options.device, training_dtype=plan.training_dtype)
@@ -117,7 +115,7 @@ def main() -> None:
         tokens=tokens,
         seed=options.seed,
         calculator=not options.no_calculator,
-        dtype=options.dtype,
+        dtype=plan.dtype,
         training_dtype=plan.training_dtype,
         device=options.device,
         checkpoint_minutes=options.checkpoint_minutes,
@@ -185,14 +183,18 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of everything random (default: 42)")
     parser.add_argument("--no-calculator", action="store_true", help="let the model do its own arithmetic")
     parser.add_argument("--device", type=device, default=default_device(), help="cpu, cuda, … (default: cuda if any)")
-    parser.add_argument("--dtype", choices=DTYPES, help=f"of sampling and evaluation: {DTYPE_TEXT}")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help=f"of weights in sampling and evaluation: {dtype_text('sampling')}",
+    )
     parser.add_argument("--template", choices=TEMPLATES, help=TEMPLATE_TEXT)
     parser.add_argument(
         "--train-dtype",
         choices=("auto", *DTYPES),
         default="auto",
-        help="of training's forward passes, weights being fp32 (default: auto, which is bf16 on a GPU that has it, for "
-        "models of more than ten million parameters also on a CPU with AVX512-BF16 or AMX, else fp32)",
+        help=f"of training's forward passes, weights being fp32: {dtype_text('training')}",
     )
     parser.add_argument(
         "--config",
@@ -220,25 +222,19 @@ def resolve_preset(options: argparse.Namespace, default: Preset, replaced: dict[
     return preset
 
 
-def resolve_training_dtype(options: argparse.Namespace, n_parameters: int) -> torch.dtype:
-    """The precision of training's forward passes that --train-dtype asks for."""
-    if options.train_dtype == "auto":
-        return training_dtype(options.device, n_parameters)
-    return DTYPES[options.train_dtype]
-
-
 def fingerprint(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     """What makes a run the same run: a directory that was begun with any of it different is not continued.
 
     A few hyperparameters may change (flags.MAY_CHANGE).
     """
-    names = ("method", "data", "unlabelled", "limit", "seed", "no_calculator", "dtype", "template")
-    train_dtype = next(name for name, dtype in DTYPES.items() if dtype == plan.training_dtype)
+    names = ("method", "data", "unlabelled", "limit", "seed", "no_calculator", "template")
     return {
         "model": plan.base.name,
         **{name: vars(options)[name] for name in names},
         **({"save_dtype": options.save_dtype} if options.save_dtype != "fp32" else {}),
-        "train_dtype": train_dtype,  # what "auto" is here, so that a run goes on in the precision it was begun in
+        # What "auto" is here, so that a run goes on in the precisions it was begun in.
+        "dtype": name_of(plan.dtype),
+        "train_dtype": name_of(plan.training_dtype),
         "preset": dataclasses.asdict(plan.preset),
         "examples": plan.data.fingerprint(),
         "weights": model_hash(plan.base),
@@ -257,11 +253,11 @@ def run_name(options: argparse.Namespace, data: Data, *, base: Path, differing: 
         parts.append(f"limit={options.limit}")
     if options.no_calculator:
         parts.append("no-calculator")
-    for name in ("dtype", "template"):
-        if vars(options)[name]:
-            parts.append(f"{name}={vars(options)[name]}")
-    if options.train_dtype != "auto":
-        parts.append(f"train-dtype={options.train_dtype}")
+    if options.template:
+        parts.append(f"template={options.template}")
+    for name, dtype in (("dtype", options.dtype), ("train-dtype", options.train_dtype)):
+        if dtype != "auto":
+            parts.append(f"{name}={dtype}")
     if options.save_dtype != "fp32":
         parts.append(f"save-dtype={options.save_dtype}")
     for name, value in differing.items():

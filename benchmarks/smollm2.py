@@ -50,6 +50,7 @@ PAGE = RESULTS / "smollm2.md"
 TESTS = ("gsm8k", "multiarith", "asdiv", "svamp")
 METHODS = ("st", "dpo-st")
 N_SHOTS = 3
+N_PARAMETERS = 134_515_008  # of SmolLM2-135M
 N_SAMPLES = 10  # a question, for pass@1 … pass@10
 
 
@@ -180,7 +181,7 @@ def measure_base(base: Path, options: argparse.Namespace) -> None:
     scale = SCALES[options.scale]
     path = FOUND / f"{options.scale}-base.json"
     found: dict[str, Any] = read_json(path) if path.is_file() else machine()
-    model = load_model(base, sampling_dtype(options.device), options.device)
+    model = load_model(base, sampling_dtype("auto", options.device, N_PARAMETERS), options.device)
     shots = shortest_shots(base, questions("gsm8k", "train", options, None))
     templates: dict[str, Template] = {
         "zero-shot": load_template(base, "chat"),
@@ -330,7 +331,7 @@ def grade(method: str, seed: int, options: argparse.Namespace) -> None:
         missing = [name for name in ("dev", *measurements) if name not in entry]
         if not missing:
             continue
-        model = load_model(model_dir, sampling_dtype(options.device), options.device)
+        model = load_model(model_dir, sampling_dtype("auto", options.device, N_PARAMETERS), options.device)
         template = load_template(model_dir)
         for name in missing:
             label = f"seed {seed}, {key}, {name}"

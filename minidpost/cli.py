@@ -19,10 +19,10 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from minidpost.errors import UserError, when_memory_runs_out
-from minidpost.models.hf_config import Model
+from minidpost.models.hf_config import Model, read_config
 from minidpost.models.hub import find_model
-from minidpost.models.weights import TEMPLATES, load_model, load_template
-from minidpost.precision import DTYPES, default_device, prepare_device, sampling_dtype
+from minidpost.models.weights import TEMPLATES, empty_model, load_model, load_template
+from minidpost.precision import DTYPES, MIN_PARAMETERS_FOR_BF16, default_device, prepare_device, sampling_dtype
 from minidpost.processes import (
     common_exit_status,
     is_first_to_fail,
@@ -35,7 +35,7 @@ from minidpost.processes import (
     world_size,
 )
 from minidpost.selftraining.estimates import slots_for
-from minidpost.selftraining.presets import preset_of
+from minidpost.selftraining.presets import n_parameters, preset_of
 from minidpost.storage import no_room, read_json
 from minidpost.text.templates import Template
 from minidpost.training.state import Terminated, interrupt
@@ -47,7 +47,6 @@ TEMPLATE_TEXT = (
     "how a decoder-only model is asked: the paper's Alpaca frame, or the checkpoint's own chat format (default: as the "
     "checkpoint was trained here, else alpaca)"
 )
-DTYPE_TEXT = "bf16 pays on a GPU or on a CPU with AMX (default: bf16 on CUDA, else fp32)"
 MAX_COUNT = 10**6  # of rows, tokens, samples …: what is larger must be a typing error
 
 Value = TypeVar("Value", int, float)
@@ -169,10 +168,20 @@ def model_parser(description: str) -> Parser:
     parser.add_argument("--device", type=device, default=default_device())
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
-        help=f"of weights and sums: {DTYPE_TEXT}",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help=f"of weights: {dtype_text('sampling')}",
     )
     return parser
+
+
+def dtype_text(work: str) -> str:
+    """What a flag's "auto" is for "sampling" or "training"."""
+    n_millions = MIN_PARAMETERS_FOR_BF16[work] / 1e6
+    return (
+        f"auto is bf16 on a GPU that has it and, for models of at least {n_millions:.0f} million parameters, on a CPU "
+        "with AVX512-BF16 or AMX, else fp32 (default: auto)"
+    )
 
 
 def add_data_dir(parser: Parser) -> None:
@@ -261,8 +270,8 @@ def open_model(options: argparse.Namespace) -> tuple[Path, Model, Template]:
     """The directory, the model and the template that --checkpoint, --template, --device and --dtype ask for.
 
     Without a checkpoint it is the newest run's model that was best on dev, which is then said on standard error;
-    without a dtype the one that samples fastest on the device. Without --slots as many are noted in `options` as the
-    device has memory for. UserError: no such model, or a broken one.
+    Without --slots as many are noted in `options` as the device has memory for. UserError: no such model, or a broken
+    one.
     """
     if options.checkpoint is not None:
         directory = on_rank_0(lambda: find_model(options.checkpoint))
@@ -271,7 +280,7 @@ def open_model(options: argparse.Namespace) -> tuple[Path, Model, Template]:
         if rank() == 0:
             print(f"model: {directory}", file=sys.stderr)
     template = load_template(directory, options.template)  # before the weights, which take longer to read
-    dtype = sampling_dtype(options.device, options.dtype)
+    dtype = sampling_dtype(options.dtype, options.device, n_parameters(empty_model(read_config(directory))))
     model = load_model(directory, dtype, options.device)
     if options.slots is None:
         preset = replace(preset_of(model.config, "sft"), slots=SLOTS, max_new_tokens=options.max_new_tokens)

@@ -12,7 +12,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the precisions of we
 # version (2.6 by private functions alone), so that this file is the one way that holds for all of them.
 CPU_INFO = Path("/proc/cpuinfo")
 BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16"}  # products of bf16 numbers, summed in fp32
-MIN_PARAMETERS_FOR_BF16 = 10_000_000  # [ours] smaller products take no less time in bf16, as casting costs more
+# [ours] From how many parameters on such a processor is faster in bf16 (docs/speed.md): products of smaller models take
+# no less time, and in training casting costs more. A table and no clock, as a run must repeat.
+MIN_PARAMETERS_FOR_BF16 = {"training": 10_000_000, "sampling": 50_000_000}
 
 
 def default_device() -> str:
@@ -36,28 +38,44 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def sampling_dtype(device: str, name: str | None = None) -> torch.dtype:
-    """The precision of weights in sampling and evaluation: the one of DTYPES that was asked for by `name`.
-
-    None: bf16 on a CUDA device that multiplies it, fp32 elsewhere.
+def sampling_dtype(name: str, device: str, n_parameters: int) -> torch.dtype:
+    """The precision of weights in sampling and evaluation: one of DTYPES, or for "auto" the fastest (`fastest_dtype`).
 
     [ours] The published code samples from Llama with bf16 weights too, but from T5 with fp32 weights under bf16
     autocast; `--dtype fp32` is nearest to that, and slower.
     """
-    if name is not None:
-        return DTYPES[name]
-    return torch.bfloat16 if cuda_multiplies_bf16(torch.device(device).type) else torch.float32
+    return fastest_dtype("sampling", device, n_parameters) if name == "auto" else DTYPES[name]
 
 
-def training_dtype(device: str, n_parameters: int) -> torch.dtype:
-    """The precision of training's forward passes (see `autocast`) that a device is fastest with.
+def training_dtype(name: str, device: str, n_parameters: int) -> torch.dtype:
+    """The precision of training's forward passes (see `autocast`): one of DTYPES, or for "auto" the fastest."""
+    return fastest_dtype("training", device, n_parameters) if name == "auto" else DTYPES[name]
+
+
+def fastest_dtype(work: str, device: str, n_parameters: int) -> torch.dtype:
+    """The precision in which a device is fastest at "training" or "sampling".
 
     bf16 on a CUDA device that multiplies it, and for models of at least MIN_PARAMETERS_FOR_BF16 on a CPU that does;
     fp32 elsewhere.
     """
     kind = torch.device(device).type
-    is_worth_it = kind == "cpu" and n_parameters >= MIN_PARAMETERS_FOR_BF16 and cpu_multiplies_bf16()
+    is_worth_it = kind == "cpu" and n_parameters >= MIN_PARAMETERS_FOR_BF16[work] and cpu_multiplies_bf16()
     return torch.bfloat16 if cuda_multiplies_bf16(kind) or is_worth_it else torch.float32
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The name of one of DTYPES."""
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+def cache_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
+    """The precision of the KV cache of a model with weights of `dtype`: the same, but fp32 for bf16 on a CPU.
+
+    There attention of few queries to bf16 keys and values copies them at each step, which takes five times as long as
+    reading them in fp32.
+    """
+    is_bf16_on_cpu = dtype == torch.bfloat16 and torch.device(device).type == "cpu"
+    return torch.float32 if is_bf16_on_cpu else dtype
 
 
 def cuda_multiplies_bf16(kind: str) -> bool:

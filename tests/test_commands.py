@@ -615,7 +615,7 @@ def test_all_of_a_preset_from_a_file_and_flags_above_it(call, tiny_model_dir, my
     assert (outcome.status, outcome.complaints) == (0, [])
     second = json.loads(Path("second/config.json").read_text())["settings"]
     assert second["preset"] == first["preset"] | {"samples": 1}
-    assert second["dtype"] is None
+    assert second["dtype"] == "fp32"
 
 
 def test_runs_that_differ_have_directories_of_their_own(call, tiny_model_dir, my_data):

@@ -100,13 +100,13 @@ def test_some_modules_import_no_other(module):
 
 
 def test_the_sampler_knows_nothing_of_text_and_models():
-    assert {room(name) for name in our_modules(MODULES["minidpost.sampling.sampler"])} == {"sampling"}
+    assert {room(name) for name in our_modules(MODULES["minidpost.sampling.sampler"])} == {"precision", "sampling"}
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_models_know_nothing_of_sampling(family):
     ours = our_modules(MODULES[f"minidpost.models.{family}"])
-    assert ours == {"minidpost.models.layers", "minidpost.models.kvcache"}
+    assert ours == {"minidpost.models.layers", "minidpost.models.kvcache", "minidpost.precision"}
 
 
 @each_file

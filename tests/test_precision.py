@@ -7,6 +7,7 @@ from torch import nn
 from minidpost import precision
 from minidpost.precision import (
     autocast,
+    cache_dtype,
     cpu_multiplies_bf16,
     default_device,
     prepare_device,
@@ -15,6 +16,7 @@ from minidpost.precision import (
 )
 
 LARGE = 10_000_000
+LARGE_FOR_SAMPLING = 50_000_000
 XEON = "processor\t: 0\nflags\t\t: fpu avx2 avx512f {} sse\nbugs\t\t: amx_bf16\n"
 
 
@@ -31,26 +33,30 @@ def cpu_info(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("instructions", ["avx512_bf16", "amx_bf16", "amx_tile avx512_bf16"])
-def test_large_models_train_in_bf16_where_a_cpu_multiplies_it(cpu_info, instructions):
+def test_large_models_are_computed_in_bf16_where_a_cpu_multiplies_it(cpu_info, instructions):
     cpu_info(instructions)
     assert cpu_multiplies_bf16()
-    assert training_dtype("cpu", LARGE) == torch.bfloat16
-    assert training_dtype("cpu", LARGE - 1) == torch.float32
-    assert training_dtype("meta", LARGE) == torch.float32
+    for choose, least in ((training_dtype, LARGE), (sampling_dtype, LARGE_FOR_SAMPLING)):
+        assert choose("auto", "cpu", least) == torch.bfloat16
+        assert choose("auto", "cpu", least - 1) == torch.float32
+        assert choose("auto", "meta", least) == torch.float32
+        assert choose("fp32", "cpu", least) == torch.float32
 
 
 @pytest.mark.parametrize("instructions", ["", "avx512_bf16_of_another_kind", "amx_tile amx_int8", "avx512_vnni"])
-def test_other_cpus_train_in_fp32(cpu_info, instructions):
+def test_other_cpus_compute_in_fp32(cpu_info, instructions):
     cpu_info(instructions)
     assert not cpu_multiplies_bf16()
-    assert training_dtype("cpu", 10**12) == torch.float32
+    for choose in (training_dtype, sampling_dtype):
+        assert choose("auto", "cpu", 10**12) == torch.float32
+        assert choose("bf16", "cpu", 1) == torch.bfloat16
 
 
-def test_a_system_that_lists_no_instructions_trains_in_fp32(tmp_path, monkeypatch):
+def test_a_system_that_lists_no_instructions_computes_in_fp32(tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "none")
-    assert training_dtype("cpu", LARGE) == torch.float32
+    assert training_dtype("auto", "cpu", 10**12) == sampling_dtype("auto", "cpu", 10**12) == torch.float32
     (tmp_path / "none").write_text("processor : 0\nFeatures : bf16\n")
-    assert training_dtype("cpu", LARGE) == torch.float32
+    assert training_dtype("auto", "cpu", 10**12) == sampling_dtype("auto", "cpu", 10**12) == torch.float32
 
 
 @pytest.mark.parametrize(("has_it", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
@@ -59,9 +65,16 @@ def test_a_gpu_that_only_emulates_bf16_computes_in_fp32(monkeypatch, has_it, exp
         return has_it or including_emulation
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
-    assert training_dtype("cuda", 1) == training_dtype("cuda:1", LARGE) == expected
-    assert sampling_dtype("cuda") == sampling_dtype("cuda:1") == expected
-    assert sampling_dtype("cpu") == torch.float32
+    for choose in (training_dtype, sampling_dtype):
+        assert choose("auto", "cuda", 1) == choose("auto", "cuda:1", 10**12) == expected
+        assert choose("fp32", "cuda", 1) == torch.float32
+
+
+def test_keys_and_values_are_fp32_beside_bf16_weights_on_a_cpu_alone():
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        expected = torch.float32 if dtype == torch.bfloat16 else dtype
+        assert cache_dtype(dtype, "cpu") == expected
+        assert cache_dtype(dtype, torch.device("cuda", 1)) == dtype
 
 
 def test_cuda_is_the_default_where_there_is_one(monkeypatch):

@@ -68,13 +68,20 @@ class KVCache:
         position_S = torch.arange(plan.n_read, device=self.length_B.device)
         return mask_bias(position_S <= plan.position_B[:, None], self.keys_LBGSK.dtype)
 
+    def write_prompts(self, layer: int, row_Q: Tensor, k_QTGK: Tensor, v_QTGK: Tensor) -> None:
+        """Write the first T positions of some rows; the lengths are declared by `set_lengths`."""
+        dtype, n_written = self.keys_LBGSK.dtype, k_QTGK.shape[1]
+        self.keys_LBGSK[layer, row_Q, :, :n_written] = k_QTGK.transpose(1, 2).to(dtype)
+        self.values_LBGSK[layer, row_Q, :, :n_written] = v_QTGK.transpose(1, 2).to(dtype)
+
     def append(self, layer: int, plan: StepPlan, k_B1GK: Tensor, v_B1GK: Tensor) -> tuple[Tensor, Tensor]:
         """Write one token to each row of the plan; the rows' keys and values, the new included, twice (B, G, S, K).
 
         Lengths do not change until `advance`, so that every layer of a step writes to the same position.
         """
-        self.keys_LBGSK[layer, plan.row_B, :, plan.position_B] = k_B1GK[:, 0]
-        self.values_LBGSK[layer, plan.row_B, :, plan.position_B] = v_B1GK[:, 0]
+        dtype = self.keys_LBGSK.dtype
+        self.keys_LBGSK[layer, plan.row_B, :, plan.position_B] = k_B1GK[:, 0].to(dtype)
+        self.values_LBGSK[layer, plan.row_B, :, plan.position_B] = v_B1GK[:, 0].to(dtype)
         n_rows = len(k_B1GK)
         keys_BGSK = self.keys_LBGSK[layer, :n_rows, :, : plan.n_read]
         values_BGSK = self.values_LBGSK[layer, :n_rows, :, : plan.n_read]
@@ -278,7 +285,7 @@ class T5Cache:
     """What decoding remembers of each row: its own tokens, and its prompt as the cross-attention sees it."""
 
     def __init__(self, own: KVCache, prompt: SharedPromptCache, bias_SH: Tensor):
-        """`bias_SH` is the decoder's position bias by distance, 0 … max_new − 1."""
+        """`bias_SH` is the decoder's position bias by distance, 0 … max_new − 1, in the precision of the keys."""
         self.own = own
         self.prompt = prompt
         # Of each head a table with the greatest distance first, and after distance 0 as much −inf:

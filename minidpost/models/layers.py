@@ -39,17 +39,20 @@ def mask_bias(mask_BS: Tensor, dtype: torch.dtype) -> Tensor:
 def attention(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_BGRS: Tensor, scale: float) -> Tensor:
     """softmax(q kᵀ · scale + bias) v for few queries a row, (B, G, R, K).
 
-    Each of the G heads of keys and values is read by R queries. The bias is anything that broadcasts to (B, G, R, S).
+    Each of the G heads of keys and values is read by R queries. The bias is anything that broadcasts to (B, G, R, S),
+    in the precision of keys and values, which may be higher than that of the queries (precision.cache_dtype).
     """
+    dtype = q_BGRK.dtype
+    q_BGRK = q_BGRK.to(k_BGSK.dtype)
     if q_BGRK.device.type != "cpu":
         # For few queries plain products take a third less time on a GPU too, but they round scores to bf16 before the
         # softmax, which the fused kernel does not (benchmarks/results/gpu.md).
-        return F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, bias_BGRS, scale=scale)
+        return F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, bias_BGRS, scale=scale).to(dtype)
     # The fused kernel is made for many queries; for one a row, plain products take a fifth less time on a CPU.
     if scale != 1.0:
         q_BGRK = q_BGRK * scale
     weight_BGRS = torch.matmul(q_BGRK, k_BGSK.mT).add_(bias_BGRS).softmax(-1)
-    return torch.matmul(weight_BGRS, v_BGSK)
+    return torch.matmul(weight_BGRS, v_BGSK).to(dtype)
 
 
 def linear(x_BTD: Tensor, weight_OD: Tensor) -> Tensor:

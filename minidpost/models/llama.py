@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from minidpost.models.kvcache import CachedTokens, KVCache, StepPlan, indices
 from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, linear
-from minidpost.precision import to_device
+from minidpost.precision import cache_dtype, to_device
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,7 @@ class PackedPrompts:
         q_QTHK = self.unpack(q_1NHK)
         k_QTGK = self.unpack(k_1NGK)
         v_QTGK = self.unpack(v_1NGK)
-        self.cache.keys_LBGSK[self.layer, self.row_Q, :, : self.longest] = k_QTGK.transpose(1, 2)
-        self.cache.values_LBGSK[self.layer, self.row_Q, :, : self.longest] = v_QTGK.transpose(1, 2)
+        self.cache.write_prompts(self.layer, self.row_Q, k_QTGK, v_QTGK)
         # Padding comes after a prompt's tokens, where the causal order hides it from them.
         y_QTHK = CausalAttention().attend(q_QTHK, k_QTGK, v_QTGK)
         return y_QTHK[self.prompt_N, self.position_N][None]
@@ -302,7 +301,7 @@ class Llama(LanguageModel):
             n_heads=self.config.n_kv_heads,
             max_tokens=max_prompt + max_new,
             d_head=self.config.d_head,
-            dtype=self.embedding.weight.dtype,
+            dtype=cache_dtype(self.embedding.weight.dtype, self.embedding.weight.device),
             device=self.embedding.weight.device,
         )
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from minidpost.models.kvcache import CachedPrompts, CachedTokens, KVCache, SharedPromptCache, T5Cache, T5Plan, indices
 from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, linear, mask_bias
+from minidpost.precision import cache_dtype
 
 
 @dataclass(frozen=True)
@@ -331,7 +332,7 @@ class T5(LanguageModel):
         own = self._kv_cache(n_rows, max_new)
         prompts = self._kv_cache(n_rows, max_prompt)
         bias_SH = self.position_bias(torch.arange(max_new, device=weight.device))
-        return T5Cache(own, SharedPromptCache(prompts), bias_SH)
+        return T5Cache(own, SharedPromptCache(prompts), bias_SH.to(own.keys_LBGSK.dtype))
 
     def _kv_cache(self, n_rows: int, max_tokens: int) -> KVCache:
         """Keys and values of all decoder layers."""
@@ -341,7 +342,7 @@ class T5(LanguageModel):
             n_heads=self.config.n_heads,
             max_tokens=max_tokens,
             d_head=self.config.d_kv,
-            dtype=self.embedding.weight.dtype,
+            dtype=cache_dtype(self.embedding.weight.dtype, self.embedding.weight.device),
             device=self.embedding.weight.device,
         )
 
@@ -358,12 +359,10 @@ class T5(LanguageModel):
 
         # Every step will read the keys and values of the encoder's output: they are computed once, here.
         slot_Q = indices(cache.prompt.begin(row_ids, lengths), device)
-        store = cache.prompt.store
         for index, layer in enumerate(self.decoder.layers):
             assert isinstance(layer, DecoderLayer)
             k_QSHK, v_QSHK = layer.cross_attention.keys_values(encoded_QSD)
-            store.keys_LBGSK[index, slot_Q, :, :longest] = k_QSHK.transpose(1, 2)
-            store.values_LBGSK[index, slot_Q, :, :longest] = v_QSHK.transpose(1, 2)
+            cache.prompt.store.write_prompts(index, slot_Q, k_QSHK, v_QSHK)
         cache.own.set_lengths(row_ids, [0] * len(row_ids))
         return [self.config.start_id] * len(row_ids)
 

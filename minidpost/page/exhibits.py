@@ -222,7 +222,7 @@ def command(run: RunFiles | None, **changes: Any) -> str:
         "seed": 42,
         "no_calculator": False,
         "template": None,
-        "dtype": None,
+        "dtype": "fp32",
     }
     settings = dict(defaults)
     if run is not None:
@@ -235,7 +235,7 @@ def command(run: RunFiles | None, **changes: Any) -> str:
         flag = f"--{name.replace('_', '-')}"
         if value is True:
             words.append(flag)
-        elif value is not False and value != defaults.get(name):
+        elif value is not None and value is not False and value != defaults.get(name):
             words += [flag, str(value)]
     return shlex.join(words)
 

@@ -37,6 +37,7 @@ from minidpost.models.layers import Linear
 from minidpost.models.lora import n_adapter_parameters
 from minidpost.models.t5 import T5Config
 from minidpost.models.weights import empty_model
+from minidpost.precision import cache_dtype
 from minidpost.processes import processes_of_machine, world_size
 from minidpost.sampling.generate import MAX_PROMPT_TOKENS
 from minidpost.sampling.sampler import prefill_batch
@@ -175,7 +176,9 @@ def sampling_bytes(model: Model, preset: Preset, dtype: torch.dtype, device: str
     """Weights, KV cache for the longest prompts that the preset trains on, and logits of all slots."""
     max_prompt = min(preset.max_source, MAX_PROMPT_TOKENS)
     n_rows = preset.slots + prefill_batch(preset.slots, device)
-    cache = empty_model(model.config).to(dtype).new_cache(n_rows, max_prompt, preset.max_new_tokens)
+    cache = (
+        empty_model(model.config).to(cache_dtype(dtype, device)).new_cache(n_rows, max_prompt, preset.max_new_tokens)
+    )
     logits_bytes = 12 * preset.slots * model.config.vocab_size
     return dtype.itemsize * n_parameters(model) + tensor_bytes(cache) + logits_bytes
 

@@ -10,7 +10,6 @@ import torch
 
 from minidpost.data.example import Example
 from minidpost.errors import UserError
-from minidpost.precision import sampling_dtype
 from minidpost.sampling.generate import check_prompts
 from minidpost.sampling.sampler import SamplingSettings
 from minidpost.selftraining.methods import METHODS, Method
@@ -97,10 +96,10 @@ class Run:
     """A method, a base model, data and settings, and the directory in which the steps of the method leave their files.
 
     `base` is f_θ's directory. `template_name` (one of models.weights.TEMPLATES) is what fine-tuned models record of how
-    they write, None what the base does. `dtype` (one of DTYPES) is that of the weights in sampling and evaluation, None
-    the one that the device is fastest with; `training_dtype` is that of forward passes in training
-    (precision.autocast). `checkpoint_minutes` says how often a training in progress is saved, `save_dtype` in which
-    precision a finished model is, `keep` which of those stay (steps.remove_models).
+    they write, None what the base does. `dtype` is the precision of weights in sampling and evaluation,
+    `training_dtype` that of forward passes in training, None what the device is fastest with (precision.autocast).
+    `checkpoint_minutes` says how often a training in progress is saved, `save_dtype` in which precision a finished
+    model is, `keep` which of those stay (steps.remove_models).
     """
 
     directory: RunDirectory
@@ -113,7 +112,7 @@ class Run:
     seed: int = 42
     template_name: str | None = None
     calculator: bool = True
-    dtype: str | None = None
+    dtype: torch.dtype = torch.float32
     training_dtype: torch.dtype | None = None
     device: str = "cpu"
     checkpoint_minutes: float = 5.0
@@ -134,11 +133,6 @@ class Run:
         if iteration == 0 and not self.preset.warm_up:
             return self.base
         return self.path(iteration) / "sft"
-
-    @property
-    def sampling_dtype(self) -> torch.dtype:
-        """The precision of weights in sampling and evaluation."""
-        return sampling_dtype(self.device, self.dtype)
 
     def sampling_settings(self, purpose: str) -> SamplingSettings:
         """The preset's sampling settings, seeded for one purpose, such as "1/samples-dpo"."""

@@ -278,7 +278,7 @@ def candidates(run: Run, iteration: int, name: str, *, merges_iterations: bool =
 
 def load_for_sampling(run: Run, directory: Path) -> Model:
     """A model in the precision that sampling uses on this device."""
-    return load_model(directory, run.sampling_dtype, run.device)
+    return load_model(directory, run.dtype, run.device)
 
 
 # -- preferences ------------------------------------------------------------------------------------------------------

@@ -237,15 +237,30 @@ def test_decoding_leaves_training_possible():
     assert all(weight.grad is not None and not weight.is_inference() for weight in model.parameters())
 
 
-def test_bf16_decoding_follows_its_full_forward():
-    model = random_t5(SHAPES["gated-untied"]).bfloat16()
-    script = Script(model, 12, 8, seed=0)
-    cache = model.new_cache(1, max_prompt=12, max_new=8)
-    start(model, cache, {0: script})
-    for token, expected_V in zip(script.tokens, script.logits_TV, strict=True):
-        logits_BV = model.decode(cache, torch.tensor([token]))
-        assert logits_BV.dtype == torch.bfloat16
-        assert (logits_BV[0].float() - expected_V.float()).abs().max() < 0.05 * script.logits_TV.float().abs().max()
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_bf16_decoding_follows_its_full_forward(family):
+    """Keys, values and position biases are fp32: a CPU would copy those of bf16 at each step."""
+    ids = torch.randint(3, 40, (20,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompt, fed = ids[:12], ids[12:]
+    if family == "t5":
+        model = random_t5(SHAPES["gated-untied"]).bfloat16()
+        source_1S = torch.tensor([prompt])
+        fed = [model.config.start_id, *fed]
+        inputs = (source_1S, torch.ones_like(source_1S, dtype=torch.bool), torch.tensor([fed]))
+    else:
+        model = random_llama(LLAMA_SHAPES["grouped"]).bfloat16()
+        fed = [prompt[-1], *fed]
+        inputs = (torch.tensor([ids]),)
+    with torch.no_grad():
+        expected_TV = model(*inputs)[0, -len(fed) :].float()
+    cache = model.new_cache(1, max_prompt=12, max_new=10)
+    for part in [cache] if isinstance(cache, KVCache) else [cache.own, cache.prompt.store]:
+        assert part.keys_LBGSK.dtype == part.values_LBGSK.dtype == torch.float32
+    assert model.prefill(cache, [0], [prompt]) == fed[:1]
+    for token, expected_V in zip(fed, expected_TV, strict=True):
+        logits_1V = model.decode(cache, torch.tensor([token]))
+        assert logits_1V.dtype == torch.bfloat16
+        assert (logits_1V[0].float() - expected_V).abs().max() < 0.05 * expected_TV.abs().max()
 
 
 def test_rows_and_prompts_stand_in_a_table():

@@ -92,7 +92,7 @@ def test_llama_3_8b_is_trained_with_lora_within_24_gb(shared):
     n_parameters = sum(p.numel() for p in model.parameters())
     needed = training_bytes(model, preset, torch.bfloat16, "cuda")
     assert 2 * n_parameters + 16 * n_adapter_parameters(model, 16) < needed < 24e9
-    assert sampling_bytes(model, preset, torch.bfloat16) < 24e9
+    assert sampling_bytes(model, preset, torch.bfloat16, "cuda") < 24e9
     assert 2 * 12 * n_adapter_parameters(model, 16) < 1.1e9  # the saved states, of 193 GB without LoRA
     assert training_bytes(model, replace(preset, lora_rank=None), torch.bfloat16, "cuda") > 5 * needed
 
@@ -158,12 +158,15 @@ def test_sampling_needs_weights_cache_and_logits():
     preset = replace(LLAMA, slots=8, max_source=30, max_new_tokens=20)
     cache = Llama(CONFIG).bfloat16().new_cache(8 + sampler.PREFILL_BATCH, 30, 20)
     n_rows, n_layers, n_kv_heads, n_positions, d_head = 8 + 16, 4, 2, 30 + 20, 16
-    keys_and_values = 2 * 2 * n_rows * n_layers * n_kv_heads * n_positions * d_head  # two bytes a number
+    # Four bytes a number on a CPU, two on a GPU.
+    keys_and_values = 4 * 2 * n_rows * n_layers * n_kv_heads * n_positions * d_head
     lengths_and_indices = 2 * 8 * n_rows
     cache_bytes = keys_and_values + lengths_and_indices
     assert tensor_bytes(cache) == cache_bytes
     n_parameters = sum(p.numel() for p in meta().parameters())
     assert sampling_bytes(meta(), preset, torch.bfloat16) == 2 * n_parameters + cache_bytes + 12 * 8 * 1000
+    on_cpu, on_gpu = (sampling_bytes(meta(), preset, torch.bfloat16, device) for device in ("cpu", "cuda"))
+    assert on_cpu - on_gpu == keys_and_values // 2
 
 
 @pytest.mark.parametrize("name", ["flan-t5-large", "Meta-Llama-3-8B"])
