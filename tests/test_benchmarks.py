@@ -270,7 +270,7 @@ def test_targets_are_held_against_the_best_of_the_peers(tiny_template):
     rows = list(sampling.target_rows({part: ([measured], [])}, sampling.TARGETS["cpu"]))
     assert [row[1:] for row in rows] == [
         ["≥ 5×", "5.00×", "reached"],
-        ["≥ 1.5×", "2.00×", "reached"],
+        ["≥ 1×", "2.00×", "reached"],
         ["≤ 1%", "+0.5%", "reached"],
     ]
 
