@@ -32,7 +32,15 @@ from minidpost.models.weights import TEMPLATES, check_weights, empty_model, load
 from minidpost.precision import DTYPES, default_device, sampling_dtype, training_dtype
 from minidpost.processes import on_rank_0, rank
 from minidpost.selftraining.algorithm import self_train
-from minidpost.selftraining.estimates import Plan, check_disk, check_memory, slots_for, warn_of_hours
+from minidpost.selftraining.estimates import (
+    Plan,
+    check_disk,
+    check_memory,
+    model_size,
+    planned_stages,
+    slots_for,
+    warn_of_hours,
+)
 from minidpost.selftraining.flags import (
     MAY_CHANGE,
     add_hyperparameters,
@@ -47,7 +55,6 @@ from minidpost.selftraining.rehearsal import rehearse
 from minidpost.selftraining.report import write_report
 from minidpost.selftraining.run import Data, Keep, Run, tokenize
 from minidpost.selftraining.run_directory import RunDirectory, model_hash
-from minidpost.selftraining.steps import planned_stages
 
 MAX_NAME = 100  # characters of a run directory's name that say what differs from the preset
 
@@ -126,7 +133,7 @@ def main() -> None:
     )
 
     # 3) The method.
-    directory.planned = planned_stages(run)
+    directory.planned = planned_stages(plan, model_size(model))
     table = ""
     for _ in self_train(run):
         table = on_rank_0(lambda: write_report(run, base.name))

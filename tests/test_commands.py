@@ -504,6 +504,9 @@ def test_a_whole_run_of_each_method(call, tiny_model_dir, my_data, method):
     begun = re.findall(r" (iteration-\S+) \(stage (\d+) of (\d+)", (run / "log.txt").read_text())
     stages = [row["stage"] for row in read_rows(run / "stages.jsonl")]
     assert begun == [(name, str(number), str(len(stages))) for number, name in enumerate(stages, start=1)]
+    # From the end of the warm-up and its evaluation on, it is told how long the rest will take.
+    left = re.findall(r" (iteration-\S+) \(stage .* left\)", (run / "log.txt").read_text())
+    assert left == stages[2:]
 
 
 def test_rest_em_without_a_correct_sample_is_one_line(call, tiny_model_dir, my_data):

@@ -43,6 +43,7 @@ from minidpost.sampling.sampler import prefill_batch
 from minidpost.selftraining.methods import METHODS
 from minidpost.selftraining.presets import Preset, n_parameters
 from minidpost.selftraining.run import Data, Keep, TokenizedData
+from minidpost.selftraining.run_directory import PlannedStage
 from minidpost.text.templates import Template
 from minidpost.training.batching import TokenizedExample, drop_too_long, token_counts
 from minidpost.training.losses import LOGITS_AT_ONCE
@@ -370,49 +371,70 @@ class Plan:
 
 
 def run_flops(plan: Plan, size: ModelSize) -> float:
-    """The operations of a whole run, estimated: completions are as long as the labelled rationales are on average.
+    """The operations of a whole run, estimated: those of all its stages (`planned_stages`)."""
+    return sum(stage.flops for stage in planned_stages(plan, size).values())
 
-    Half of the pool's questions are taken to get a pseudo-label for each of their iterations, and DPO to make all its
-    steps. How many there really are depends on what the model gets right.
+
+def planned_stages(plan: Plan, size: ModelSize) -> dict[str, PlannedStage]:
+    """All stages that a run has if it does not stop early, by name and in order, with their operations.
+
+    Completions are taken to be as long as the labelled rationales are on average. Half of the pool's questions are
+    taken to get a pseudo-label for each iteration so far, and as many preference pairs as a question may have; DPO is
+    taken to make all its steps. How many there really are depends on what the model gets right.
     """
     preset = plan.preset
+    has_dpo = METHODS[plan.method].has_dpo
     labelled = plan.labelled
     n_source, n_target = token_counts(labelled)
     mean_target = n_target // max(1, len(labelled))
     prompt_lengths = [len(plan.tokens.prompt_ids[example.question]) for example in plan.data.pool]
     mean_prompt = sum(prompt_lengths) // len(prompt_lengths)
+    n_questions = len(prompt_lengths)
     is_frozen = preset.freezes_weights
     n_passes = training_passes(is_frozen)
     recomputed = (n_passes + 1) / n_passes if preset.activation_checkpointing else 1.0  # a second forward pass
 
+    def training(n_sources: int, n_targets: int) -> PlannedStage:
+        return PlannedStage("training", recomputed * training_flops(size, n_sources, n_targets, is_frozen=is_frozen))
+
     def sampling(n_questions: int, n_samples: int) -> float:
         return sampling_flops(size, [mean_prompt] * n_questions, [mean_target] * (n_questions * n_samples))
 
-    # The warm-up, and the SFT of each iteration, on one pseudo-label more for every second question of the pool.
-    sft = preset.sft_epochs * training_flops(size, n_source, n_target, is_frozen=is_frozen)
-    n_labels = len(prompt_lengths) // 2
-    n_sources = preset.sft_epochs * n_labels * mean_prompt
-    n_targets = preset.sft_epochs * n_labels * mean_target
-    labels = training_flops(size, n_sources, n_targets, is_frozen=is_frozen)
-    training = sft * int(preset.warm_up)
-    inference = 0.0
-    for iteration in range(1, plan.n_iterations + 1):
-        training += sft + iteration * labels
-        inference += sampling(len(prompt_lengths), preset.samples)
-        if METHODS[plan.method].has_dpo:
-            n_sequences = 2 * preset.dpo_steps * preset.dpo_pairs_per_step
-            n_sources = n_sequences * mean_prompt
-            n_targets = n_sequences * mean_target
-            training += training_flops(size, n_sources, n_targets, is_frozen=is_frozen)
-            inference += sampling(len(prompt_lengths), preset.dpo_samples)
+    def sft(n_labels: int) -> PlannedStage:
+        """On the labelled set and so many pseudo-labels."""
+        return training(
+            preset.sft_epochs * (n_source + n_labels * mean_prompt),
+            preset.sft_epochs * (n_target + n_labels * mean_target),
+        )
 
-    # Evaluations: all sets greedily, dev `pass_at` times more, after every SFT.
+    # Evaluations: f_θ' on all sets greedily, f_θd on dev; dev `pass_at` times more.
     n_dev = len(plan.data.dev)
     n_tests = sum(len(examples[: preset.test_questions]) for examples in plan.data.tests.values())
-    evaluation = sampling(n_dev + n_tests, 1)
-    if preset.pass_at > 1:
-        evaluation += sampling(n_dev, preset.pass_at)
-    return recomputed * training + inference + (1 + plan.n_iterations) * evaluation
+    passing = sampling(len(plan.data.dev[: preset.pass_questions]), preset.pass_at) if preset.pass_at > 1 else 0.0
+    evaluation_of_sft = sampling(n_dev + n_tests, 1) + passing
+    evaluation_of_dpo = sampling(n_dev, 1) + passing
+
+    stages = {}
+    if preset.warm_up:
+        stages["iteration-0/sft"] = sft(0)
+    stages["iteration-0/evaluation.json"] = PlannedStage("inference", evaluation_of_sft)
+    for iteration in range(1, plan.n_iterations + 1):
+        path = f"iteration-{iteration}"
+        evaluation = evaluation_of_sft
+        if has_dpo:
+            n_pairs = n_questions // 2 * preset.pairs_per_question
+            of_pairs = forward_flops(size, 2 * n_pairs * mean_prompt, 2 * n_pairs * mean_target)
+            n_sequences = 2 * preset.dpo_steps * preset.dpo_pairs_per_step
+            stages[f"{path}/samples-dpo.jsonl"] = PlannedStage("inference", sampling(n_questions, preset.dpo_samples))
+            stages[f"{path}/pairs.jsonl"] = PlannedStage()
+            stages[f"{path}/reference.safetensors"] = PlannedStage("training", of_pairs)
+            stages[f"{path}/dpo"] = training(n_sequences * mean_prompt, n_sequences * mean_target)
+            evaluation += evaluation_of_dpo
+        stages[f"{path}/samples-sft.jsonl"] = PlannedStage("inference", sampling(n_questions, preset.samples))
+        stages[f"{path}/pseudo-labels.jsonl"] = PlannedStage()
+        stages[f"{path}/sft"] = sft(iteration * (n_questions // 2))
+        stages[f"{path}/evaluation.json"] = PlannedStage("inference", evaluation)
+    return stages
 
 
 def warn_of_hours(plan: Plan, model: Model) -> None:

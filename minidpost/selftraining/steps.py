@@ -51,17 +51,6 @@ from minidpost.training.sft import train_sft
 TrainingItem = TypeVar("TrainingItem", TokenizedExample, PreferencePair)
 
 
-def planned_stages(run: Run) -> list[str]:
-    """The names of all stages that a run has, in order, if it does not stop early."""
-    stages = ["iteration-0/sft"] if run.preset.warm_up else []
-    stages.append("iteration-0/evaluation.json")
-    of_dpo = ["samples-dpo.jsonl", "pairs.jsonl", "reference.safetensors", "dpo"] if run.rules.has_dpo else []
-    of_iteration = [*of_dpo, "samples-sft.jsonl", "pseudo-labels.jsonl", "sft", "evaluation.json"]
-    for iteration in range(1, run.preset.iterations_of(run.rules) + 1):
-        stages += [f"iteration-{iteration}/{name}" for name in of_iteration]
-    return stages
-
-
 # -- fine-tuning ------------------------------------------------------------------------------------------------------
 
 

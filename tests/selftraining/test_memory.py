@@ -26,6 +26,7 @@ from minidpost.selftraining.estimates import (
     check_memory,
     disk_bytes,
     model_size,
+    planned_stages,
     product_flops_per_second,
     run_flops,
     sampling_bytes,
@@ -327,6 +328,44 @@ def test_a_warm_up_alone_costs_its_epochs_and_an_evaluation():
     warm_up = training_flops(size, 3 * 4 * 5, 3 * 4 * 10)
     evaluation = estimates.sampling_flops(size, [5, 5], [10, 10])
     assert run_flops(plan(method="sft", preset=preset), size) == pytest.approx(warm_up + evaluation)
+
+
+def test_each_stage_costs_what_it_trains_on_and_samples():
+    """Eight questions of 5 tokens, four of them labelled with 10; half of the eight get labels, and 3 pairs each."""
+    size = model_size(meta())
+    preset = replace(plan().preset, iterations=2, sft_epochs=1, samples=3, dpo_samples=5, pass_at=10, pass_questions=1)
+    stages = planned_stages(plan(preset=preset), size)
+
+    def training(n_sequences: int) -> float:
+        return training_flops(size, 5 * n_sequences, 10 * n_sequences)
+
+    def sampling(n_questions: int, n_samples: int) -> float:
+        return estimates.sampling_flops(size, [5] * n_questions, [10] * (n_questions * n_samples))
+
+    pass_at_10 = sampling(1, 10)
+    flops = {
+        "iteration-0/sft": training(4),
+        "iteration-0/evaluation.json": sampling(2, 1) + pass_at_10,
+        "iteration-1/samples-dpo.jsonl": sampling(8, 5),
+        "iteration-1/pairs.jsonl": 0.0,
+        "iteration-1/reference.safetensors": estimates.forward_flops(size, 2 * 12 * 5, 2 * 12 * 10),
+        "iteration-1/dpo": training(2 * 6 * 2),
+        "iteration-1/samples-sft.jsonl": sampling(8, 3),
+        "iteration-1/pseudo-labels.jsonl": 0.0,
+        "iteration-1/sft": training(4 + 4),
+        "iteration-1/evaluation.json": 2 * (sampling(2, 1) + pass_at_10),  # f_θ' and f_θd
+    }
+    assert [*stages][: len(flops)] == [*flops] and len(stages) == 2 + 2 * 8
+    assert {name: stages[name].flops for name in flops} == pytest.approx(flops)
+    assert stages["iteration-2/sft"].flops == pytest.approx(training(4 + 2 * 4))
+    assert run_flops(plan(preset=preset), size) == sum(stage.flops for stage in stages.values())
+    sorts = {name.partition("/")[2]: stage.work for name, stage in stages.items()}
+    assert [name for name, work in sorts.items() if work == "training"] == ["sft", "reference.safetensors", "dpo"]
+    assert [name for name, work in sorts.items() if work is None] == ["pairs.jsonl", "pseudo-labels.jsonl"]
+    without = planned_stages(plan(method="st", preset=replace(preset, warm_up=False)), size)
+    assert [*without][:3] == [
+        "iteration-0/evaluation.json", "iteration-1/samples-sft.jsonl", "iteration-1/pseudo-labels.jsonl",
+    ]  # fmt: skip
 
 
 def test_what_makes_a_run_longer_makes_its_estimate_larger():
