@@ -1175,6 +1175,32 @@ def test_a_rehearsal_comes_before_the_directory_and_is_logged(
     assert Path("run/iteration-0/sft/model.safetensors").read_bytes() == rehearsed
 
 
+def test_a_finished_run_is_not_rehearsed_again(call, tiny_model_dir, my_data, monkeypatch, out_of_memory):
+    """Nor is memory or disk asked for, of which it needs none; a run that is taken further needs them."""
+    flags = ["--model", tiny_model_dir, "--data", my_data, "--run-dir", "run", *QUICK, "--method", "st"]
+    assert call("train.py", *flags).status == 0
+    monkeypatch.setattr("minidpost.selftraining.rehearsal.is_worth_it", lambda plan, model: True)
+    monkeypatch.setattr(rehearsal, "sft_gradients", out_of_memory)
+    monkeypatch.setattr("minidpost.selftraining.estimates.available_bytes", lambda device: 1)
+    monkeypatch.setattr("minidpost.selftraining.estimates.disk_bytes", lambda *_, **__: 10**18)
+    before = snapshot(Path("run"))
+    outcome = call("train.py", *flags)
+    assert (outcome.status, outcome.complaints) == (0, [])
+    assert "every stage is finished" in Path("run/log.txt").read_text()
+    changed = {name for name, state in snapshot(Path("run")).items() if before.get(name) != state}
+    assert not {name for name in changed if name.startswith("iteration-")}
+
+    for more in (["--iterations", 2], ["--fresh"]):
+        before = snapshot(Path("run"))
+        outcome = call("train.py", *flags, *more)
+        assert outcome.status == 2 and outcome.complaints[0].startswith("train.py: memory: training ")
+        assert snapshot(Path("run")) == before
+    outcome = call("train.py", *flags, "--seed", 7)  # of another run nothing is finished, and its directory says so
+    assert outcome.complaints == [
+        "train.py: run was begun with seed = 42, this command has 7; choose another --run-dir, or --fresh"
+    ]
+
+
 def test_a_disk_without_room_is_refused_before_anything_is_written(call, tiny_model_dir, my_data, monkeypatch):
     monkeypatch.setattr("minidpost.selftraining.estimates.disk_bytes", lambda *_, **__: 10**18)
     outcome = call("train.py", "--model", tiny_model_dir, "--data", my_data, "--run-dir", "runs/new", *QUICK)

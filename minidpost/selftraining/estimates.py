@@ -22,7 +22,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -244,15 +244,21 @@ def check_disk(
     fresh: bool = False,
     save_dtype: torch.dtype = torch.float32,
     keep: Keep = "all",
+    n_trainings: int | None = None,
 ) -> str:
     """What a run writes and what is free, in one line; UserError where it cannot fit, a warning where it hardly does.
 
-    What an earlier command has left of the run counts as written, unless it begins anew (`fresh`).
+    What an earlier command has left of the run counts as written, unless it begins anew (`fresh`). `n_trainings` are
+    those that are not finished, None where all are to be made: models that were written and removed (`keep`) are not
+    written again, and without a training there is no state to save.
     """
     written = 0
     if run_dir.is_dir() and not fresh:
         written = sum(path.stat().st_size for path in run_dir.rglob("*.safetensors"))
     needed = max(0, disk_bytes(model, preset, method, save_dtype=save_dtype, keep=keep) - written)
+    if n_trainings is not None:
+        model_bytes, state_bytes = bytes_of_training(model, preset, save_dtype)
+        needed = min(needed, n_trainings * model_bytes + (2 * state_bytes if n_trainings else 0))
     existing = next(parent for parent in (run_dir.absolute(), *run_dir.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     text = f"disk: {size_text(needed)} (estimated) of {size_text(free)} free in {existing}"
@@ -281,11 +287,17 @@ def disk_bytes(
     if keep != "all":
         # The last iteration's model, this one's, and what DPO made of the former; with "best" perhaps one more.
         n_models = min(n_models, 2 + int(rules.has_dpo) + int(keep == "best"))
+    model_bytes, state_bytes = bytes_of_training(model, preset, save_dtype)
+    return n_models * model_bytes + 2 * state_bytes
+
+
+def bytes_of_training(model: Model, preset: Preset, save_dtype: torch.dtype) -> tuple[int, int]:
+    """What a training writes: the finished model, with LoRA its adapters too, and one saved state before that."""
     n_trained = n_trained_parameters(model, preset)
-    n_written = n_parameters(model)
+    model_bytes = save_dtype.itemsize * n_parameters(model)
     if preset.freezes_weights:
-        n_written += 4 // save_dtype.itemsize * n_trained  # the adapters lie beside the merged model, in fp32
-    return save_dtype.itemsize * n_models * n_written + 2 * 12 * n_trained
+        model_bytes += 4 * n_trained  # the adapters lie beside the merged model, in fp32
+    return model_bytes, 12 * n_trained
 
 
 # -- floating-point operations ----------------------------------------------------------------------------------------
@@ -437,16 +449,23 @@ def planned_stages(plan: Plan, size: ModelSize) -> dict[str, PlannedStage]:
     return stages
 
 
-def warn_of_hours(plan: Plan, model: Model) -> None:
-    """A warning with an estimate of the hours, where a model of a published one's size is to be trained on a CPU."""
+def warn_of_hours(plan: Plan, model: Model, finished: Collection[str] = ()) -> None:
+    """A warning with an estimate of the hours, where a model of a published one's size is to be trained on a CPU.
+
+    The stages that are `finished` take no time any more; where all are, there is no warning.
+    """
     is_large = n_parameters(model) >= MIN_PARAMETERS_FOR_WARNING
     if torch.device(plan.device).type != "cpu" or not is_large:
         return
-    flops = run_flops(plan, model_size(model))
+    left = [stage for name, stage in planned_stages(plan, model_size(model)).items() if name not in finished]
+    if not left:
+        return
+    flops = sum(stage.flops for stage in left)
     rate = product_flops_per_second(plan.training_dtype)
     dtype = str(plan.training_dtype).removeprefix("torch.")
+    what = "the rest of the run takes" if finished else "the run takes"
     warnings.warn(
-        f"{plan.base.name} has {n_parameters(model) / 1e6:,.0f} million parameters, and this is a CPU: the run takes "
+        f"{plan.base.name} has {n_parameters(model) / 1e6:,.0f} million parameters, and this is a CPU: {what} "
         f"about {written_hours(flops / rate / 3600)} or more, by an estimate ({flops:.1e} floating-point operations, "
         f"{rate:.1e} a second in products of {dtype} matrices here)",
         stacklevel=2,

@@ -318,6 +318,18 @@ class RunDirectory:
         return stages
 
 
+def finished_names(path: Path) -> set[str]:
+    """The names of the stages that a run has finished, without claiming its directory.
+
+    Empty where no run is, or one that cannot be read: RunDirectory says what is wrong. Hashes are not compared here.
+    """
+    try:
+        names = [record["stage"] for _, record in read_jsonl(path / "stages.jsonl")]
+        return {name for name in names if (path / name).exists()}
+    except (UserError, TypeError, KeyError, AttributeError):
+        return set()
+
+
 def kind_of(stage: str) -> str:
     """What a stage is in every iteration: `sft` for iteration-2/sft."""
     return stage.partition("/")[2] or stage

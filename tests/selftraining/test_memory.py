@@ -299,6 +299,24 @@ def test_what_a_run_has_written_needs_no_room_again(tmp_path, free_space):
         check_disk(meta(), LLAMA, method="dpo-st", run_dir=tmp_path, fresh=True)  # the old run stays beside it
 
 
+def test_models_that_were_removed_are_not_written_again(tmp_path, free_space):
+    """Of a run that --keep last has shortened, only what is still to be trained needs room; at the end, nothing."""
+    n_parameters = sum(p.numel() for p in meta().parameters())
+    (tmp_path / "iteration-3" / "dpo").mkdir(parents=True)
+    (tmp_path / "iteration-3" / "dpo" / "model.safetensors").write_bytes(bytes(4 * n_parameters))
+
+    def check(n_trainings: int | None, keep: str = "all") -> str:
+        return check_disk(meta(), LLAMA, method="dpo-st", run_dir=tmp_path, n_trainings=n_trainings, keep=keep)
+
+    free_space(44 * n_parameters)
+    with pytest.raises(UserError, match="disk:"):
+        check(None)
+    assert check(1).startswith(f"disk: {(4 + 24) * n_parameters / 1e6:.1f} MB (estimated) of ")
+    assert check(0).startswith("disk: 0.0 MB (estimated) of ")
+    assert check(2, keep="last").startswith(f"disk: {(2 * 4 + 24) * n_parameters / 1e6:.1f} MB")  # three at a time
+    assert check(5, keep="last") == check(2, keep="last")
+
+
 # -- a whole run ------------------------------------------------------------------------------------------------------
 
 
@@ -397,7 +415,17 @@ def test_a_published_model_on_a_cpu_is_warned_of_its_hours(monkeypatch):
         warnings.simplefilter("error")
         warn_of_hours(plan(), meta())  # small
         warn_of_hours(plan(device="cuda"), large)
+        warn_of_hours(plan(), large, planned_stages(plan(), model_size(large)).keys())  # finished
     assert len(asked) == 1
+
+
+def test_of_a_run_that_goes_on_the_hours_are_those_of_the_rest(monkeypatch):
+    large = empty_model(replace(CONFIG, vocab_size=10**6))
+    *finished, last = planned_stages(plan(), model_size(large))
+    flops = planned_stages(plan(), model_size(large))[last].flops
+    monkeypatch.setattr(estimates, "product_flops_per_second", lambda dtype: flops / 3600 / 7)
+    with pytest.warns(UserWarning, match=r"a CPU: the rest of the run takes about 7.0 hours or more"):
+        warn_of_hours(plan(), large, finished)
 
 
 def test_hours_are_written_with_two_digits():

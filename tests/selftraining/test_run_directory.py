@@ -12,7 +12,14 @@ import torch
 
 from minidpost.errors import UserError
 from minidpost.selftraining import run_directory
-from minidpost.selftraining.run_directory import FORMAT, PlannedStage, RunDirectory, duration, seconds_left
+from minidpost.selftraining.run_directory import (
+    FORMAT,
+    PlannedStage,
+    RunDirectory,
+    duration,
+    finished_names,
+    seconds_left,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -444,3 +451,19 @@ def test_a_stage_that_goes_on_after_a_kill_is_marked(tmp_path):
     assert directory.stages["iteration-1/sft"]["continued"] is True
     again = RunDirectory(tmp_path / "run", SETTINGS)
     assert again.stages["iteration-1/sft"]["continued"] is True
+
+
+def test_what_a_run_has_finished_is_read_without_claiming_it(tmp_path):
+    assert finished_names(tmp_path / "run") == set()
+    assert not (tmp_path / "run").exists()
+    directory = RunDirectory(tmp_path / "run", SETTINGS)
+    for name in ("iteration-0/sft", "iteration-1/pairs.jsonl"):
+        do_stage(directory, name, lambda path: {} if path.is_dir() else write_number(path))
+    assert finished_names(tmp_path / "run") == {"iteration-0/sft", "iteration-1/pairs.jsonl"}
+    (tmp_path / "run" / "iteration-1" / "pairs.jsonl").unlink()
+    before = files_of(tmp_path)
+    assert finished_names(tmp_path / "run") == {"iteration-0/sft"}
+    assert files_of(tmp_path) == before
+    for broken in (b"[]\n", b"{}\n", b'{"stage": 1}\n', b"\xff\n"):
+        (tmp_path / "run" / "stages.jsonl").write_bytes(broken)
+        assert finished_names(tmp_path / "run") == set()
