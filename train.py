@@ -123,7 +123,7 @@ def main() -> None:
     directory.planned = planned_stages(plan, model_size(model))
     table = ""
     for _ in self_train(run):
-        table = on_rank_0(lambda: write_report(run, base.name))
+        table = on_rank_0(lambda: write_report(run, base.name, options.model))
     if rank() == 0:
         print(f"\n{table}\n\n{run_dir}/report.md, results.json, figures/")
 

@@ -19,6 +19,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ import sample as sample_command
 from minidpost import cli
 from minidpost.cli import MAX_MESSAGE, one_line
 from minidpost.data import toy
+from minidpost.models.hub import find_model
 from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.t5 import T5, T5Config
 from minidpost.models.weights import load_model, load_template, save_model, tokenizer_files
@@ -294,6 +296,26 @@ def test_without_argument_the_newest_runs_best_model_answers(call, tiny_model_di
         example.question for example in toy.examples("dev")[:5]
     ]
     assert outcome.out == call("sample.py", "--max-new-tokens", 30, "--checkpoint", "runs/b/iteration-1/sft").out
+
+
+@pytest.mark.parametrize("base", ["hub", "directory", "unknown"])
+def test_without_argument_the_base_answers_where_it_is_the_best(call, tiny_model_dir, monkeypatch, base):
+    """A run without a warm-up may leave nothing better; the base is found as --model named it, a repository too."""
+    weights = Path("weights").absolute()
+    shutil.copytree(tiny_model_dir, weights / "me--mine")
+    shutil.copytree(tiny_model_dir, "elsewhere/mine")
+    monkeypatch.setattr(cli, "find_model", partial(find_model, weights_dir=weights))
+    shutil.copytree(tiny_model_dir, weights / "tiny-t5-dpo-st")  # what answers without a run
+    content = {"best_iteration": 0, "iterations": [{"checkpoint": None}]}
+    named, found = {
+        "hub": ({"model": "me--mine", "base": "me/mine"}, weights / "me--mine"),
+        "directory": ({"model": "mine", "base": "elsewhere/mine"}, "elsewhere/mine"),
+        "unknown": ({"model": "mine"}, weights / "tiny-t5-dpo-st"),  # a run of an older version
+    }[base]
+    Path("runs/a").mkdir(parents=True)
+    write_lines("runs/a/results.json", content | named)
+    outcome = call("sample.py", TOM, "--max-new-tokens", 2)
+    assert (outcome.status, outcome.complaints) == (0, [f"model: {found}"])
 
 
 # -- eval.py ----------------------------------------------------------------------------------------------------------
@@ -673,6 +695,7 @@ def test_without_a_warm_up_the_base_is_the_first_teacher(call, knowing_model_dir
     outcome = call("train.py", *flags, *QUICK, "--limit", 3, "--max-new-tokens", 40, "--no-warm-up")
     assert (outcome.status, outcome.complaints) == (0, [])
     assert not Path("runs/run/iteration-0/sft").exists()
+    assert json.loads(Path("runs/run/results.json").read_text())["base"] == str(knowing_model_dir)
     assert Path("runs/run/iteration-1/sft/model.safetensors").is_file()
     assert call("sample.py", TOM, "--max-new-tokens", 4).status == 0
 
