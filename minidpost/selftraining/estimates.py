@@ -39,7 +39,7 @@ from minidpost.models.t5 import T5Config
 from minidpost.models.weights import empty_model
 from minidpost.processes import processes_of_machine, world_size
 from minidpost.sampling.generate import MAX_PROMPT_TOKENS
-from minidpost.sampling.sampler import prefill_batch
+from minidpost.sampling.sampler import cached_tokens, overlaps, prefill_batch
 from minidpost.selftraining.methods import METHODS
 from minidpost.selftraining.presets import Preset, n_parameters
 from minidpost.selftraining.run import Data, Keep, TokenizedData
@@ -176,7 +176,8 @@ def sampling_bytes(model: Model, preset: Preset, dtype: torch.dtype, device: str
     """Weights, KV cache for the longest prompts that the preset trains on, and logits of all slots."""
     max_prompt = min(preset.max_source, MAX_PROMPT_TOKENS)
     n_rows = preset.slots + prefill_batch(preset.slots, device)
-    cache = empty_model(model.config).to(dtype).new_cache(n_rows, max_prompt, preset.max_new_tokens)
+    max_new_tokens = cached_tokens(preset.max_new_tokens, overlaps(device))
+    cache = empty_model(model.config).to(dtype).new_cache(n_rows, max_prompt, max_new_tokens)
     logits_bytes = 12 * preset.slots * model.config.vocab_size
     return dtype.itemsize * n_parameters(model) + tensor_bytes(cache) + logits_bytes
 

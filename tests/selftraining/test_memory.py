@@ -167,6 +167,13 @@ def test_sampling_needs_weights_cache_and_logits():
     assert sampling_bytes(meta(), preset, torch.bfloat16) == 2 * n_parameters + cache_bytes + 12 * 8 * 1000
 
 
+def test_on_a_gpu_a_completion_has_room_for_one_token_more():
+    """Steps overlap there, so that a row is decoded once after its last token."""
+    preset = replace(LLAMA, slots=8, max_source=30, max_new_tokens=20)
+    on_cpu, on_gpu = (sampling_bytes(meta(), preset, torch.bfloat16, device) for device in ("cpu", "cuda"))
+    assert on_gpu - on_cpu == 2 * 2 * (8 + sampler.PREFILL_BATCH) * 4 * 2 * 16  # keys and values, two bytes a number
+
+
 @pytest.mark.parametrize("name", ["flan-t5-large", "Meta-Llama-3-8B"])
 def test_published_shapes_are_estimated_on_the_meta_device(shared, name):
     preset = LLAMA if "Llama" in name else T5_PRESET
