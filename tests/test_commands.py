@@ -457,7 +457,7 @@ def test_a_chat_format_is_trained_recorded_and_read_back(call, shared, my_data):
     """SmolLM2's vocabulary in a random Llama: --template chat in training; sample.py knows without being told."""
     tokenizer = load_tokenizer(shared / "tokenizers" / "smollm2")
     torch.manual_seed(0)
-    config = LlamaConfig(tokenizer.vocab_size, 8, 8, 1, n_heads=1, n_kv_heads=1, d_head=8, tied=True)
+    config = LlamaConfig(tokenizer.vocab_size, 8, 8, 1, n_heads=1, n_kv_heads=1, d_head=8, tied=True, eos_id=0)
     save_model(Llama(config).initialise(), "llama", tokenizer.files)
     flags = ["--model", "llama", "--data", my_data, "--method", "sft", *QUICK, "--limit", 4]
     outcome = call("train.py", *flags, "--template", "chat")
@@ -473,6 +473,8 @@ def test_a_chat_format_is_trained_recorded_and_read_back(call, shared, my_data):
         for flags in ([], ["--template", "chat"], ["--template", "alpaca"])
     ]
     assert sampled[0] == sampled[1] != sampled[2]
+    end_of_turn = tokenizer.special_ids["<|im_end|>"]  # the base ends in <|endoftext|>, and has never seen a turn end
+    assert json.loads((run / "iteration-0/sft/config.json").read_text())["eos_token_id"] == [0, end_of_turn]
 
 
 @pytest.mark.parametrize("flags", [[], ["--activation-checkpointing"]])
