@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -24,13 +24,21 @@ from minidpost.cli import MINUTES, POSITIVE, TEMPLATE_TEXT, Parser, add_data_dir
 from minidpost.data import datasets, toy
 from minidpost.data.example import Example
 from minidpost.errors import UserError
-from minidpost.models.hf_config import read_config
+from minidpost.models.hf_config import Model, read_config
 from minidpost.models.hub import BUNDLED, PUBLISHED, find_model
 from minidpost.models.weights import TEMPLATES, check_weights, empty_model, load_template
 from minidpost.precision import DTYPES, default_device, name_of, sampling_dtype, training_dtype
 from minidpost.processes import on_rank_0, rank
 from minidpost.selftraining.algorithm import self_train
-from minidpost.selftraining.estimates import Plan, check_disk, check_memory, slots_for, warn_of_hours
+from minidpost.selftraining.estimates import (
+    Plan,
+    check_disk,
+    check_memory,
+    model_size,
+    planned_stages,
+    slots_for,
+    warn_of_hours,
+)
 from minidpost.selftraining.flags import (
     MAY_CHANGE,
     add_hyperparameters,
@@ -44,8 +52,7 @@ from minidpost.selftraining.presets import Preset, for_lora, n_parameters, prese
 from minidpost.selftraining.rehearsal import rehearse
 from minidpost.selftraining.report import write_report
 from minidpost.selftraining.run import Data, Keep, Run, tokenize
-from minidpost.selftraining.run_directory import RunDirectory, model_hash
-from minidpost.selftraining.steps import planned_stages
+from minidpost.selftraining.run_directory import RunDirectory, finished_names, kind_of, model_hash
 
 MAX_NAME = 100  # characters of a run directory's name that say what differs from the preset
 
@@ -79,20 +86,8 @@ def main() -> None:
         training_dtype=training_dtype(options.train_dtype, options.device, n_parameters(model)),
         device=options.device,
     )
-    memory = check_memory(model, preset, dtype=plan.dtype, device=options.device, training_dtype=plan.training_dtype)
-    disk = on_rank_0(
-        lambda: check_disk(
-            model,
-            preset,
-            method=options.method,
-            run_dir=run_dir,
-            fresh=options.fresh,
-            save_dtype=DTYPES[options.save_dtype],
-            keep=options.keep,
-        )
-    )
-    warn_of_hours(plan, model)
-    rehearsed = rehearse(plan, model)
+    finished = on_rank_0(lambda: set() if options.fresh else finished_names(run_dir))
+    resources = check_resources(options, plan, model, run_dir=run_dir, finished=finished)
 
     # 2) The run's directory: a new one, or one that the same command left.
     directory = RunDirectory(
@@ -101,9 +96,8 @@ def main() -> None:
         options.fresh,
         may_change=[f"preset.{name}" for name in MAY_CHANGE],
     )
-    directory.log(f"{memory}; {disk}")
-    if rehearsed is not None:
-        directory.log(rehearsed)
+    for line in resources:
+        directory.log(line)
     run = Run(
         directory=directory,
         base=base,
@@ -124,10 +118,10 @@ def main() -> None:
     )
 
     # 3) The method.
-    directory.planned = planned_stages(run)
+    directory.planned = planned_stages(plan, model_size(model))
     table = ""
     for _ in self_train(run):
-        table = on_rank_0(lambda: write_report(run, base.name))
+        table = on_rank_0(lambda: write_report(run, base.name, options.model))
     if rank() == 0:
         print(f"\n{table}\n\n{run_dir}/report.md, results.json, figures/")
 
@@ -220,6 +214,34 @@ def resolve_preset(options: argparse.Namespace, default: Preset, replaced: dict[
     if not preset.warm_up and not METHODS[options.method].iterates:
         raise UserError(f"--no-warm-up: leaves nothing to do for --method {options.method}")
     return preset
+
+
+def check_resources(
+    options: argparse.Namespace, plan: Plan, model: Model, *, run_dir: Path, finished: Collection[str]
+) -> list[str]:
+    """Whether memory and disk suffice for the stages that are not finished, as lines for the log; UserError if not.
+
+    The largest batches are rehearsed. Where every stage is finished there is nothing to check.
+    """
+    left = [name for name in planned_stages(plan, model_size(model)) if name not in finished]
+    if not left:
+        return ["every stage is finished"]
+    memory = check_memory(model, plan.preset, dtype=plan.dtype, device=plan.device, training_dtype=plan.training_dtype)
+    disk = on_rank_0(
+        lambda: check_disk(
+            model,
+            plan.preset,
+            method=plan.method,
+            run_dir=run_dir,
+            fresh=options.fresh,
+            save_dtype=DTYPES[options.save_dtype],
+            keep=options.keep,
+            n_trainings=sum(kind_of(name) in ("sft", "dpo") for name in left) if finished else None,
+        )
+    )
+    warn_of_hours(plan, model, finished)
+    rehearsed = rehearse(plan, model)
+    return [f"{memory}; {disk}", *([rehearsed] if rehearsed is not None else [])]
 
 
 def fingerprint(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:

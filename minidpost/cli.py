@@ -294,8 +294,11 @@ def default_checkpoint() -> Path:
         try:
             content: Any = read_json(results)
             checkpoint = content["iterations"][content["best_iteration"]]["checkpoint"]
-            # Without a warm-up the base itself may be the best one; the run does not say where that lies.
-            directory = find_model(content["model"]) if checkpoint is None else results.parent / checkpoint
+            if checkpoint is None:  # without a warm-up the base itself may be the best one
+                # Older runs do not say what --model was, only what the directory was called that it stood for.
+                directory = find_model(content.get("base", content["model"]))
+            else:
+                directory = results.parent / checkpoint
         except (OSError, ValueError, LookupError, TypeError, UserError):
             continue  # of an older format, or not ours
         if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):

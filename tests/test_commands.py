@@ -19,6 +19,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ import sample as sample_command
 from minidpost import cli
 from minidpost.cli import MAX_MESSAGE, one_line
 from minidpost.data import toy
+from minidpost.models.hub import find_model
 from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.t5 import T5, T5Config
 from minidpost.models.weights import load_model, load_template, save_model, tokenizer_files
@@ -296,6 +298,26 @@ def test_without_argument_the_newest_runs_best_model_answers(call, tiny_model_di
     assert outcome.out == call("sample.py", "--max-new-tokens", 30, "--checkpoint", "runs/b/iteration-1/sft").out
 
 
+@pytest.mark.parametrize("base", ["hub", "directory", "unknown"])
+def test_without_argument_the_base_answers_where_it_is_the_best(call, tiny_model_dir, monkeypatch, base):
+    """A run without a warm-up may leave nothing better; the base is found as --model named it, a repository too."""
+    weights = Path("weights").absolute()
+    shutil.copytree(tiny_model_dir, weights / "me--mine")
+    shutil.copytree(tiny_model_dir, "elsewhere/mine")
+    monkeypatch.setattr(cli, "find_model", partial(find_model, weights_dir=weights))
+    shutil.copytree(tiny_model_dir, weights / "tiny-t5-dpo-st")  # what answers without a run
+    content = {"best_iteration": 0, "iterations": [{"checkpoint": None}]}
+    named, found = {
+        "hub": ({"model": "me--mine", "base": "me/mine"}, weights / "me--mine"),
+        "directory": ({"model": "mine", "base": "elsewhere/mine"}, "elsewhere/mine"),
+        "unknown": ({"model": "mine"}, weights / "tiny-t5-dpo-st"),  # a run of an older version
+    }[base]
+    Path("runs/a").mkdir(parents=True)
+    write_lines("runs/a/results.json", content | named)
+    outcome = call("sample.py", TOM, "--max-new-tokens", 2)
+    assert (outcome.status, outcome.complaints) == (0, [f"model: {found}"])
+
+
 # -- eval.py ----------------------------------------------------------------------------------------------------------
 
 
@@ -435,7 +457,7 @@ def test_a_chat_format_is_trained_recorded_and_read_back(call, shared, my_data):
     """SmolLM2's vocabulary in a random Llama: --template chat in training; sample.py knows without being told."""
     tokenizer = load_tokenizer(shared / "tokenizers" / "smollm2")
     torch.manual_seed(0)
-    config = LlamaConfig(tokenizer.vocab_size, 8, 8, 1, n_heads=1, n_kv_heads=1, d_head=8, tied=True)
+    config = LlamaConfig(tokenizer.vocab_size, 8, 8, 1, n_heads=1, n_kv_heads=1, d_head=8, tied=True, eos_id=0)
     save_model(Llama(config).initialise(), "llama", tokenizer.files)
     flags = ["--model", "llama", "--data", my_data, "--method", "sft", *QUICK, "--limit", 4]
     outcome = call("train.py", *flags, "--template", "chat")
@@ -451,6 +473,8 @@ def test_a_chat_format_is_trained_recorded_and_read_back(call, shared, my_data):
         for flags in ([], ["--template", "chat"], ["--template", "alpaca"])
     ]
     assert sampled[0] == sampled[1] != sampled[2]
+    end_of_turn = tokenizer.special_ids["<|im_end|>"]  # the base ends in <|endoftext|>, and has never seen a turn end
+    assert json.loads((run / "iteration-0/sft/config.json").read_text())["eos_token_id"] == [0, end_of_turn]
 
 
 @pytest.mark.parametrize("flags", [[], ["--activation-checkpointing"]])
@@ -504,6 +528,9 @@ def test_a_whole_run_of_each_method(call, tiny_model_dir, my_data, method):
     begun = re.findall(r" (iteration-\S+) \(stage (\d+) of (\d+)", (run / "log.txt").read_text())
     stages = [row["stage"] for row in read_rows(run / "stages.jsonl")]
     assert begun == [(name, str(number), str(len(stages))) for number, name in enumerate(stages, start=1)]
+    # From the end of the warm-up and its evaluation on, it is told how long the rest will take.
+    left = re.findall(r" (iteration-\S+) \(stage .* left\)", (run / "log.txt").read_text())
+    assert left == stages[2:]
 
 
 def test_rest_em_without_a_correct_sample_is_one_line(call, tiny_model_dir, my_data):
@@ -670,6 +697,7 @@ def test_without_a_warm_up_the_base_is_the_first_teacher(call, knowing_model_dir
     outcome = call("train.py", *flags, *QUICK, "--limit", 3, "--max-new-tokens", 40, "--no-warm-up")
     assert (outcome.status, outcome.complaints) == (0, [])
     assert not Path("runs/run/iteration-0/sft").exists()
+    assert json.loads(Path("runs/run/results.json").read_text())["base"] == str(knowing_model_dir)
     assert Path("runs/run/iteration-1/sft/model.safetensors").is_file()
     assert call("sample.py", TOM, "--max-new-tokens", 4).status == 0
 
@@ -1170,6 +1198,32 @@ def test_a_rehearsal_comes_before_the_directory_and_is_logged(
     assert call("train.py", *flags, "--fresh").status == 0
     assert "rehearsed" not in Path("run/log.txt").read_text()
     assert Path("run/iteration-0/sft/model.safetensors").read_bytes() == rehearsed
+
+
+def test_a_finished_run_is_not_rehearsed_again(call, tiny_model_dir, my_data, monkeypatch, out_of_memory):
+    """Nor is memory or disk asked for, of which it needs none; a run that is taken further needs them."""
+    flags = ["--model", tiny_model_dir, "--data", my_data, "--run-dir", "run", *QUICK, "--method", "st"]
+    assert call("train.py", *flags).status == 0
+    monkeypatch.setattr("minidpost.selftraining.rehearsal.is_worth_it", lambda plan, model: True)
+    monkeypatch.setattr(rehearsal, "sft_gradients", out_of_memory)
+    monkeypatch.setattr("minidpost.selftraining.estimates.available_bytes", lambda device: 1)
+    monkeypatch.setattr("minidpost.selftraining.estimates.disk_bytes", lambda *_, **__: 10**18)
+    before = snapshot(Path("run"))
+    outcome = call("train.py", *flags)
+    assert (outcome.status, outcome.complaints) == (0, [])
+    assert "every stage is finished" in Path("run/log.txt").read_text()
+    changed = {name for name, state in snapshot(Path("run")).items() if before.get(name) != state}
+    assert not {name for name in changed if name.startswith("iteration-")}
+
+    for more in (["--iterations", 2], ["--fresh"]):
+        before = snapshot(Path("run"))
+        outcome = call("train.py", *flags, *more)
+        assert outcome.status == 2 and outcome.complaints[0].startswith("train.py: memory: training ")
+        assert snapshot(Path("run")) == before
+    outcome = call("train.py", *flags, "--seed", 7)  # of another run nothing is finished, and its directory says so
+    assert outcome.complaints == [
+        "train.py: run was begun with seed = 42, this command has 7; choose another --run-dir, or --fresh"
+    ]
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(call, tiny_model_dir, my_data, monkeypatch):

@@ -119,6 +119,13 @@ def test_nothing_above_pytorch_is_imported(path):
     assert not FOREIGN & {name.split(".")[0] for name in imported(path)}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.name)
+def test_tests_are_collected_without_gguf(path):
+    """It is optional (requirements.txt): whoever lacks it can still run the other files' tests, such as a GPU's."""
+    top = [ast.unparse(node) for node in ast.parse(path.read_text(encoding="utf-8")).body]
+    assert "import gguf" not in top
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_retired_words_do_not_come_back(path):
     if path == Path(__file__).resolve():

@@ -34,7 +34,10 @@ def test_which_differences_between_runs_count(tmp_path):
 
     first = files(step, stage, hashes)
     later = files(
-        step | {"tokens_per_second": 9e3}, stage | {"seconds": 71.0}, hashes | {"log.jsonl": "2d" * 32}, "7.5"
+        step | {"tokens_per_second": 9e3},
+        stage | {"seconds": 71.0, "continued": True},
+        hashes | {"log.jsonl": "2d" * 32},
+        "7.5",
     )
     assert first == later
     assert first.keys() == {"log.jsonl", "stages.jsonl", "report.md"}

@@ -276,10 +276,10 @@ def iterations_of(path: Path) -> list[Path]:
 
 
 def checked_stage(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of stages.jsonl without the hashes: a name, and numbers."""
+    """A line of stages.jsonl without the hashes, and without what is no number: a name, and numbers."""
     stage: dict[str, Any] = {"stage": text(record["stage"])}
     for name, value in record.items():
-        if name not in ("stage", "sha256"):
+        if name not in ("stage", "sha256", "removed", "continued"):
             stage[name] = number(value)
     stage.setdefault("seconds", 0.0)
     return stage

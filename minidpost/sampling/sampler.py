@@ -55,7 +55,9 @@ __all__ = [
     "Request",
     "Row",
     "SamplingSettings",
+    "cached_tokens",
     "default_chunk_size",
+    "overlaps",
     "prefill_batch",
     "sample",
 ]
@@ -186,7 +188,7 @@ def sample(
         chunk_size = default_chunk_size(settings.slots, device)
     chunks = chunked(requests, chunk_size)
     if overlap is None:
-        overlap = device.type == "cuda"
+        overlap = overlaps(device)
     # The longest of all prompts, worked off or not, so that a run that continues has caches of the same shape.
     max_prompt = max((len(request.prompt_ids) for request in requests), default=0)
     eos_ids = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
@@ -231,6 +233,19 @@ def prefill_batch(n_slots: int, device: torch.device | str) -> int:
     return PREFILL_BATCH
 
 
+def overlaps(device: torch.device | str) -> bool:
+    """Whether a step begins before the host has read what the one before drew, where nothing else is asked for."""
+    return torch.device(device).type == "cuda"
+
+
+def cached_tokens(max_new_tokens: int, overlap: bool) -> int:
+    """The tokens of a completion that a cache must have room for.
+
+    A row that has ended is decoded once more where steps overlap, and T5 has no room for that but at the end.
+    """
+    return max_new_tokens + int(overlap)
+
+
 def chunked(requests: Sequence[Request], chunk_size: int) -> list[Chunk]:
     """The requests, `chunk_size` at a time, in groups of the same prompt, the longest prompts first."""
     chunks = []
@@ -249,8 +264,7 @@ def sample_chunks(job: Job, chunks: Iterable[Chunk], n_slots: int) -> Iterator[R
     if chunk is None:
         return
     n_cache_rows = min(n_slots, job.max_rows) + prefill_batch(n_slots, job.device)
-    # A row that has ended is decoded once more where steps overlap, and T5 has no room for that but at the end.
-    max_new_tokens = job.settings.max_new_tokens + int(job.overlap)
+    max_new_tokens = cached_tokens(job.settings.max_new_tokens, job.overlap)
     cache: Any
     step: Callable[[Tensor], Tensor]
     if job.use_cuda_graphs:

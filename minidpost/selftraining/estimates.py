@@ -22,7 +22,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,10 +40,11 @@ from minidpost.models.weights import empty_model
 from minidpost.precision import cache_dtype
 from minidpost.processes import processes_of_machine, world_size
 from minidpost.sampling.generate import MAX_PROMPT_TOKENS
-from minidpost.sampling.sampler import prefill_batch
+from minidpost.sampling.sampler import cached_tokens, overlaps, prefill_batch
 from minidpost.selftraining.methods import METHODS
 from minidpost.selftraining.presets import Preset, n_parameters
 from minidpost.selftraining.run import Data, Keep, TokenizedData
+from minidpost.selftraining.run_directory import PlannedStage
 from minidpost.text.templates import Template
 from minidpost.training.batching import TokenizedExample, drop_too_long, token_counts
 from minidpost.training.losses import LOGITS_AT_ONCE
@@ -176,9 +177,8 @@ def sampling_bytes(model: Model, preset: Preset, dtype: torch.dtype, device: str
     """Weights, KV cache for the longest prompts that the preset trains on, and logits of all slots."""
     max_prompt = min(preset.max_source, MAX_PROMPT_TOKENS)
     n_rows = preset.slots + prefill_batch(preset.slots, device)
-    cache = (
-        empty_model(model.config).to(cache_dtype(dtype, device)).new_cache(n_rows, max_prompt, preset.max_new_tokens)
-    )
+    max_new_tokens = cached_tokens(preset.max_new_tokens, overlaps(device))
+    cache = empty_model(model.config).to(cache_dtype(dtype, device)).new_cache(n_rows, max_prompt, max_new_tokens)
     logits_bytes = 12 * preset.slots * model.config.vocab_size
     return dtype.itemsize * n_parameters(model) + tensor_bytes(cache) + logits_bytes
 
@@ -246,15 +246,21 @@ def check_disk(
     fresh: bool = False,
     save_dtype: torch.dtype = torch.float32,
     keep: Keep = "all",
+    n_trainings: int | None = None,
 ) -> str:
     """What a run writes and what is free, in one line; UserError where it cannot fit, a warning where it hardly does.
 
-    What an earlier command has left of the run counts as written, unless it begins anew (`fresh`).
+    What an earlier command has left of the run counts as written, unless it begins anew (`fresh`). `n_trainings` are
+    those that are not finished, None where all are to be made: models that were written and removed (`keep`) are not
+    written again, and without a training there is no state to save.
     """
     written = 0
     if run_dir.is_dir() and not fresh:
         written = sum(path.stat().st_size for path in run_dir.rglob("*.safetensors"))
     needed = max(0, disk_bytes(model, preset, method, save_dtype=save_dtype, keep=keep) - written)
+    if n_trainings is not None:
+        model_bytes, state_bytes = bytes_of_training(model, preset, save_dtype)
+        needed = min(needed, n_trainings * model_bytes + (2 * state_bytes if n_trainings else 0))
     existing = next(parent for parent in (run_dir.absolute(), *run_dir.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     text = f"disk: {size_text(needed)} (estimated) of {size_text(free)} free in {existing}"
@@ -283,11 +289,17 @@ def disk_bytes(
     if keep != "all":
         # The last iteration's model, this one's, and what DPO made of the former; with "best" perhaps one more.
         n_models = min(n_models, 2 + int(rules.has_dpo) + int(keep == "best"))
+    model_bytes, state_bytes = bytes_of_training(model, preset, save_dtype)
+    return n_models * model_bytes + 2 * state_bytes
+
+
+def bytes_of_training(model: Model, preset: Preset, save_dtype: torch.dtype) -> tuple[int, int]:
+    """What a training writes: the finished model, with LoRA its adapters too, and one saved state before that."""
     n_trained = n_trained_parameters(model, preset)
-    n_written = n_parameters(model)
+    model_bytes = save_dtype.itemsize * n_parameters(model)
     if preset.freezes_weights:
-        n_written += 4 // save_dtype.itemsize * n_trained  # the adapters lie beside the merged model, in fp32
-    return save_dtype.itemsize * n_models * n_written + 2 * 12 * n_trained
+        model_bytes += 4 * n_trained  # the adapters lie beside the merged model, in fp32
+    return model_bytes, 12 * n_trained
 
 
 # -- floating-point operations ----------------------------------------------------------------------------------------
@@ -373,61 +385,89 @@ class Plan:
 
 
 def run_flops(plan: Plan, size: ModelSize) -> float:
-    """The operations of a whole run, estimated: completions are as long as the labelled rationales are on average.
+    """The operations of a whole run, estimated: those of all its stages (`planned_stages`)."""
+    return sum(stage.flops for stage in planned_stages(plan, size).values())
 
-    Half of the pool's questions are taken to get a pseudo-label for each of their iterations, and DPO to make all its
-    steps. How many there really are depends on what the model gets right.
+
+def planned_stages(plan: Plan, size: ModelSize) -> dict[str, PlannedStage]:
+    """All stages that a run has if it does not stop early, by name and in order, with their operations.
+
+    Completions are taken to be as long as the labelled rationales are on average. Half of the pool's questions are
+    taken to get a pseudo-label for each iteration so far, and as many preference pairs as a question may have; DPO is
+    taken to make all its steps. How many there really are depends on what the model gets right.
     """
     preset = plan.preset
+    has_dpo = METHODS[plan.method].has_dpo
     labelled = plan.labelled
     n_source, n_target = token_counts(labelled)
     mean_target = n_target // max(1, len(labelled))
     prompt_lengths = [len(plan.tokens.prompt_ids[example.question]) for example in plan.data.pool]
     mean_prompt = sum(prompt_lengths) // len(prompt_lengths)
+    n_questions = len(prompt_lengths)
     is_frozen = preset.freezes_weights
     n_passes = training_passes(is_frozen)
     recomputed = (n_passes + 1) / n_passes if preset.activation_checkpointing else 1.0  # a second forward pass
 
+    def training(n_sources: int, n_targets: int) -> PlannedStage:
+        return PlannedStage("training", recomputed * training_flops(size, n_sources, n_targets, is_frozen=is_frozen))
+
     def sampling(n_questions: int, n_samples: int) -> float:
         return sampling_flops(size, [mean_prompt] * n_questions, [mean_target] * (n_questions * n_samples))
 
-    # The warm-up, and the SFT of each iteration, on one pseudo-label more for every second question of the pool.
-    sft = preset.sft_epochs * training_flops(size, n_source, n_target, is_frozen=is_frozen)
-    n_labels = len(prompt_lengths) // 2
-    n_sources = preset.sft_epochs * n_labels * mean_prompt
-    n_targets = preset.sft_epochs * n_labels * mean_target
-    labels = training_flops(size, n_sources, n_targets, is_frozen=is_frozen)
-    training = sft * int(preset.warm_up)
-    inference = 0.0
-    for iteration in range(1, plan.n_iterations + 1):
-        training += sft + iteration * labels
-        inference += sampling(len(prompt_lengths), preset.samples)
-        if METHODS[plan.method].has_dpo:
-            n_sequences = 2 * preset.dpo_steps * preset.dpo_pairs_per_step
-            n_sources = n_sequences * mean_prompt
-            n_targets = n_sequences * mean_target
-            training += training_flops(size, n_sources, n_targets, is_frozen=is_frozen)
-            inference += sampling(len(prompt_lengths), preset.dpo_samples)
+    def sft(n_labels: int) -> PlannedStage:
+        """On the labelled set and so many pseudo-labels."""
+        return training(
+            preset.sft_epochs * (n_source + n_labels * mean_prompt),
+            preset.sft_epochs * (n_target + n_labels * mean_target),
+        )
 
-    # Evaluations: all sets greedily, dev `pass_at` times more, after every SFT.
+    # Evaluations: f_θ' on all sets greedily, f_θd on dev; dev `pass_at` times more.
     n_dev = len(plan.data.dev)
     n_tests = sum(len(examples[: preset.test_questions]) for examples in plan.data.tests.values())
-    evaluation = sampling(n_dev + n_tests, 1)
-    if preset.pass_at > 1:
-        evaluation += sampling(n_dev, preset.pass_at)
-    return recomputed * training + inference + (1 + plan.n_iterations) * evaluation
+    passing = sampling(len(plan.data.dev[: preset.pass_questions]), preset.pass_at) if preset.pass_at > 1 else 0.0
+    evaluation_of_sft = sampling(n_dev + n_tests, 1) + passing
+    evaluation_of_dpo = sampling(n_dev, 1) + passing
+
+    stages = {}
+    if preset.warm_up:
+        stages["iteration-0/sft"] = sft(0)
+    stages["iteration-0/evaluation.json"] = PlannedStage("inference", evaluation_of_sft)
+    for iteration in range(1, plan.n_iterations + 1):
+        path = f"iteration-{iteration}"
+        evaluation = evaluation_of_sft
+        if has_dpo:
+            n_pairs = n_questions // 2 * preset.pairs_per_question
+            of_pairs = forward_flops(size, 2 * n_pairs * mean_prompt, 2 * n_pairs * mean_target)
+            n_sequences = 2 * preset.dpo_steps * preset.dpo_pairs_per_step
+            stages[f"{path}/samples-dpo.jsonl"] = PlannedStage("inference", sampling(n_questions, preset.dpo_samples))
+            stages[f"{path}/pairs.jsonl"] = PlannedStage()
+            stages[f"{path}/reference.safetensors"] = PlannedStage("training", of_pairs)
+            stages[f"{path}/dpo"] = training(n_sequences * mean_prompt, n_sequences * mean_target)
+            evaluation += evaluation_of_dpo
+        stages[f"{path}/samples-sft.jsonl"] = PlannedStage("inference", sampling(n_questions, preset.samples))
+        stages[f"{path}/pseudo-labels.jsonl"] = PlannedStage()
+        stages[f"{path}/sft"] = sft(iteration * (n_questions // 2))
+        stages[f"{path}/evaluation.json"] = PlannedStage("inference", evaluation)
+    return stages
 
 
-def warn_of_hours(plan: Plan, model: Model) -> None:
-    """A warning with an estimate of the hours, where a model of a published one's size is to be trained on a CPU."""
+def warn_of_hours(plan: Plan, model: Model, finished: Collection[str] = ()) -> None:
+    """A warning with an estimate of the hours, where a model of a published one's size is to be trained on a CPU.
+
+    The stages that are `finished` take no time any more; where all are, there is no warning.
+    """
     is_large = n_parameters(model) >= MIN_PARAMETERS_FOR_WARNING
     if torch.device(plan.device).type != "cpu" or not is_large:
         return
-    flops = run_flops(plan, model_size(model))
+    left = [stage for name, stage in planned_stages(plan, model_size(model)).items() if name not in finished]
+    if not left:
+        return
+    flops = sum(stage.flops for stage in left)
     rate = product_flops_per_second(plan.training_dtype)
     dtype = str(plan.training_dtype).removeprefix("torch.")
+    what = "the rest of the run takes" if finished else "the run takes"
     warnings.warn(
-        f"{plan.base.name} has {n_parameters(model) / 1e6:,.0f} million parameters, and this is a CPU: the run takes "
+        f"{plan.base.name} has {n_parameters(model) / 1e6:,.0f} million parameters, and this is a CPU: {what} "
         f"about {written_hours(flops / rate / 3600)} or more, by an estimate ({flops:.1e} floating-point operations, "
         f"{rate:.1e} a second in products of {dtype} matrices here)",
         stacklevel=2,

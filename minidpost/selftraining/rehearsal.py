@@ -28,7 +28,7 @@ from minidpost.models.kvcache import T5Cache
 from minidpost.models.weights import load_model
 from minidpost.processes import world_size
 from minidpost.sampling.cuda_graphs import CUDAGraphs
-from minidpost.sampling.sampler import default_chunk_size, prefill_batch
+from minidpost.sampling.sampler import cached_tokens, default_chunk_size, overlaps, prefill_batch
 from minidpost.sampling.token_choice import choose
 from minidpost.selftraining.estimates import Plan, forward_flops, model_size, run_flops, size_text, training_flops
 from minidpost.selftraining.methods import METHODS
@@ -104,7 +104,8 @@ def rehearse_sampling(plan: Plan) -> None:
     evaluated = [example.question for examples in plan.data.evaluation_sets().values() for example in examples]
     prompts = [*plan.tokens.prompt_ids.values(), *(tuple(plan.template.prompt_ids(text)) for text in evaluated)]
     prompt = max(prompts, key=len)
-    cache = model.new_cache(n_slots + n_prompts, len(prompt), settings.max_new_tokens)
+    max_new_tokens = cached_tokens(settings.max_new_tokens, overlaps(plan.device))
+    cache = model.new_cache(n_slots + n_prompts, len(prompt), max_new_tokens)
     is_on_gpu = torch.device(plan.device).type == "cuda"
     step = CUDAGraphs(model, cache) if is_on_gpu else partial(model.decode, cache)
 

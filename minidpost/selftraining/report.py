@@ -21,13 +21,13 @@ PANELS_IN_A_ROW = 3  # of the figure of pass@k, which has a panel for each DPO
 # -- results.json -----------------------------------------------------------------------------------------------------
 
 
-def write_report(run: Run, model: str) -> str:
+def write_report(run: Run, model: str, base: str | None = None) -> str:
     """Write results.json, report.md and figures/ of the finished iterations; returns what a terminal shows of them.
 
-    `model` is the base model's name.
+    `model` is the base model's name, `base` where it is found again: what `find_model` was given.
     """
     directory = run.directory.path
-    results = collect_results(run, model)
+    results = collect_results(run, model, base)
     write_json(directory / "results.json", results)
     with staged_file(directory / "report.md") as temporary:
         temporary.write_text(report_page(results), encoding="utf-8")
@@ -37,16 +37,16 @@ def write_report(run: Run, model: str) -> str:
     return f"{results_table(results)}\n\n{recommendation(results)}"
 
 
-def collect_results(run: Run, model: str) -> dict[str, Any]:
+def collect_results(run: Run, model: str, base: str | None = None) -> dict[str, Any]:
     """The content of results.json: the run's settings, what was measured in each finished iteration, and the best one.
 
-    `dev` and `test` name the set by which an iteration is chosen, and the test set of the same data, which may not be
-    among those that were measured.
+    `base` is as in `write_report`, and stands there where it is known. `dev` and `test` name the set by which an
+    iteration is chosen, and the test set of the same data, which may not be among those that were measured.
     """
     evaluations: list[Any] = []
     while (path := run.path(len(evaluations)) / "evaluation.json").is_file():
         evaluations.append(read_json(path))
-    return assemble_results(
+    results = assemble_results(
         model=model,
         method=run.method,
         seed=run.seed,
@@ -56,6 +56,7 @@ def collect_results(run: Run, model: str) -> dict[str, Any]:
         stages=run.directory.stages,
         evaluations=evaluations,
     )
+    return results if base is None else {**results, "base": base}
 
 
 def assemble_results(

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -62,14 +62,26 @@ class Stage:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class PlannedStage:
+    """What a stage will cost: its floating-point operations (estimated), and the sort of work that they are.
+
+    Each sort has its own number of operations a second. None: a stage that only sorts what others have made.
+    """
+
+    work: Literal["training", "inference"] | None = None  # inference: sampling and evaluation
+    flops: float = 0.0
+
+
 class RunDirectory:
     """The directory of one run, locked by this process until the process ends; of several processes by rank 0.
 
     All of them call the same methods at the same points. Rank 0 looks, decides and writes; the others wait for it.
 
     `settings` are what makes a run the same run; `stages` has the metadata of every finished stage by name: what the
-    stage reported, its `seconds`, and `sha256`, the hash of each of its files, of which some may be `removed`.
-    `planned` are the names of all stages of the run, in order, where they are known: they say where the run stands.
+    stage reported, its `seconds`, and `sha256`, the hash of each of its files, of which some may be `removed`. Of a
+    stage that was taken up after a kill the seconds are those since then, and it is marked as `continued`.
+    `planned` are all stages of the run by name, in order, where they are known: they say where the run stands.
     """
 
     def __init__(
@@ -83,7 +95,7 @@ class RunDirectory:
         UserError: another process works here, the settings or the format differ, a finished file was changed.
         """
         self.path = Path(path)
-        self.planned: Sequence[str] = ()
+        self.planned: Mapping[str, PlannedStage] = {}
         self.settings = json.loads(json.dumps(settings, default=str))  # as they will be read back
         self.stages = on_rank_0(lambda: self._claim(fresh, may_change))
 
@@ -119,12 +131,15 @@ class RunDirectory:
     def _stage(self, name: str) -> Iterator[Stage]:
         path = self.path / name
         self.log(f"{name}{self._standing(name)}")
+        is_continued = self.progress(name).exists()
         started = time.perf_counter()
         with staged_file(path) if path.suffix else staged_directory(path) as temporary:
             stage = Stage(temporary)
             yield stage
             metadata = stage.metadata
             metadata["seconds"] = round(time.perf_counter() - started, 2)
+            if is_continued:
+                metadata["continued"] = True
             metadata["sha256"] = file_hashes(temporary)
             # The metadata is written before the stage takes its name, so that whatever is finished has some.
             self.stages[name] = metadata
@@ -153,22 +168,16 @@ class RunDirectory:
     def _standing(self, name: str) -> str:
         """Where the run stands when a stage begins: ` (stage 7 of 10, 12 min so far, about 5 min left)`.
 
-        A stage is taken to need as long as the latest of its kind, such as iteration-1/sft for iteration-2/sft. While
-        there is none for each that remains, what this one's took is told instead, if there is one.
+        While what is left cannot be estimated (`seconds_left`), it is not told.
         """
         if name not in self.planned:
             return ""
-        seconds_of_kind: dict[str, float] = {}
-        for finished, metadata in self.stages.items():
-            seconds_of_kind[kind_of(finished)] = metadata["seconds"]
-        parts = [f"stage {self.planned.index(name) + 1} of {len(self.planned)}"]
+        parts = [f"stage {list(self.planned).index(name) + 1} of {len(self.planned)}"]
         if self.stages:
             parts.append(f"{duration(sum(metadata['seconds'] for metadata in self.stages.values()))} so far")
-        remaining = [kind_of(stage) for stage in self.planned if stage not in self.stages]
-        if all(kind in seconds_of_kind for kind in remaining):
-            parts.append(f"about {duration(sum(seconds_of_kind[kind] for kind in remaining))} left")
-        elif kind_of(name) in seconds_of_kind:
-            parts.append(f"the last of its kind took {duration(seconds_of_kind[kind_of(name)])}")
+        left = seconds_left(self.planned, self.stages)
+        if left is not None:
+            parts.append(f"about {duration(left)} left")
         return f" ({', '.join(parts)})"
 
     def log(self, text: str) -> None:
@@ -309,9 +318,57 @@ class RunDirectory:
         return stages
 
 
+def finished_names(path: Path) -> set[str]:
+    """The names of the stages that a run has finished, without claiming its directory.
+
+    Empty where no run is, or one that cannot be read: RunDirectory says what is wrong. Hashes are not compared here.
+    """
+    try:
+        names = [record["stage"] for _, record in read_jsonl(path / "stages.jsonl")]
+        return {name for name in names if (path / name).exists()}
+    except (UserError, TypeError, KeyError, AttributeError):
+        return set()
+
+
 def kind_of(stage: str) -> str:
     """What a stage is in every iteration: `sft` for iteration-2/sft."""
     return stage.partition("/")[2] or stage
+
+
+def seconds_left(planned: Mapping[str, PlannedStage], finished: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """How long the planned stages that are not finished will take, by those that are; None where nothing says it.
+
+    `finished` is the metadata of finished stages by name. A stage takes as long as the latest of its kind, such as
+    iteration-1/sft for iteration-2/sft, in proportion to their operations. Before there is one, its operations are
+    taken to need the time that those of all finished stages of the same sort of work needed, and stages that are no
+    such work to need none. A stage that was continued after a kill does not count, as only a part of its time is known;
+    nor, but for its own kind, one that had nothing to do (DPO without pairs).
+    """
+    latest: dict[str, str] = {}  # finished stage by kind
+    seconds: dict[str | None, float] = {}  # by the sort of work
+    flops: dict[str | None, float] = {}
+    for name, stage in planned.items():
+        if name not in finished or finished[name].get("continued"):
+            continue
+        latest[kind_of(name)] = name
+        if stage.flops and finished[name].get("flops") != 0:
+            seconds[stage.work] = seconds.get(stage.work, 0.0) + finished[name]["seconds"]
+            flops[stage.work] = flops.get(stage.work, 0.0) + stage.flops
+
+    left = 0.0
+    for name, stage in planned.items():
+        if name in finished:
+            continue
+        earlier = latest.get(kind_of(name))
+        if earlier is not None:
+            # What has no operations takes as long as it did.
+            ratio = stage.flops / planned[earlier].flops if planned[earlier].flops else 1.0
+            left += ratio * finished[earlier]["seconds"]
+        elif stage.work in flops:
+            left += stage.flops * seconds[stage.work] / flops[stage.work]
+        elif stage.work is not None:
+            return None
+    return left
 
 
 def duration(seconds: float) -> str:

@@ -30,6 +30,7 @@ import torch
 from minidpost.data.example import Example
 from minidpost.errors import UserError, when_memory_runs_out
 from minidpost.models.hf_config import Model
+from minidpost.models.llama import LlamaConfig
 from minidpost.models.lora import adapters, add_adapters, save_adapters, save_merged
 from minidpost.models.weights import in_memory, load_model, open_tensors, save_model, tokenizer_files, write_safetensors
 from minidpost.processes import on_rank_0, rank, world_size
@@ -42,6 +43,7 @@ from minidpost.selftraining.run import Run
 from minidpost.selftraining.run_directory import Chunks, Stage, json_object, model_hash
 from minidpost.selftraining.selection import Candidates, jaccard, preference_pairs, pseudo_labels
 from minidpost.storage import read_json, read_jsonl, write_json, write_jsonl
+from minidpost.text.tokenizer import add_end_id
 from minidpost.training.batching import TokenizedExample, drop_too_long, token_counts
 from minidpost.training.dpo import PreferencePair, reference_log_probabilities, train_dpo
 from minidpost.training.optim import derived_seed
@@ -49,17 +51,6 @@ from minidpost.training.parallel import load_spread
 from minidpost.training.sft import train_sft
 
 TrainingItem = TypeVar("TrainingItem", TokenizedExample, PreferencePair)
-
-
-def planned_stages(run: Run) -> list[str]:
-    """The names of all stages that a run has, in order, if it does not stop early."""
-    stages = ["iteration-0/sft"] if run.preset.warm_up else []
-    stages.append("iteration-0/evaluation.json")
-    of_dpo = ["samples-dpo.jsonl", "pairs.jsonl", "reference.safetensors", "dpo"] if run.rules.has_dpo else []
-    of_iteration = [*of_dpo, "samples-sft.jsonl", "pseudo-labels.jsonl", "sft", "evaluation.json"]
-    for iteration in range(1, run.preset.iterations_of(run.rules) + 1):
-        stages += [f"iteration-{iteration}/{name}" for name in of_iteration]
-    return stages
 
 
 # -- fine-tuning ------------------------------------------------------------------------------------------------------
@@ -83,7 +74,14 @@ def fine_tune(run: Run, iteration: int, labels: Path | None = None) -> None:
             stage=f"{iteration}/sft",
             state=run.training_state(name),
         )
-        save_trained(model, stage.path, start=run.base, template=run.template_name, dtype=run.save_dtype)
+        save_trained(
+            model,
+            stage.path,
+            start=run.base,
+            template=run.template_name,
+            eos_id=run.template.eos_id,
+            dtype=run.save_dtype,
+        )
 
         n_source, n_target = token_counts(examples)
         is_frozen = run.preset.freezes_weights
@@ -124,12 +122,13 @@ def save_trained(
     *,
     start: Path,
     template: str | None = None,
+    eos_id: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write what a training has made of the model in `start`; adapters are merged, and kept in adapter/.
 
-    They lie in a folder of their own, as transformers takes a directory that has an adapter_config.json for an adapter
-    and loads the model that is named there.
+    `eos_id` is what a decoder-only model was trained to end in. Adapters lie in a folder of their own, as transformers
+    takes a directory that has an adapter_config.json for an adapter and loads the model that is named there.
     """
     if adapters(model):
         save_adapters(model, directory / "adapter", start)
@@ -137,6 +136,8 @@ def save_trained(
         save_merged(model, directory, start=start, tokenizer_files=files, template=template, dtype=dtype)
     else:
         save_model(model, directory, tokenizer_files(start), template, dtype)
+    if eos_id is not None and isinstance(model.config, LlamaConfig) and rank() == 0:
+        add_end_id(directory, eos_id)
 
 
 def log_path(stage: Stage) -> Path | None:
@@ -392,7 +393,7 @@ def train_preferences(run: Run, iteration: int, *, model: Path) -> None:
             flops = n_epochs * training_flops(model_size(policy), n_source, n_target, is_frozen=is_frozen)
         else:
             run.directory.log(f"iteration {iteration}: no preference pairs, so DPO leaves the model as it is")
-        save_trained(policy, stage.path, start=model, dtype=run.save_dtype)
+        save_trained(policy, stage.path, start=model, eos_id=run.template.eos_id, dtype=run.save_dtype)
         stage.metadata["flops"] = flops
 
 

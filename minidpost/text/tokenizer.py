@@ -32,7 +32,7 @@ import sentencepiece
 import tokenizers
 
 from minidpost.errors import UserError
-from minidpost.storage import read_json
+from minidpost.storage import read_json, write_json
 
 FILE_NAMES = ("spiece.model", "tokenizer.model", "original/tokenizer.model", "tokenizer.json")
 MAX_IDS = 2**20  # in a vocabulary
@@ -327,6 +327,23 @@ def load_tokenizer(directory: str | Path) -> SentencePieceTokenizer | FastTokeni
                 is_ranked = _RANKED_PIECE.match(stream.readline())
             return _from_ranked_pieces(path, said) if is_ranked else SentencePieceTokenizer(path, said)
     raise UserError(f"{directory}: no tokenizer here, spiece.model, tokenizer.model or tokenizer.json is needed")
+
+
+def add_end_id(directory: Path, eos_id: int) -> None:
+    """Name an end id of a decoder-only model in config.json and generation_config.json, those that are there.
+
+    transformers' `generate` ends at the ids that stand there alone (in the latter, where it is there). What a model was
+    trained to end in may be another: the end of a turn, or the token that tokenizer_config.json names. The ids that are
+    there stay in front, as the first is the tokenizer's own where nothing else names one.
+    """
+    for path in (directory / "config.json", directory / "generation_config.json"):
+        if not path.is_file():
+            continue
+        content = _read_object(path)
+        given = content.get("eos_token_id")
+        listed = given if isinstance(given, list) else [given] if given is not None else []
+        if eos_id not in listed:
+            write_json(path, content | {"eos_token_id": [*listed, eos_id] if listed else eos_id})
 
 
 def read_special_tokens(directory: str | Path) -> SpecialTokens:

@@ -3,7 +3,8 @@
 The run is a short one of train.py with everything in it: fine-tuning, sampling in several chunks, DPO, evaluation, the
 report, and a training state saved after every step, so that many kills fall into the writing of one. SIGKILL goes to
 the whole process group. Each run is forked from a process that has its imports done, and so begins at once. What
-wall-clock time decides is left out of the comparison (seconds, minutes, tokens a second, log.txt), nothing else.
+wall-clock time decides is left out of the comparison (seconds, minutes, tokens a second, log.txt), and that a stage's
+seconds are those since the kill; nothing else.
 
     OMP_NUM_THREADS=1 python tests/fault_injection/kill.py --kills 100 --output benchmarks/results/kills.md
 """
@@ -38,7 +39,9 @@ RUN = """
     --model tiny-t5-dpo-st --data examples.jsonl --iterations 1 --sft-epochs 12 --dpo-steps 4 --dpo-learning-rate 7e-5
     --max-new-tokens 64 --slots 12 --micro-batch-tokens 1500 --checkpoint-minutes 0
 """.split()
-CLOCK = re.compile(rb'"(seconds|tokens_per_second)": [^,}\n]+|"log\.jsonl": "[0-9a-f]+"')  # and the hash of such a log
+CLOCK = re.compile(
+    rb'"(seconds|tokens_per_second)": [^,}\n]+(, "continued": true)?|"log\.jsonl": "[0-9a-f]+"'
+)  # and the hash of such a log
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 The files are written with the gguf package, as llama.cpp's converter writes them: its names of tensors, its interleaved
 rows. That package quantises F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1, but none of the K kinds: Q4_K is tested on
-blocks of random bytes against its definition.
+blocks of random bytes against its definition. It is imported where it is needed, so that the tests of the other files
+can be collected where it is not installed; kinds go by their names.
 """
 
 import base64
@@ -19,7 +20,6 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import tokenizers
@@ -41,7 +41,6 @@ from minidpost.text.tokenizer import load_tokenizer
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools/from_gguf.py"
-Kind = gguf.GGMLQuantizationType
 
 # -- files -------------------------------------------------------------------------------------------------------------
 
@@ -78,6 +77,8 @@ def interleaved(weight: np.ndarray, n_heads: int) -> np.ndarray:
 
 def stored_tensors(twin: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
     """The weights by their names in GGUF, and in its order of rows."""
+    import gguf
+
     config = twin.config
     architecture = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
     names = gguf.get_tensor_name_map(architecture[config.model_type], config.num_hidden_layers)
@@ -128,11 +129,13 @@ def metadata_of(config: transformers.PretrainedConfig) -> dict[str, object]:
 def write_gguf(
     path: Path,
     metadata: dict[str, object],
-    tensors: dict[str, tuple[np.ndarray, Kind]],
+    tensors: dict[str, tuple[np.ndarray, str]],
     architecture: str = "llama",
     **settings: object,
 ) -> Path:
     """Write a file with the gguf package; tensors are as they are stored (bytes, for a kind of blocks)."""
+    import gguf
+
     writer = gguf.GGUFWriter(path, architecture, **settings)
     for key, value in metadata.items():
         if isinstance(value, bool):
@@ -146,7 +149,7 @@ def write_gguf(
         else:
             writer.add_array(key, value)
     for name, (values, kind) in tensors.items():
-        writer.add_tensor(name, values, raw_dtype=kind)
+        writer.add_tensor(name, values, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -154,14 +157,16 @@ def write_gguf(
     return path
 
 
-def quantised(values: np.ndarray, kind: Kind) -> tuple[np.ndarray, Kind]:
+def quantised(values: np.ndarray, kind: str) -> tuple[np.ndarray, str]:
     """A tensor as a file of one kind has it: vectors stay fp32."""
+    import gguf
+
     if values.ndim == 1:
-        kind = Kind.F32
-    return gguf.quantize(values, kind), kind
+        kind = "F32"
+    return gguf.quantize(values, gguf.GGMLQuantizationType[kind]), kind
 
 
-def model_file(path: Path, family: str = "llama", kind: Kind = Kind.F32, **changes: object) -> Path:
+def model_file(path: Path, family: str = "llama", kind: str = "F32", **changes: object) -> Path:
     """The file of a family's random model; `changes` replace metadata, with `__` for a dot, and None removes them."""
     twin = random_twin(FAMILIES[family])
     metadata = metadata_of(twin.config)
@@ -186,15 +191,17 @@ def llama_file(tmp_path_factory) -> Path:
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 
-WRITABLE = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1]
+WRITABLE = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
 
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [*(("llama", kind) for kind in WRITABLE), *((family, Kind.Q8_0) for family in FAMILIES if family != "llama")],
+    [*(("llama", kind) for kind in WRITABLE), *((family, "Q8_0") for family in FAMILIES if family != "llama")],
     ids=str,
 )
 def test_logits_are_those_of_the_weights(tmp_path, family, kind, monkeypatch):
+    import gguf
+
     monkeypatch.setattr(ours, "VALUES_AT_ONCE", 1000)  # a tensor takes several pieces, none of them of whole heads
     directory = convert(model_file(tmp_path / "model.gguf", family, kind), tmp_path / "model")
     # A block lies within a row: quantising in another order of rows gives the same values.
@@ -202,7 +209,7 @@ def test_logits_are_those_of_the_weights(tmp_path, family, kind, monkeypatch):
     with torch.no_grad():
         for weight in twin.parameters():
             stored, stored_kind = quantised(weight.numpy(), kind)
-            weight.copy_(torch.from_numpy(gguf.dequantize(stored, stored_kind)))
+            weight.copy_(torch.from_numpy(gguf.dequantize(stored, gguf.GGMLQuantizationType[stored_kind])))
 
     expected = dict(twin.named_parameters())
     found = load_file(directory / "model.safetensors")
@@ -240,7 +247,7 @@ def test_q4_k_blocks_follow_their_definition(tmp_path):
     config = transformers.LlamaConfig(
         **SIZES | {"hidden_size": 256, "intermediate_size": 512}, tie_word_embeddings=True
     )
-    tensors = {name: quantised(values, Kind.F32) for name, values in stored_tensors(random_twin(config)).items()}
+    tensors = {name: quantised(values, "F32") for name, values in stored_tensors(random_twin(config)).items()}
     randomness = random.Random(0)
     n_rows, n_blocks = config.hidden_size, 2
     rows = [
@@ -252,7 +259,7 @@ def test_q4_k_blocks_follow_their_definition(tmp_path):
         for _ in range(n_rows)
     ]
     blocks = np.frombuffer(b"".join(rows), np.uint8).reshape(n_rows, n_blocks * 144)
-    tensors["blk.1.ffn_down.weight"] = (blocks, Kind.Q4_K)
+    tensors["blk.1.ffn_down.weight"] = (blocks, "Q4_K")
     path = write_gguf(tmp_path / "k.gguf", metadata_of(config), tensors)
     found = load_file(convert(path, tmp_path / "k") / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     expected = [q4_k_by_definition(row[:144]) + q4_k_by_definition(row[144:]) for row in rows]
@@ -315,7 +322,7 @@ def test_settings_that_a_file_may_leave_out(tmp_path):
     changes = {f"llama.{key}".replace(".", "__"): None for key in left_out}
     config = replace_heads(FAMILIES["llama"])
     metadata = {key: value for key, value in metadata_of(config).items() if key.replace(".", "__") not in changes}
-    tensors = {name: (values, Kind.F32) for name, values in stored_tensors(random_twin(config)).items()}
+    tensors = {name: (values, "F32") for name, values in stored_tensors(random_twin(config)).items()}
     found = read_config(convert(write_gguf(tmp_path / "a.gguf", metadata, tensors), tmp_path / "a"))
     assert (found.n_kv_heads, found.d_head, found.rope_theta) == (4, 16, 1e4)
 
@@ -344,13 +351,13 @@ def test_llama3_scaling_is_known_by_its_factors(tmp_path, factor):
     twin = random_twin(config)
     unscaled = 5e5 ** -(np.arange(0, 64, 2) / 64)
     factors = (unscaled / twin.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
-    tensors = {name: (values, Kind.F32) for name, values in stored_tensors(twin).items()}
-    tensors["rope_freqs.weight"] = (factors, Kind.F32)
+    tensors = {name: (values, "F32") for name, values in stored_tensors(twin).items()}
+    tensors["rope_freqs.weight"] = (factors, "F32")
     directory = convert(write_gguf(tmp_path / "a.gguf", metadata_of(config), tensors), tmp_path / "a")
     expected = RopeScaling("llama3", factor, 1.0, 4.0, original_max_positions=8192)
     assert read_config(directory).rope_scaling == expected
 
-    tensors["rope_freqs.weight"] = (factors * np.linspace(1, 1.1, 32, dtype=np.float32), Kind.F32)
+    tensors["rope_freqs.weight"] = (factors * np.linspace(1, 1.1, 32, dtype=np.float32), "F32")
     with pytest.raises(UserError, match=r"rope_freqs\.weight is not Llama-3's scaling"):
         convert(write_gguf(tmp_path / "b.gguf", metadata_of(config), tensors), tmp_path / "b")
 
@@ -538,10 +545,10 @@ def test_other_architectures_are_refused_with_the_list(tmp_path):
     assert refusal(path, tmp_path / "new") == "architecture 'gemma3' is not known; known: llama, qwen2, qwen3"
 
 
-def with_tensor(path: Path, name: str, values: np.ndarray, kind: Kind = Kind.F32) -> Path:
+def with_tensor(path: Path, name: str, values: np.ndarray, kind: str = "F32") -> Path:
     """The small Llama's file with one tensor replaced or added."""
     twin = random_twin(FAMILIES["llama"])
-    tensors = {name: (stored, Kind.F32) for name, stored in stored_tensors(twin).items()}
+    tensors = {name: (stored, "F32") for name, stored in stored_tensors(twin).items()}
     tensors[name] = (values, kind)
     return write_gguf(path, metadata_of(twin.config), tensors)
 
@@ -556,22 +563,22 @@ def with_value(shape: tuple[int, ...], value: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("name", "values", "kind", "complaint"),
     [
-        ("blk.0.attn_q.weight", with_value((64, 64), np.nan), Kind.F32, "blk.0.attn_q.weight holds NaN or infinity"),
-        ("token_embd.weight", with_value((264, 64), -np.inf), Kind.F32, "token_embd.weight holds NaN or infinity"),
-        ("output_norm.weight", with_value((64,), np.inf), Kind.F32, "output_norm.weight holds NaN or infinity"),
+        ("blk.0.attn_q.weight", with_value((64, 64), np.nan), "F32", "blk.0.attn_q.weight holds NaN or infinity"),
+        ("token_embd.weight", with_value((264, 64), -np.inf), "F32", "token_embd.weight holds NaN or infinity"),
+        ("output_norm.weight", with_value((64,), np.inf), "F32", "output_norm.weight holds NaN or infinity"),
         (
             "blk.1.ffn_up.weight",
             np.full((96, 68), 255, np.uint8),
-            Kind.Q8_0,
+            "Q8_0",
             "blk.1.ffn_up.weight holds NaN or infinity",
         ),
-        ("blk.0.attn_q.weight", np.zeros((64, 32), np.float32), Kind.F32, "has shape (64, 32), (64, 64) is expected"),
-        ("blk.0.attn_q.weight", np.zeros((1, 64, 64), np.float32), Kind.F32, "has shape (1, 64, 64), (64, 64)"),
-        ("token_embd.weight", np.zeros((265, 64), np.float32), Kind.F32, "has shape (265, 64), (264, 64) is expected"),
-        ("blk.0.attn_rot.weight", np.zeros((64,), np.float32), Kind.F32, "unknown tensor blk.0.attn_rot.weight"),
-        ("rope_freqs.weight", np.ones((9,), np.float32), Kind.F32, "unknown tensor rope_freqs.weight of shape (9,)"),
-        ("blk.0.ffn_up.weight", np.zeros((96, 64), np.int8), Kind.I8, "is I8, which the gguf package cannot"),
-        ("blk.0.attn_q.bias", np.zeros((64,), np.float32), Kind.F32, "missing tensor blk.0.attn_k.bias"),
+        ("blk.0.attn_q.weight", np.zeros((64, 32), np.float32), "F32", "has shape (64, 32), (64, 64) is expected"),
+        ("blk.0.attn_q.weight", np.zeros((1, 64, 64), np.float32), "F32", "has shape (1, 64, 64), (64, 64)"),
+        ("token_embd.weight", np.zeros((265, 64), np.float32), "F32", "has shape (265, 64), (264, 64) is expected"),
+        ("blk.0.attn_rot.weight", np.zeros((64,), np.float32), "F32", "unknown tensor blk.0.attn_rot.weight"),
+        ("rope_freqs.weight", np.ones((9,), np.float32), "F32", "unknown tensor rope_freqs.weight of shape (9,)"),
+        ("blk.0.ffn_up.weight", np.zeros((96, 64), np.int8), "I8", "is I8, which the gguf package cannot"),
+        ("blk.0.attn_q.bias", np.zeros((64,), np.float32), "F32", "missing tensor blk.0.attn_k.bias"),
     ],
 )
 def test_tensors_that_are_refused(tmp_path, name, values, kind, complaint):
@@ -580,8 +587,8 @@ def test_tensors_that_are_refused(tmp_path, name, values, kind, complaint):
 
 def test_scaled_positions_of_other_families_are_refused(tmp_path):
     twin = random_twin(FAMILIES["qwen2"])
-    tensors = {name: (values, Kind.F32) for name, values in stored_tensors(twin).items()}
-    tensors["rope_freqs.weight"] = (np.ones(8, np.float32), Kind.F32)
+    tensors = {name: (values, "F32") for name, values in stored_tensors(twin).items()}
+    tensors["rope_freqs.weight"] = (np.ones(8, np.float32), "F32")
     path = write_gguf(tmp_path / "a.gguf", metadata_of(twin.config), tensors, architecture="qwen2")
     assert "unknown tensor rope_freqs.weight" in refusal(path, tmp_path / "new")
 
@@ -646,6 +653,8 @@ def test_headers_that_are_refused(tmp_path, content, complaint):
 
 
 def test_a_file_in_the_other_order_of_bytes_is_refused(tmp_path):
+    import gguf
+
     write_gguf(tmp_path / "a.gguf", {"a": 1}, {}, endianess=gguf.GGUFEndian.BIG)
     assert "a GGUF file that is big-endian" in refusal(tmp_path / "a.gguf", tmp_path / "new")
 
@@ -767,7 +776,7 @@ def test_a_file_is_converted_once(llama_file, tmp_path, monkeypatch, capsys):
 def test_another_file_of_the_same_name_gets_another_directory(llama_file, tmp_path, monkeypatch):
     weights = tmp_path / "weights"
     first = hub.find_model(str(llama_file), weights)
-    other_file = model_file(tmp_path / "small.gguf", kind=Kind.Q8_0)
+    other_file = model_file(tmp_path / "small.gguf", kind="Q8_0")
     second = hub.find_model(str(other_file), weights)
     assert second == weights / f"small-{sha256_of(other_file)[:12]}"
     assert (source_of(first), source_of(second)) == (sha256_of(llama_file), sha256_of(other_file))

@@ -12,7 +12,7 @@ from page.made_runs import edit_config, make_run
 from minidpost.errors import UserError
 from minidpost.page.runs import LOCKS, Files, find_runs, is_locked, read_run, run_names
 from minidpost.selftraining.run_directory import FORMAT, RunDirectory
-from minidpost.storage import write_json
+from minidpost.storage import read_jsonl, write_json, write_jsonl
 
 
 def read(path):
@@ -26,6 +26,16 @@ def test_a_finished_run_has_no_notes(tmp_path):
         "iteration-0/sft", "iteration-1/dpo", "iteration-1/sft", "iteration-2/dpo", "iteration-2/sft",
     ]  # fmt: skip
     assert run.results is not None and run.results["best_iteration"] == 2
+
+
+def test_a_stage_that_was_continued_or_lost_its_weights_is_read(tmp_path):
+    path = make_run(tmp_path / "run")
+    stages = [record for _, record in read_jsonl(path / "stages.jsonl")]
+    stages[0] |= {"continued": True, "removed": ["model.safetensors"]}
+    write_jsonl(path / "stages.jsonl", stages)
+    run = read(path)
+    assert run.notes == []
+    assert [stage["stage"] for stage in run.stages] == [stage["stage"] for stage in stages]
 
 
 def test_results_are_those_that_the_run_writes(tmp_path):

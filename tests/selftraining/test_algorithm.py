@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from minidpost.data.example import Example
 from minidpost.errors import UserError
-from minidpost.models.weights import load_model
+from minidpost.models.llama import Llama, LlamaConfig
+from minidpost.models.weights import load_model, load_template, save_model
 from minidpost.sampling import sampler
 from minidpost.sampling.generate import Sample
 from minidpost.selftraining import evaluation as evaluation_module
@@ -920,3 +922,62 @@ def test_an_interrupted_lora_run_equals_an_uninterrupted_one(new_run, script, mo
     list(self_train(again))
     assert files_of(again) == expected
     assert max(sizes) < (tmp_path / "run" / "iteration-0" / "sft" / "model.safetensors").stat().st_size
+
+
+# -- where a trained model ends -------------------------------------------------------------------------------------
+
+ENDOFTEXT, IM_END = 0, 2  # in SmolLM2's vocabulary
+INSTRUCT = {"eos_token": "<|im_end|>"}
+
+
+@pytest.mark.parametrize(
+    ("config_eos", "generation", "tokenizer_config", "template", "lora_rank", "end", "written"),
+    [
+        (IM_END, {"eos_token_id": IM_END}, INSTRUCT, None, None, IM_END, IM_END),
+        (ENDOFTEXT, {"eos_token_id": ENDOFTEXT}, None, "chat", None, IM_END, [ENDOFTEXT, IM_END]),
+        (ENDOFTEXT, None, None, "chat", 2, IM_END, [ENDOFTEXT, IM_END]),
+        (ENDOFTEXT, {"eos_token_id": ENDOFTEXT}, INSTRUCT, None, None, IM_END, [ENDOFTEXT, IM_END]),
+        (IM_END, {"max_length": 9}, None, None, None, IM_END, IM_END),
+        (None, None, None, None, None, ENDOFTEXT, ENDOFTEXT),
+    ],
+    ids=["instruct", "base, chat", "base, chat, lora", "files that differ", "no end for generate", "no end at all"],
+)
+def test_transformers_ends_where_training_did(
+    shared, tmp_path, config_eos, generation, tokenizer_config, template, lora_rank, end, written
+):
+    """Whatever the base's files say, and ours ends there too; a training that goes on from there changes nothing."""
+    base, trained, later = tmp_path / "base", tmp_path / "trained", tmp_path / "later"
+    config = LlamaConfig(49152, 8, 8, 1, n_heads=1, n_kv_heads=1, d_head=8, tied=True, eos_id=config_eos)
+    save_model(Llama(config).initialise(), base, [shared / "tokenizers/smollm2/tokenizer.json"])
+    for name, content in (("generation_config", generation), ("tokenizer_config", tokenizer_config)):
+        if content is not None:
+            (base / f"{name}.json").write_text(json.dumps(content))
+    rules = load_template(base, template)
+    assert rules.eos_id == end
+
+    def train(start: Path, directory: Path, record: str | None) -> None:
+        preset = replace(PRESET, lora_rank=lora_rank)
+        model = steps.load_for_training(start, preset, dtype=None, device="cpu", seed=0)
+        steps.save_trained(model, directory, start=start, template=record, eos_id=rules.eos_id)
+
+    train(base, trained, template)
+    train(trained, later, None)
+    for name in ("config.json", "generation_config.json"):
+        assert (trained / name).is_file() == (base / name).is_file() == (later / name).is_file()
+        if (trained / name).is_file():
+            assert json.loads((trained / name).read_text()) == json.loads((later / name).read_text())
+    assert json.loads((trained / "config.json").read_text())["eos_token_id"] == written
+    found = load_template(later)
+    assert found.eos_id == end and end in found.stop_ids
+
+    # Every position's likeliest token is made the end that was trained.
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(later)
+    always = transformers.SequenceBiasLogitsProcessor({(end,): 1e4})
+    ids = theirs.generate(
+        torch.tensor([rules.prompt_ids(TOM.question)]),
+        max_new_tokens=5,
+        do_sample=False,
+        pad_token_id=5,
+        logits_processor=transformers.LogitsProcessorList([always]),
+    )
+    assert ids[0, -1] == end and len(ids[0]) == len(rules.prompt_ids(TOM.question)) + 1

@@ -26,6 +26,7 @@ from minidpost.selftraining.estimates import (
     check_memory,
     disk_bytes,
     model_size,
+    planned_stages,
     product_flops_per_second,
     run_flops,
     sampling_bytes,
@@ -165,8 +166,14 @@ def test_sampling_needs_weights_cache_and_logits():
     assert tensor_bytes(cache) == cache_bytes
     n_parameters = sum(p.numel() for p in meta().parameters())
     assert sampling_bytes(meta(), preset, torch.bfloat16) == 2 * n_parameters + cache_bytes + 12 * 8 * 1000
+
+
+def test_on_a_gpu_a_completion_has_room_for_one_token_more():
+    """Steps overlap there, so that a row is decoded once after its last token; keys and values are bf16 too."""
+    preset = replace(LLAMA, slots=8, max_source=30, max_new_tokens=20)
     on_cpu, on_gpu = (sampling_bytes(meta(), preset, torch.bfloat16, device) for device in ("cpu", "cuda"))
-    assert on_cpu - on_gpu == keys_and_values // 2
+    numbers_a_position = 2 * (8 + sampler.PREFILL_BATCH) * 4 * 2 * 16
+    assert on_cpu - on_gpu == (4 * (30 + 20) - 2 * (30 + 21)) * numbers_a_position
 
 
 @pytest.mark.parametrize("name", ["flan-t5-large", "Meta-Llama-3-8B"])
@@ -301,6 +308,24 @@ def test_what_a_run_has_written_needs_no_room_again(tmp_path, free_space):
         check_disk(meta(), LLAMA, method="dpo-st", run_dir=tmp_path, fresh=True)  # the old run stays beside it
 
 
+def test_models_that_were_removed_are_not_written_again(tmp_path, free_space):
+    """Of a run that --keep last has shortened, only what is still to be trained needs room; at the end, nothing."""
+    n_parameters = sum(p.numel() for p in meta().parameters())
+    (tmp_path / "iteration-3" / "dpo").mkdir(parents=True)
+    (tmp_path / "iteration-3" / "dpo" / "model.safetensors").write_bytes(bytes(4 * n_parameters))
+
+    def check(n_trainings: int | None, keep: str = "all") -> str:
+        return check_disk(meta(), LLAMA, method="dpo-st", run_dir=tmp_path, n_trainings=n_trainings, keep=keep)
+
+    free_space(44 * n_parameters)
+    with pytest.raises(UserError, match="disk:"):
+        check(None)
+    assert check(1).startswith(f"disk: {(4 + 24) * n_parameters / 1e6:.1f} MB (estimated) of ")
+    assert check(0).startswith("disk: 0.0 MB (estimated) of ")
+    assert check(2, keep="last").startswith(f"disk: {(2 * 4 + 24) * n_parameters / 1e6:.1f} MB")  # three at a time
+    assert check(5, keep="last") == check(2, keep="last")
+
+
 # -- a whole run ------------------------------------------------------------------------------------------------------
 
 
@@ -332,6 +357,44 @@ def test_a_warm_up_alone_costs_its_epochs_and_an_evaluation():
     assert run_flops(plan(method="sft", preset=preset), size) == pytest.approx(warm_up + evaluation)
 
 
+def test_each_stage_costs_what_it_trains_on_and_samples():
+    """Eight questions of 5 tokens, four of them labelled with 10; half of the eight get labels, and 3 pairs each."""
+    size = model_size(meta())
+    preset = replace(plan().preset, iterations=2, sft_epochs=1, samples=3, dpo_samples=5, pass_at=10, pass_questions=1)
+    stages = planned_stages(plan(preset=preset), size)
+
+    def training(n_sequences: int) -> float:
+        return training_flops(size, 5 * n_sequences, 10 * n_sequences)
+
+    def sampling(n_questions: int, n_samples: int) -> float:
+        return estimates.sampling_flops(size, [5] * n_questions, [10] * (n_questions * n_samples))
+
+    pass_at_10 = sampling(1, 10)
+    flops = {
+        "iteration-0/sft": training(4),
+        "iteration-0/evaluation.json": sampling(2, 1) + pass_at_10,
+        "iteration-1/samples-dpo.jsonl": sampling(8, 5),
+        "iteration-1/pairs.jsonl": 0.0,
+        "iteration-1/reference.safetensors": estimates.forward_flops(size, 2 * 12 * 5, 2 * 12 * 10),
+        "iteration-1/dpo": training(2 * 6 * 2),
+        "iteration-1/samples-sft.jsonl": sampling(8, 3),
+        "iteration-1/pseudo-labels.jsonl": 0.0,
+        "iteration-1/sft": training(4 + 4),
+        "iteration-1/evaluation.json": 2 * (sampling(2, 1) + pass_at_10),  # f_θ' and f_θd
+    }
+    assert [*stages][: len(flops)] == [*flops] and len(stages) == 2 + 2 * 8
+    assert {name: stages[name].flops for name in flops} == pytest.approx(flops)
+    assert stages["iteration-2/sft"].flops == pytest.approx(training(4 + 2 * 4))
+    assert run_flops(plan(preset=preset), size) == sum(stage.flops for stage in stages.values())
+    sorts = {name.partition("/")[2]: stage.work for name, stage in stages.items()}
+    assert [name for name, work in sorts.items() if work == "training"] == ["sft", "reference.safetensors", "dpo"]
+    assert [name for name, work in sorts.items() if work is None] == ["pairs.jsonl", "pseudo-labels.jsonl"]
+    without = planned_stages(plan(method="st", preset=replace(preset, warm_up=False)), size)
+    assert [*without][:3] == [
+        "iteration-0/evaluation.json", "iteration-1/samples-sft.jsonl", "iteration-1/pseudo-labels.jsonl",
+    ]  # fmt: skip
+
+
 def test_what_makes_a_run_longer_makes_its_estimate_larger():
     size, least = model_size(meta()), run_flops(plan(), model_size(meta()))
     assert run_flops(plan(method="st"), size) < least
@@ -361,7 +424,17 @@ def test_a_published_model_on_a_cpu_is_warned_of_its_hours(monkeypatch):
         warnings.simplefilter("error")
         warn_of_hours(plan(), meta())  # small
         warn_of_hours(plan(device="cuda"), large)
+        warn_of_hours(plan(), large, planned_stages(plan(), model_size(large)).keys())  # finished
     assert len(asked) == 1
+
+
+def test_of_a_run_that_goes_on_the_hours_are_those_of_the_rest(monkeypatch):
+    large = empty_model(replace(CONFIG, vocab_size=10**6))
+    *finished, last = planned_stages(plan(), model_size(large))
+    flops = planned_stages(plan(), model_size(large))[last].flops
+    monkeypatch.setattr(estimates, "product_flops_per_second", lambda dtype: flops / 3600 / 7)
+    with pytest.warns(UserWarning, match=r"a CPU: the rest of the run takes about 7.0 hours or more"):
+        warn_of_hours(plan(), large, finished)
 
 
 def test_hours_are_written_with_two_digits():

@@ -14,7 +14,8 @@ from minidpost.models.hf_config import read_config
 from minidpost.models.kvcache import KVCache
 from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.lora import adapted_layers
-from minidpost.models.weights import empty_model, load_template, save_model
+from minidpost.models.weights import empty_model, load_model, load_template, save_model
+from minidpost.sampling import sampler
 from minidpost.selftraining import rehearsal
 from minidpost.selftraining.estimates import Plan
 from minidpost.selftraining.presets import TINY_T5
@@ -216,6 +217,29 @@ def test_a_decoding_step_is_made_with_all_slots_at_the_last_position(plan, monke
     assert seen == [5]
     max_tokens, row_ids, lengths = written[-1]
     assert row_ids == [0, 1, 2, 3, 4] and lengths == [max_tokens - 1] * 5
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_rehearsed_cache_is_the_samplers(plan, monkeypatch, overlap):
+    """With overlapping steps, as on a GPU, it has a token more."""
+    shapes = []
+    model = load_model(plan.base)
+    new_cache = type(model).new_cache
+
+    def recorded(model, n_rows, max_prompt, max_new):
+        shapes.append((n_rows, max_prompt, max_new))
+        return new_cache(model, n_rows, max_prompt, max_new)
+
+    monkeypatch.setattr(type(model), "new_cache", recorded)
+    monkeypatch.setattr(rehearsal, "overlaps", lambda device: overlap)
+    rehearsal.rehearse_sampling(plan)
+    evaluated = [tuple(plan.template.prompt_ids(example.question)) for example in plan.data.dev]
+    requests = [sampler.Request(ids, "") for ids in [*plan.tokens.prompt_ids.values(), *evaluated]]
+    settings = plan.preset.sampling(seed=0)
+    next(sampler.sample(model, requests, settings, plan.template.stop_ids, overlap=overlap))
+    rehearsed, sampled = shapes
+    assert rehearsed == sampled
+    assert rehearsed[2] == PRESET.max_new_tokens + overlap
 
 
 def test_tiny_models_on_a_cpu_are_not_rehearsed(plan, monkeypatch):

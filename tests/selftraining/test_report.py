@@ -127,6 +127,7 @@ def test_results_of_every_finished_iteration(new_run):
         "dev": "toy/dev",
         "test": "toy/test",
     }
+    assert collect_results(new_run(), "tiny-t5", "me/mine") == results | {"base": "me/mine"}
     first, second = results["iterations"]
     assert first == {
         "iteration": 0,

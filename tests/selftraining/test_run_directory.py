@@ -12,7 +12,14 @@ import torch
 
 from minidpost.errors import UserError
 from minidpost.selftraining import run_directory
-from minidpost.selftraining.run_directory import FORMAT, RunDirectory, duration
+from minidpost.selftraining.run_directory import (
+    FORMAT,
+    PlannedStage,
+    RunDirectory,
+    duration,
+    finished_names,
+    seconds_left,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -357,10 +364,16 @@ def test_a_directory_that_cannot_be_locked(tmp_path, monkeypatch):
 
 
 def test_a_run_says_where_it_stands(tmp_path):
-    """Stages take as long as the latest of their kind did."""
+    """Stages take as long as the latest of their kind did, in proportion to their operations."""
     directory = RunDirectory(tmp_path / "run", SETTINGS)
     names = ["iteration-0/sft", "iteration-1/pairs.jsonl", "iteration-1/sft", "iteration-2/pairs.jsonl"]
-    directory.planned = [*names, "iteration-2/sft"]
+    directory.planned = {
+        "iteration-0/sft": PlannedStage("training", 3e12),
+        "iteration-1/pairs.jsonl": PlannedStage(),
+        "iteration-1/sft": PlannedStage("training", 3e12),
+        "iteration-2/pairs.jsonl": PlannedStage(),
+        "iteration-2/sft": PlannedStage("training", 4e12),
+    }
     for name, seconds in zip(names, [60.0, 2.0, 300.0, 4.0], strict=True):
         do_stage(directory, name, lambda path: {} if path.is_dir() else write_number(path))
         directory.stages[name]["seconds"] = seconds
@@ -369,10 +382,88 @@ def test_a_run_says_where_it_stands(tmp_path):
     log = (tmp_path / "run" / "log.txt").read_text()
     assert [line.split(" ", 1)[1] for line in log.splitlines()] == [
         "iteration-0/sft (stage 1 of 5)",
-        "iteration-1/pairs.jsonl (stage 2 of 5, 60 s so far)",
+        "iteration-1/pairs.jsonl (stage 2 of 5, 60 s so far, about 2 min left)",
         "iteration-1/sft (stage 3 of 5, 62 s so far, about 2 min left)",
-        "iteration-2/pairs.jsonl (stage 4 of 5, 6 min so far, about 5 min left)",
-        "iteration-2/sft (stage 5 of 5, 6 min so far, about 5 min left)",
+        "iteration-2/pairs.jsonl (stage 4 of 5, 6 min so far, about 7 min left)",
+        "iteration-2/sft (stage 5 of 5, 6 min so far, about 7 min left)",
         "elsewhere.json",
     ]
     assert (duration(5399), duration(7200)) == ("90 min", "2.0 h")
+
+
+PLANNED = {
+    "iteration-0/sft": PlannedStage("training", 10.0),
+    "iteration-0/evaluation.json": PlannedStage("inference", 5.0),
+    "iteration-1/samples-dpo.jsonl": PlannedStage("inference", 50.0),
+    "iteration-1/pairs.jsonl": PlannedStage(),
+    "iteration-1/dpo": PlannedStage("training", 40.0),
+    "iteration-1/sft": PlannedStage("training", 15.0),
+    "iteration-1/evaluation.json": PlannedStage("inference", 6.0),
+}
+WARMED_UP = {"iteration-0/sft": {"seconds": 100.0}, "iteration-0/evaluation.json": {"seconds": 10.0}}
+
+
+def test_after_the_warm_up_operations_tell_what_is_left():
+    """A training takes 10 s an operation here, sampling and evaluation 2 s; pairs take nothing."""
+    assert seconds_left(PLANNED, {}) is None
+    assert seconds_left(PLANNED, {"iteration-0/sft": {"seconds": 100.0}}) is None  # nothing was sampled yet
+    assert seconds_left(PLANNED, WARMED_UP) == 2 * 50 + 10 * 40 + 10 * 15 + 2 * 6
+
+
+def test_a_stage_of_the_same_kind_counts_more_than_operations():
+    finished = WARMED_UP | {
+        "iteration-1/samples-dpo.jsonl": {"seconds": 540.0, "flops": 1e9},  # slow, though the evaluation was not
+        "iteration-1/pairs.jsonl": {"seconds": 7.0},
+        "iteration-1/dpo": {"seconds": 200.0},
+    }
+    assert seconds_left(PLANNED, finished) == 100 * 15 / 10 + 10 * 6 / 5
+    more = PLANNED | {
+        "iteration-2/samples-dpo.jsonl": PlannedStage("inference", 50.0),
+        "iteration-2/samples-sft.jsonl": PlannedStage("inference", 11.0),  # the first of its kind
+        "iteration-2/pairs.jsonl": PlannedStage(),
+        "iteration-2/reference.safetensors": PlannedStage("training", 5.0),  # likewise
+    }
+    of_more = 540 + 11 * (10 + 540) / (5 + 50) + 7 + 5 * (100 + 200) / (10 + 40)
+    assert seconds_left(more, finished) == pytest.approx(150 + 12 + of_more)
+
+
+def test_what_was_continued_or_had_nothing_to_do_is_no_measure():
+    continued = WARMED_UP | {"iteration-0/sft": {"seconds": 3.0, "continued": True}}
+    assert seconds_left(PLANNED, continued) is None
+    without_pairs = WARMED_UP | {"iteration-1/dpo": {"seconds": 1.0, "flops": 0.0}}
+    of_a_kind = 2 * 50 + 100 * 15 / 10 + 2 * 6
+    assert seconds_left(PLANNED, without_pairs) == of_a_kind
+    reference = PLANNED | {"iteration-1/reference.safetensors": PlannedStage("training", 2.0)}
+    assert seconds_left(reference, without_pairs) == of_a_kind + 2 * 10
+    assert seconds_left(PLANNED, {name: {"seconds": 1.0} for name in PLANNED}) == 0
+
+
+def test_a_stage_that_goes_on_after_a_kill_is_marked(tmp_path):
+    """Its seconds are those of the last process alone."""
+    directory = RunDirectory(tmp_path / "run", SETTINGS)
+    for name in ("iteration-0/sft", "iteration-1/sft"):
+        with pytest.raises(KeyboardInterrupt), directory.stage(name):
+            if name == "iteration-1/sft":
+                directory.progress(name).mkdir(parents=True)  # something was saved
+            raise KeyboardInterrupt
+        do_stage(directory, name, lambda path: {})
+    assert "continued" not in directory.stages["iteration-0/sft"]
+    assert directory.stages["iteration-1/sft"]["continued"] is True
+    again = RunDirectory(tmp_path / "run", SETTINGS)
+    assert again.stages["iteration-1/sft"]["continued"] is True
+
+
+def test_what_a_run_has_finished_is_read_without_claiming_it(tmp_path):
+    assert finished_names(tmp_path / "run") == set()
+    assert not (tmp_path / "run").exists()
+    directory = RunDirectory(tmp_path / "run", SETTINGS)
+    for name in ("iteration-0/sft", "iteration-1/pairs.jsonl"):
+        do_stage(directory, name, lambda path: {} if path.is_dir() else write_number(path))
+    assert finished_names(tmp_path / "run") == {"iteration-0/sft", "iteration-1/pairs.jsonl"}
+    (tmp_path / "run" / "iteration-1" / "pairs.jsonl").unlink()
+    before = files_of(tmp_path)
+    assert finished_names(tmp_path / "run") == {"iteration-0/sft"}
+    assert files_of(tmp_path) == before
+    for broken in (b"[]\n", b"{}\n", b'{"stage": 1}\n', b"\xff\n"):
+        (tmp_path / "run" / "stages.jsonl").write_bytes(broken)
+        assert finished_names(tmp_path / "run") == set()
