@@ -171,7 +171,7 @@ class Save:
                 remove(path)
 
     def _remove_half(self) -> None:
-        """Remove what has been written. Of several processes others may still be writing: there the next save does it."""
+        """Remove what has been written; where other processes may be writing still, the next save does that."""
         if world_size() == 1:
             remove(self.unfinished)
 

@@ -82,10 +82,11 @@ class TrainingState:
     def after_step(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, log_path: str | Path | None
     ) -> None:
-        """Save if it is time to, while training goes on; if asked to stop, save and do so (KeyboardInterrupt).
+        """Save if it is time to, while training goes on; if asked to stop, save and then stop.
 
         Training stands still for saves at most a twentieth of the time. A save for which there is no room is given up
-        with a warning; any other error in the writing of an earlier one is raised here.
+        with a warning; any other error in the writing of an earlier one is raised here. So is KeyboardInterrupt or
+        Terminated, if training was asked to stop.
         """
         if self.path is None:
             return
