@@ -2,9 +2,9 @@
 
 A Llama with random weights is trained in fp32, few tokens a step, so that steps are short and the state is large. In
 turns a state is saved at once, as where memory has no room for a copy, and while training goes on: then training stands
-still for the copy, and to give the written state its name. Steps are timed alone, before each save, and beside the
-writing, as far as they began before it was done. Saved is to the disk of the temporary directory, and waited for until
-it is there (fsync).
+still for the copy alone. Steps are timed alone, before each save, and beside the writing, as far as they began before
+it was done: of one that outlasted it only a part was beside it. Saved is to the disk of the temporary directory, and
+waited for until it is there (fsync); the state that was saved before is removed.
 
     python -m benchmarks.saving
 """

@@ -90,10 +90,11 @@ class Save:
         return self.thread is None or not self.thread.is_alive()
 
     def end(self) -> None:
-        """Wait until all have written; the state then gets its name, and those that were saved before are removed.
+        """Wait until all have written; the state then has its name, and those that were saved before are removed.
 
-        OSError on all processes where one had no room: nothing is left of this state, the others are still there. Any
-        other error of the writing is raised on its process alone.
+        Removing may take a while yet: until `wait` is called once more. OSError on all processes where one had no room:
+        nothing is left of this state, the others are still there. Any other error of the writing is raised on its
+        process alone.
         """
         self.wait()
         code = 0
@@ -106,14 +107,15 @@ class Save:
             (code,) = max_over_ranks(code)
             if code:
                 raise OSError(code, os.strerror(code))
-            write_on_rank_0(self._finish)
+            if world_size() > 1:
+                write_on_rank_0(self._finish)
         except OSError:
             if rank() == 0:
                 remove(self.unfinished)
             raise
 
     def wait(self) -> None:
-        """Wait until this process has written its part; an interruption gives the save up."""
+        """Wait until this process's thread is done; an interruption gives the save up."""
         if self.thread is None:
             return
         try:
@@ -138,7 +140,10 @@ class Save:
             self.unfinished.mkdir()
 
     def _write(self, tensors: dict[str, Tensor], header: Mapping[str, str]) -> None:
-        """Write this process's part, and let go of each tensor when it is written. Errors are kept for `end`."""
+        """Write this process's part, and let go of each tensor when it is written. Errors are kept for `end`.
+
+        A single process gives the state its name at once; several agree on it, in `end`.
+        """
 
         def values(name: str) -> Tensor:
             if self.is_given_up:
@@ -153,22 +158,27 @@ class Save:
         try:
             write_own_safetensors(writable, path, header)
             to_disk(path)
+            if world_size() == 1:
+                self._finish()
         except Exception as error:
             self.error = error
 
     def _finish(self) -> None:
-        """Give a state that all have written its name, and remove the others."""
+        """Give a state that all have written its name, and remove the others, for which no step waits."""
         if self.unfinished.is_dir():
             write_json(self.unfinished / METADATA, self.metadata)
             to_disk(self.unfinished)
-        older = saved_states(self.path)
+        older = [path for path in saved_states(self.path) if path != self.target]
         if self.target.is_dir():  # of another training; a directory with files cannot be replaced
-            remove(self.target)
+            shutil.rmtree(self.target)
         os.replace(self.unfinished, self.target)
         to_disk(self.target.parent)
-        for path in older:
-            if path != self.target:
-                remove(path)
+        # To free the blocks of large files takes time.
+        if world_size() == 1:  # and this is the thread that has written
+            remove(*older)
+        else:
+            self.thread = Thread(target=remove, args=older, name="saving")
+            self.thread.start()
 
     def _remove_half(self) -> None:
         """Remove what has been written; where other processes may be writing still, the next save does that."""
@@ -183,12 +193,13 @@ def saved_states(path: Path) -> list[Path]:
     return [*([path] if path.is_file() else []), *whole]
 
 
-def remove(path: Path) -> None:
-    """Remove a file or a directory, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def remove(*paths: Path) -> None:
+    """Remove files and directories, those that are there; what cannot be removed is left for the next time."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 # -- a process's part -------------------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ class TrainingState:
         self.log = ""  # of the steps before it
         self.fingerprint = ""  # of what is being trained, with what
         self.save: Save | None = None  # that is being written while training goes on; there is never more than one
+        self.ended: Save | None = None  # the last one, which may still be removing what was saved before
         self.saved_at = 0.0  # time.monotonic() of the end of the last save, or of the start
         self.save_seconds = 0.0  # for which training stood still for the last save
         self.stop_signal: int | None = None  # the signal that asked to stop
@@ -116,6 +117,8 @@ class TrainingState:
         assert self.path is not None
         self.save_seconds = 0.0
         with self._standing_still():
+            if self.ended is not None:
+                self.ended.wait()
             self.save = Save(self.path, tensors, metadata, in_background=in_background)
         if self.save is not None and not self.save.is_in_background:
             self._end_save()
@@ -128,6 +131,7 @@ class TrainingState:
             try:
                 self.save.end()
             finally:
+                self.ended = self.save
                 self.save = None
 
     @contextmanager
@@ -146,7 +150,7 @@ class TrainingState:
 
     @contextmanager
     def around_steps(self) -> Iterator[None]:
-        """Around the loop over a training's steps: signals wait for a step's end, and no save outlasts the block."""
+        """Around the loop over a training's steps: signals wait for a step's end, and no thread outlasts the block."""
         with self._stops_between_steps():
             try:
                 yield
@@ -154,6 +158,9 @@ class TrainingState:
             except BaseException as error:
                 self._end_save_after(error)
                 raise
+            finally:
+                if self.ended is not None:
+                    self.ended.wait()
 
     def _end_save_after(self, error: BaseException) -> None:
         """End the save that was being written when an error ended the steps; it is the error that is to be raised."""
