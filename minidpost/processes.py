@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -28,6 +29,8 @@ Value = TypeVar("Value")
 # The longest that ranks wait for one: while a large model is written, or the last chunk is sampled. One that has died
 # is noticed at once.
 PATIENCE = timedelta(hours=6)
+MEMORY = Path("/proc/meminfo")
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 SECONDS_BETWEEN_COUNTS = 1.0  # in which the counts of other ranks may be out of date
 PIECE_BYTES = 2**22  # of what is handed in; the store refuses values from twice this size on
 
@@ -45,6 +48,39 @@ def world_size() -> int:
 def processes_of_machine() -> int:
     """How many processes of the command share this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if started_by_torchrun() else 1
+
+
+def available_memory() -> int:
+    """Bytes that the processes of this machine could still take of its memory, those of a container of its limit."""
+    limits = []
+    if MEMORY.is_file():
+        limits.append(1024 * numbers_in(MEMORY, ":")["MemAvailable"])
+    else:
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if CGROUP_LIMIT.is_file():
+        limit = CGROUP_LIMIT.read_text(encoding="ascii").strip()
+        if limit != "max":
+            limits.append(max(0, int(limit) - memory_of_container()))
+    return min(limits)
+
+
+def memory_of_container() -> int:
+    """Bytes that a container has taken, but for copies of files, which are let go of when memory is needed."""
+    used = CGROUP_LIMIT.with_name("memory.current")
+    if not used.is_file():
+        return 0
+    of_files = numbers_in(CGROUP_LIMIT.with_name("memory.stat"), " ")
+    return int(used.read_text(encoding="ascii")) - of_files["inactive_file"] - of_files["active_file"]
+
+
+def numbers_in(path: Path, separator: str) -> dict[str, int]:
+    """The first number of each line of one of the system's files, by what stands before it."""
+    numbers = {}
+    for line in path.read_text(encoding="ascii").splitlines():
+        name, _, rest = line.partition(separator)
+        if rest.split():
+            numbers[name] = int(rest.split()[0])
+    return numbers
 
 
 def other_rank() -> tuple[int, ...]:
@@ -104,7 +140,7 @@ def max_over_ranks(*numbers: int) -> list[int]:
     """For each number the largest that any rank has: how ranks come to one decision."""
     if world_size() == 1:
         return [*numbers]
-    largest = torch.tensor(numbers)
+    largest = torch.tensor(numbers, dtype=torch.int64)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return largest.tolist()
 

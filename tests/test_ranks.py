@@ -9,8 +9,10 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -33,12 +35,13 @@ from minidpost.selftraining.presets import TINY_T5
 from minidpost.selftraining.run_directory import RunDirectory
 from minidpost.selftraining.steps import load_for_training, save_trained
 from minidpost.storage import write_jsonl
-from minidpost.training import state as state_module
+from minidpost.training import saving
+from minidpost.training import sft as sft_module
 from minidpost.training.batching import TokenizedExample
-from minidpost.training.optim import Schedule, read_log
+from minidpost.training.optim import Schedule, apply_step, read_log
 from minidpost.training.parallel import load_spread
 from minidpost.training.sft import SFTSettings, train_sft
-from minidpost.training.state import TrainingState
+from minidpost.training.state import Terminated, TrainingState
 
 torch.set_num_threads(1)
 
@@ -330,39 +333,51 @@ def test_sample_and_eval_write_what_one_process_writes(tmp_path, monkeypatch):
 # -- killed, or without room ------------------------------------------------------------------------------------------
 
 
+SMALL_SFT = SFTSettings(epochs=6, examples_per_step=7, schedule=Schedule(1e-3), dropout=0.0)  # six steps
+
+
+def train_small(state: TrainingState, at_step: dict[int, Callable[[], None]] = {}) -> list[str]:  # noqa: B006
+    """An SFT of six steps, calling `at_step[step]()` before the step's update; gives the warnings."""
+
+    def with_events(model, optimizer, schedule, *, step, n_steps):
+        at_step.get(step, lambda: None)()
+        return apply_step(model, optimizer, schedule, step=step, n_steps=n_steps)
+
+    sft_module.apply_step = with_events
+    model = load_spread(MODEL)
+    examples = [TokenizedExample((n, 5), (n, 1)) for n in range(7)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_sft(model, examples, SMALL_SFT, state=state)
+    return [str(warning.message) for warning in caught]
+
+
 def fail_to_save(out: Path, failing: int) -> list[str]:
     """An SFT of which one rank can write nothing for a while: the third and fourth save, after every step, fail.
 
     Rank 0 can write its slices, but not what it writes in the end.
     """
     n_saves = 0
-    write_json = state_module.write_json
+    write_slices, write_json = saving.write_own_safetensors, saving.write_json
 
-    def write_nothing(*_):
-        raise OSError(errno.EFBIG, "File too large")
+    def write_nothing(path, metadata):
+        if metadata["next_step"] in ("3", "4") and failing == 0:
+            raise OSError(errno.EFBIG, "File too large")
+        write_json(path, metadata)
 
-    to_disk = state_module.save_slices
-
-    def save(tensors, metadata, directory):
+    def write_little(tensors, path, metadata):
         nonlocal n_saves
         n_saves += 1
-        must_fail = n_saves in (3, 4) and rank() == failing
-        state_module.write_json = write_nothing if must_fail else write_json
-        if must_fail and rank() == 1:
+        if n_saves in (3, 4) and rank() == failing == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
         try:
-            to_disk(tensors, metadata, directory)
+            write_slices(tensors, path, metadata)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-    state_module.save_slices = save
-    model = load_spread(MODEL)
-    examples = [TokenizedExample((n, 5), (n, 1)) for n in range(7)]
-    settings = SFTSettings(epochs=6, examples_per_step=7, schedule=Schedule(1e-3), dropout=0.0)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        train_sft(model, examples, settings, state=TrainingState(out / "state.safetensors", minutes=0))
-    return [str(warning.message) for warning in caught]
+    saving.write_json = write_nothing
+    saving.write_own_safetensors = write_little
+    return train_small(TrainingState(out / "state.safetensors", minutes=0))
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -373,6 +388,99 @@ def test_a_save_without_room_on_one_rank_is_given_up_by_all(tmp_path, failing):
         given_up = [message for message in messages if "not saved (File too large); training goes on" in message]
         assert len(given_up) == 2, messages
     assert [path.name for path in tmp_path.iterdir()] == ["state-0000006"]
+
+
+def save_while_training(out: Path, at_once: bool) -> list[tuple[list[str], bool]]:
+    """Save after steps 0 and 1 alone, the second time slowly on rank 1; gives what is there and who writes at step 4.
+
+    With `at_once` rank 1 has no memory for a copy, so that no rank makes one.
+    """
+    may_go_on = threading.Event()
+    write = saving.write_own_safetensors
+    n_saves = 0
+
+    def write_slowly(tensors, path, metadata):
+        nonlocal n_saves
+        n_saves += 1
+        if n_saves == 2 and rank() == 1 and not at_once:
+            assert may_go_on.wait(60)
+        write(tensors, path, metadata)
+
+    saving.write_own_safetensors = write_slowly
+    if at_once and rank() == 1:
+        saving.available_memory = lambda: 0
+    state = TrainingState(out / "state.safetensors", minutes=0)
+    seen = []
+
+    def no_more():
+        state.minutes = 1e9
+
+    def look():
+        wait_for_all()
+        is_rank_0_done = state.save is not None and (rank() == 1 or state.save.wait() is None)
+        seen.append((sorted(path.name for path in out.iterdir()), is_rank_0_done))
+        wait_for_all()
+        may_go_on.set()
+
+    train_small(state, {2: no_more, 4: look})
+    return seen
+
+
+def test_slices_are_those_of_their_step_although_training_goes_on(tmp_path):
+    """And a state has its name when the slowest rank has written; all write at once where one must."""
+    found = {}
+    for name, at_once in (("background", False), ("at once", True)):
+        (tmp_path / name).mkdir()
+        results = on_ranks(2, save_while_training, tmp_path / name, at_once)
+        names = ["state-0000002"] if at_once else ["state-0000001", "state-0000002.unfinished"]
+        assert results == [[(names, not at_once)]] * 2
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["state-0000002"]
+        files = sorted(tmp_path.joinpath(name, "state-0000002").glob("*.safetensors"))
+        assert len(files) == 2
+        found[name] = [load_file(path) for path in files]
+    for one, other in zip(*found.values(), strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def stop_while_saving(out: Path, how: str) -> list[str]:
+    """Stop at step 3, while rank 1 is still writing what is saved after step 2; gives what was raised."""
+    write = saving.write_own_safetensors
+    n_saves = 0
+    may_go_on = threading.Event()
+
+    def write_slowly(tensors, path, metadata):
+        nonlocal n_saves
+        n_saves += 1
+        if n_saves == 3 and rank() == 1:
+            assert may_go_on.wait(60)
+        write(tensors, path, metadata)
+
+    saving.write_own_safetensors = write_slowly
+    state = TrainingState(out / "state.safetensors", minutes=0)
+
+    def stop():
+        threading.Timer(0.2, may_go_on.set).start()
+        if how == "error":
+            raise ValueError("on all ranks")
+        if rank() == 1:
+            state.stop_signal = signal.SIGTERM
+
+    try:
+        train_small(state, {3: stop})
+    except (Terminated, ValueError) as error:
+        assert not any(thread.name == "saving" for thread in threading.enumerate())
+        return [type(error).__name__]
+    return []
+
+
+@pytest.mark.parametrize(
+    ("how", "raised", "saved"), [("SIGTERM", "Terminated", "state-0000004"), ("error", "ValueError", "state-0000002")]
+)
+def test_processes_end_while_a_save_is_being_written(tmp_path, how, raised, saved):
+    """Asked to stop, they wait for it and save once more; after an error the save before it remains."""
+    assert on_ranks(2, stop_while_saving, tmp_path, how) == [[raised]] * 2
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".unfinished"] == [saved]
 
 
 @pytest.mark.slow

@@ -413,19 +413,25 @@ def in_shards(tensors: Sequence[WritableTensor], max_shard_bytes: int) -> list[l
 
 
 def write_safetensors(tensors: Sequence[WritableTensor], path: Path) -> None:
-    """Write one safetensors file, tensor by tensor: no more than one is held. (The library takes all at once.)
+    """Write one safetensors file; of several processes rank 0 does.
 
-    The format: eight bytes that say how long the header is, the header, which is JSON, then the values. Of several
-    processes rank 0 writes; the others help to gather what each has a slice of.
+    The others help to gather what each has a slice of.
     """
-    # The wider types first, so that every value lies at a multiple of its size; as the library does it.
-    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
     if rank() > 0:
-        for tensor in ordered:
+        for tensor in in_file_order(tensors):
             tensor.values()
         return
+    write_own_safetensors(tensors, path, {})
 
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+
+def write_own_safetensors(tensors: Sequence[WritableTensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file, whichever process this is, tensor by tensor: no more than one is held.
+
+    (The library takes all at once, makes a copy of them, and lets no other thread run meanwhile.) The format: eight
+    bytes that say how long the header is, the header, which is JSON, then the values.
+    """
+    ordered = in_file_order(tensors)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     begin = 0
     for tensor in ordered:
         end = begin + tensor.n_bytes
@@ -444,3 +450,8 @@ def write_safetensors(tensors: Sequence[WritableTensor], path: Path) -> None:
             values = tensor.values().detach().to("cpu", tensor.dtype).contiguous()
             stream.write(values.flatten().view(torch.uint8).numpy().data)
             del values  # before the next one is made
+
+
+def in_file_order(tensors: Sequence[WritableTensor]) -> list[WritableTensor]:
+    """The wider types first, so that every value lies at a multiple of its size; as the library does it."""
+    return sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))

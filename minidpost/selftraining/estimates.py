@@ -18,7 +18,6 @@ the paper prints a factor i inside that sum, which would make the cost of one to
 position, and is left out. The samples of a question share its prefill.
 """
 
-import os
 import shutil
 import time
 import warnings
@@ -38,7 +37,7 @@ from minidpost.models.lora import n_adapter_parameters
 from minidpost.models.t5 import T5Config
 from minidpost.models.weights import empty_model
 from minidpost.precision import cache_dtype
-from minidpost.processes import processes_of_machine, world_size
+from minidpost.processes import available_memory, processes_of_machine, world_size
 from minidpost.sampling.generate import MAX_PROMPT_TOKENS
 from minidpost.sampling.sampler import cached_tokens, overlaps, prefill_batch
 from minidpost.selftraining.methods import METHODS
@@ -55,8 +54,6 @@ GPU_SLOTS = (1024, 512, 256, 128)  # of which the first that fits is taken
 FRACTION_FOR_SAMPLING = 1 / 3  # of a GPU's memory
 TIGHT = 1.25  # free disk space below this multiple of what is needed is warned about
 MIN_PARAMETERS_FOR_WARNING = 50_000_000  # from here on training on a CPU takes long enough for a warning
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-MEMORY = Path("/proc/meminfo")
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -114,6 +111,8 @@ def training_bytes(
     else:
         activation_bytes = n_layers * layer_bytes + copies_bytes
     logits_bytes = 12 * min(LOGITS_AT_ONCE, n_tokens * model.config.vocab_size)  # logits, log-softmax, gradient
+    # The copy of a training state that is written while training goes on does not count: where the host has no room for
+    # one, the state is written without (training/saving.py).
     weights_bytes = frozen_bytes + 16 * n_trained
     if n_ranks > 1:
         weights_bytes = weights_bytes // n_ranks + gathered_bytes(model, preset, dtype, device)
@@ -215,18 +214,7 @@ def available_bytes(device: str) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     if torch.device(device).type != "cpu":
         return None
-    limits = []
-    if MEMORY.is_file():
-        lines = MEMORY.read_text(encoding="ascii").splitlines()
-        fields = dict(line.split(":", 1) for line in lines if ":" in line)
-        limits.append(1024 * int(fields["MemAvailable"].split()[0]))
-    else:
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    if CGROUP_LIMIT.is_file():
-        limit = CGROUP_LIMIT.read_text(encoding="ascii").strip()
-        if limit != "max":
-            limits.append(int(limit))
-    return min(limits)
+    return available_memory()
 
 
 # -- disk -------------------------------------------------------------------------------------------------------------

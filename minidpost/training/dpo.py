@@ -122,7 +122,7 @@ def train_dpo(
     if settings.activation_checkpointing:
         enable_activation_checkpointing(model)
     progress = Progress(total=settings.steps, initial=state.next_step, desc=stage, unit="step", disable=rank() > 0)
-    with StepLog(log_path, state.log) as log, progress, state.stops_between_steps():
+    with StepLog(log_path, state.log) as log, progress, state.around_steps():
         for step, pair_indices in enumerate(steps):
             if step < state.next_step:
                 continue  # done before the training was stopped

@@ -88,7 +88,7 @@ def train_sft(
 
     begin_sft(model, settings)
     progress = Progress(total=n_steps, initial=state.next_step, desc=stage, unit="step", disable=rank() > 0)
-    with StepLog(log_path, state.log) as log, progress, state.stops_between_steps():
+    with StepLog(log_path, state.log) as log, progress, state.around_steps():
         for step, example_indices in enumerate(steps):
             if step < state.next_step:
                 continue  # done before the training was stopped

@@ -4,33 +4,30 @@ A training state is a safetensors file: fp32 weights, AdamW's moments, the numbe
 of several processes a directory with a file of each. Weights are those that are trained; with LoRA that is the
 adapters, and the file is small.
 A step's examples and dropout are random numbers seeded by (seed, stage, step), so nothing else needs to be saved: the
-steps that follow equal those of a training that was never stopped. The file is written atomically (storage.py).
+steps that follow equal those of a training that was never stopped. States are written while training goes on
+(saving.py), and get their names when they are whole, so that a kill leaves the last one or the one before.
 """
 
 import hashlib
-import os
-import shutil
 import signal
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minidpost.errors import UserError
 from minidpost.models.weights import open_tensors
-from minidpost.processes import from_rank_0, is_lost_connection, max_over_ranks, rank, world_size, write_on_rank_0
-from minidpost.storage import no_room, read_json, staged_file, to_disk, write_json
+from minidpost.processes import from_rank_0, is_lost_connection, max_over_ranks, world_size
+from minidpost.storage import no_room, read_json
 from minidpost.training.optim import trained_parameters
 from minidpost.training.parallel import is_spread, local_part, own_rows
-
-METADATA = "state.json"  # of a state that several processes saved
+from minidpost.training.saving import METADATA, Save, saved_states
 
 
 class Terminated(KeyboardInterrupt):
@@ -56,8 +53,10 @@ class TrainingState:
         self.next_step = 0  # the step that the training goes on with
         self.log = ""  # of the steps before it
         self.fingerprint = ""  # of what is being trained, with what
+        self.save: Save | None = None  # that is being written while training goes on; there is never more than one
+        self.ended: Save | None = None  # the last one, which may still be removing what was saved before
         self.saved_at = 0.0  # time.monotonic() of the end of the last save, or of the start
-        self.save_seconds = 0.0  # that the last save took
+        self.save_seconds = 0.0  # for which training stood still for the last save
         self.stop_signal: int | None = None  # the signal that asked to stop
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, *identity: object) -> None:
@@ -70,7 +69,7 @@ class TrainingState:
         shapes = [(name, tuple(weight.shape)) for name, weight in parameters.items()]
         self.fingerprint = fingerprint(*identity, shapes)
         self.saved_at = time.monotonic()
-        for saved in self._saved():
+        for saved in from_rank_0(saved_states(self.path) if self.path else []):
             metadata = read_metadata(saved)
             if metadata.get("fingerprint") == self.fingerprint:
                 for weight in parameters.values():  # moments have no memory before AdamW's first step
@@ -84,60 +83,98 @@ class TrainingState:
     def after_step(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, log_path: str | Path | None
     ) -> None:
-        """Save if it is time to; if asked to stop, save and stop (KeyboardInterrupt or Terminated).
+        """Save if it is time to, while training goes on; if asked to stop, save and then stop.
 
-        Saves take at most a twentieth of the time. A save for which there is no room is given up with a warning.
+        Training stands still for saves at most a twentieth of the time. A save for which there is no room is given up
+        with a warning; any other error in the writing of an earlier one is raised here. So is KeyboardInterrupt or
+        Terminated, if training was asked to stop.
         """
         if self.path is None:
             return
-        pause = max(60 * self.minutes, 19 * self.save_seconds) if self.minutes else 0.0
-        started = time.monotonic()
-        stop_signal, is_due = max_over_ranks(self.stop_signal or 0, started - self.saved_at >= pause)
-        if not stop_signal and not is_due:
-            return
-
-        log = Path(log_path).read_text(encoding="utf-8") if log_path else ""
-        metadata = {"fingerprint": self.fingerprint, "next_step": str(step + 1), "log": log}
-        try:
-            self._save(state_tensors(trained_parameters(model), optimizer), metadata)
-        except Exception as error:
-            reason = no_room(error)
-            if reason is None:
-                raise
-            warnings.warn(f"{self.path}: not saved ({reason}); training goes on", stacklevel=2)
-        self.saved_at = time.monotonic()
-        self.save_seconds = self.saved_at - started
-
+        stop_signal, is_due, is_writing = max_over_ranks(
+            self.stop_signal or 0, self._is_due(), self.save is not None and not self.save.is_written
+        )
+        # A save is ended when all processes have written, and at the latest when another one is to begin.
+        if stop_signal or is_due or not is_writing:
+            self._end_save()
+        if stop_signal or is_due:
+            log = Path(log_path).read_text(encoding="utf-8") if log_path else ""
+            metadata = {"fingerprint": self.fingerprint, "next_step": str(step + 1), "log": log}
+            tensors = state_tensors(trained_parameters(model), optimizer)
+            self._begin_save(tensors, metadata, in_background=not stop_signal)
         if stop_signal:
             interrupt(stop_signal)
 
-    def _saved(self) -> list[Path]:
-        """What has been saved, as rank 0 sees it: the file of one process, directories of several, the newest first."""
-        if self.path is None:
-            return []
-        directories = sorted(self.path.parent.glob(f"{self.path.stem}-*/{METADATA}"), reverse=True)
-        return from_rank_0([*([self.path] if self.path.is_file() else []), *(path.parent for path in directories)])
+    def _is_due(self) -> bool:
+        """Whether it is time to save: after every step, or when the last save was long enough ago."""
+        if not self.minutes:
+            return True
+        pause = max(60 * self.minutes, 19 * self.save_seconds)
+        return self.save is None and time.monotonic() - self.saved_at >= pause
 
-    def _save(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        """Save, and remove what was saved before."""
+    def _begin_save(self, tensors: dict[str, Tensor], metadata: dict[str, str], *, in_background: bool) -> None:
+        """Begin to save; if that was not done in the background, end it too."""
         assert self.path is not None
-        older = self._saved()
-        if world_size() == 1:
-            with staged_file(self.path) as temporary:
-                save_file(tensors, temporary, metadata)
-            older = [path for path in older if path != self.path]
-        else:
-            directory = self.path.with_name(f"{self.path.stem}-{int(metadata['next_step']):07d}")
-            save_slices(tensors, metadata, directory)
-        if rank() == 0:
-            for path in older:
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+        self.save_seconds = 0.0
+        with self._standing_still():
+            if self.ended is not None:
+                self.ended.wait()
+            self.save = Save(self.path, tensors, metadata, in_background=in_background)
+        if self.save is not None and not self.save.is_in_background:
+            self._end_save()
+
+    def _end_save(self) -> None:
+        """End the save that has been begun, if there is one: wait for it, and give it its name."""
+        if self.save is None:
+            return
+        with self._standing_still():
+            try:
+                self.save.end()
+            finally:
+                self.ended = self.save
+                self.save = None
 
     @contextmanager
-    def stops_between_steps(self) -> Iterator[None]:
+    def _standing_still(self) -> Iterator[None]:
+        """Count the seconds of the block, a part of a save, as such; lack of room in it is but a warning."""
+        started = time.monotonic()
+        try:
+            yield
+        except OSError as error:
+            reason = no_room(error)
+            if reason is None:
+                raise
+            warnings.warn(f"{self.path}: not saved ({reason}); training goes on", stacklevel=1)
+        self.saved_at = time.monotonic()
+        self.save_seconds += self.saved_at - started
+
+    @contextmanager
+    def around_steps(self) -> Iterator[None]:
+        """Around the loop over a training's steps: signals wait for a step's end, and no thread outlasts the block."""
+        with self._stops_between_steps():
+            try:
+                yield
+                self._end_save()
+            except BaseException as error:
+                self._end_save_after(error)
+                raise
+            finally:
+                if self.ended is not None:
+                    self.ended.wait()
+
+    def _end_save_after(self, error: BaseException) -> None:
+        """End the save that was being written when an error ended the steps; it is the error that is to be raised."""
+        if self.save is None:
+            return
+        if isinstance(error, Exception) and world_size() == 1:
+            with suppress(Exception):
+                self._end_save()
+        else:  # somebody is in a hurry, or other processes may be elsewhere; the state that was saved before is there
+            self.save.give_up()
+            self.save = None
+
+    @contextmanager
+    def _stops_between_steps(self) -> Iterator[None]:
         """Ctrl-C and SIGTERM wait for the end of the step, so that it can be saved; a second one does not wait."""
         if self.path is None:
             yield
@@ -209,7 +246,7 @@ def fill(tensors: Mapping[str, Tensor], saved: Path) -> None:
 
 
 def load_slices(tensors: Mapping[str, Tensor], directory: Path) -> None:
-    """Read what `save_slices` wrote, by whatever number of ranks it was written and is read."""
+    """Read what several processes saved, by whatever number of ranks it was written and is read."""
     # Here, as it is slow to import, and one process alone hardly ever needs it.
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -221,43 +258,6 @@ def load_slices(tensors: Mapping[str, Tensor], directory: Path) -> None:
         if is_lost_connection(error):
             raise
         raise UserError(f"{directory}: not a whole training state ({error!r:.200}); remove it") from None
-
-
-def save_slices(tensors: dict[str, Tensor], metadata: dict[str, str], directory: Path) -> None:
-    """Every rank writes its slices into a directory, which has its name when it is whole.
-
-    By torch.distributed.checkpoint, but as safetensors: its own format has a pickle, which could run code when it is
-    read.
-    """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    unfinished = directory.with_name(f"{directory.name}.unfinished")
-    writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
-
-    def begin() -> None:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-
-    def end() -> None:
-        write_json(unfinished / METADATA, metadata)
-        for path in (*unfinished.iterdir(), unfinished):
-            to_disk(path)
-        os.replace(unfinished, directory)
-        to_disk(directory.parent)
-
-    # Whichever rank fails, its error is raised on all of them.
-    try:
-        write_on_rank_0(begin)
-        save({**tensors}, storage_writer=writer)
-        write_on_rank_0(end)
-    except (CheckpointException, OSError) as error:
-        if rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        if isinstance(error, CheckpointException):
-            raise next(iter(error.failures.values()))[0] from None
-        raise
 
 
 def fingerprint(*identity: object) -> str:

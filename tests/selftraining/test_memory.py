@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minidpost import processes
 from minidpost.data.example import Example
 from minidpost.errors import UserError
 from minidpost.models.hf_config import read_config
@@ -202,13 +203,16 @@ def test_too_little_memory_is_refused_in_one_line(monkeypatch):
 
 def test_free_memory_is_bounded_by_the_control_group(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal:  4000 kB\nMemAvailable:   3000 kB\nHugePages_Total: 0\n")
-    monkeypatch.setattr(estimates, "MEMORY", tmp_path / "meminfo")
-    monkeypatch.setattr(estimates, "CGROUP_LIMIT", tmp_path / "memory.max")
+    monkeypatch.setattr(processes, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(processes, "CGROUP_LIMIT", tmp_path / "memory.max")
     assert available_bytes("cpu") == 3000 * 1024
     (tmp_path / "memory.max").write_text("max\n")
     assert available_bytes("cpu") == 3000 * 1024
     (tmp_path / "memory.max").write_text("2000000\n")
     assert available_bytes("cpu") == 2_000_000
+    (tmp_path / "memory.current").write_text("1500000\n")
+    (tmp_path / "memory.stat").write_text("anon 800000\ninactive_file 300000\nactive_file 200000\n")
+    assert available_bytes("cpu") == 1_000_000
     assert available_bytes("meta") is None
 
 

@@ -170,19 +170,25 @@ class Stopped(Exception):
     """A training that is stopped in the middle."""
 
 
+class StoppingState(TrainingState):
+    """One that saves after every step, and raises Stopped when it has saved after one of them."""
+
+    def __init__(self, path: Path, stop_after: int | None):
+        super().__init__(path, minutes=0)
+        self.stop_after = stop_after
+
+    def after_step(self, step, model, optimizer, log_path):
+        super().after_step(step, model, optimizer, log_path)
+        if step + 1 == self.stop_after:
+            self._end_save()
+            raise Stopped
+
+
 def train_in_part(directory: Path, out: Path, stop_after: int | None, precise: bool) -> None:
     """SFT with dropout 0 that saves after every step, and stops after one of them."""
     model = load(directory)
     model = model.double() if precise else model
-    state = TrainingState(out / "state.safetensors", minutes=0)
-    save = state._save
-
-    def save_and_stop(tensors, metadata):
-        save(tensors, metadata)
-        if int(metadata["next_step"]) == stop_after:
-            raise Stopped
-
-    state._save = save_and_stop
+    state = StoppingState(out / "state.safetensors", stop_after)
     settings = SFTSettings(epochs=2, examples_per_step=4, schedule=SCHEDULE, dropout=0.0, micro_batch_tokens=90)
     log = out / "log.jsonl" if rank() == 0 else None
     try:

@@ -3,9 +3,11 @@
 import errno
 import os
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +19,12 @@ from minidpost.models.lora import add_adapters
 from minidpost.models.t5 import T5, T5Config
 from minidpost.models.weights import open_tensors
 from minidpost.selftraining.run_directory import Chunks
-from minidpost.training import dpo, sft, state
+from minidpost.training import dpo, saving, sft, state
 from minidpost.training.batching import TokenizedExample
 from minidpost.training.dpo import DPOSettings, PreferencePair, reference_log_probabilities, train_dpo
 from minidpost.training.optim import Schedule, apply_step, read_log
 from minidpost.training.sft import SFTSettings, train_sft
-from minidpost.training.state import Terminated, TrainingState
+from minidpost.training.state import Terminated, TrainingState, read_metadata
 
 torch.set_num_threads(1)
 
@@ -274,32 +276,282 @@ def test_a_broken_state_is_named(train, path):
         train(TrainingState(path))
 
 
-def test_a_save_without_room_is_given_up(train, path, monkeypatch):
-    """Training goes on, and what was saved before is still there."""
-    original = state.save_file
+# -- written while training goes on -----------------------------------------------------------------------------------
 
-    def no_room(tensors, temporary, metadata):
-        original(tensors, temporary, metadata)
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.warns(UserWarning, match="not saved .No space left on device.; training goes on"):
-        result = train(TrainingState(path, minutes=0), {3: lambda: monkeypatch.setattr(state, "save_file", no_room)})
-    monkeypatch.setattr(state, "save_file", original)
-    assert same(result, train(None))
+class Writes:
+    """What is written of states, by the number of the next step: when, by whom, and with what hindrances.
+
+    The writing of state `held` waits until `release` is called; `errors` are raised when half a state is written.
+    """
+
+    def __init__(self, monkeypatch):
+        self.held: int | None = None
+        self.errors: dict[int, Exception] = {}
+        self.events: list[tuple[str, int]] = []
+        self.threads: dict[int, threading.Thread] = {}
+        self.may_go_on = threading.Event()
+        self.original = saving.write_own_safetensors
+        monkeypatch.setattr(saving, "write_own_safetensors", self.write)
+
+    def write(self, tensors, path, metadata):
+        next_step = int(metadata["next_step"])
+        self.threads[next_step] = threading.current_thread()
+        self.events.append(("begin", next_step))
+        if next_step == self.held:
+            assert self.may_go_on.wait(60)
+        self.original(tensors, path, metadata)
+        if next_step in self.errors:
+            raise self.errors[next_step]
+        self.events.append(("end", next_step))
+
+    def release(self) -> None:
+        self.may_go_on.set()
+
+    def release_soon(self) -> None:
+        """While somebody waits, as far as that can be had: nothing depends on it."""
+        threading.Timer(0.05, self.release).start()
+
+    @property
+    def begun(self) -> list[int]:
+        return [next_step for event, next_step in self.events if event == "begin"]
+
+
+@pytest.fixture
+def writes(monkeypatch) -> Writes:
+    return Writes(monkeypatch)
+
+
+def is_still_writing() -> bool:
+    return any(thread.name == "saving" for thread in threading.enumerate())
+
+
+def next_step_of(path: Path) -> int:
+    """Of the only thing that is saved there."""
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+    return int(read_metadata(path)["next_step"])
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def saved_after_step_2(train, saving_state: TrainingState, at_step: dict[int, Any]) -> tuple:
+    """A training that saves after steps 0, 1 and 2 alone."""
+
+    def no_more():
+        saving_state.minutes = 1e9
+
+    return train(saving_state, {3: no_more, **at_step})
+
+
+def test_a_state_is_that_of_its_step_although_training_goes_on(train, path, writes, monkeypatch):
+    writes.held = 3
+    saving_state = TrainingState(path, minutes=0)
+    seen = []
+
+    def two_steps_later():
+        seen.append(saving_state.save is not None and not saving_state.save.is_written)
+        seen.append(int(read_metadata(path)["next_step"]))
+        writes.release()
+
+    in_background = saved_after_step_2(train, saving_state, {5: two_steps_later})
+    assert seen == [True, 2]  # two steps have changed all weights since, and the state before is still there
+    assert next_step_of(path) == 3
+    found = tensors_of(path)
+    assert writes.threads[3] is not threading.main_thread()
+
+    path.unlink()
+    monkeypatch.setattr(saving, "available_memory", lambda: 0)
+    at_once = saved_after_step_2(train, TrainingState(path, minutes=0), {})
+    assert writes.threads[3] is threading.main_thread()
+    expected = tensors_of(path)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert same(in_background, at_once)
+
+
+def cannot_allocate(_tensor):
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("name", "replacement"), [("available_memory", lambda: 10**4), ("host_copy", cannot_allocate)], ids=["free", "copy"]
+)
+def test_without_memory_for_a_copy_a_state_is_written_at_once(train, path, writes, monkeypatch, name, replacement):
+    monkeypatch.setattr(saving, name, replacement)
+    saving_state = TrainingState(path, minutes=0)
+    seen = []
+
+    def look():
+        seen.append((saving_state.save, next_step_of(path)))
+
+    result = train(saving_state, dict.fromkeys(range(1, 99), look))
+    assert seen == [(None, step) for step in range(1, train.n_steps)]
+    assert {*writes.threads.values()} == {threading.main_thread()}
+    assert same(result, train(None))
+
+
+def test_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
+    tensors = {"a": torch.ones(10, 10)}
+    monkeypatch.setattr(saving, "available_memory", lambda: 1000)
+    (copy,) = saving.host_copies(tensors).values()
+    assert torch.equal(copy, tensors["a"]) and copy.data_ptr() != tensors["a"].data_ptr()
+    monkeypatch.setattr(saving, "processes_of_machine", lambda: 2)
+    assert saving.host_copies(tensors) is not None
+    monkeypatch.setattr(saving, "processes_of_machine", lambda: 3)
+    assert saving.host_copies(tensors) is None  # 400 bytes of 333
+
+
+def test_states_are_written_one_after_the_other(train, path, writes):
+    """Of every step, if so asked: the next one waits."""
+    writes.held = 3
+    train(TrainingState(path, minutes=0), {3: writes.release_soon})
+    steps = range(1, train.n_steps + 1)
+    assert writes.events == [(event, step) for step in steps for event in ("begin", "end")]
+
+
+def test_no_save_begins_while_one_is_written(train, path, writes, monkeypatch):
+    """However much time passes."""
+    now = [0.0]
+    monkeypatch.setattr(state.time, "monotonic", lambda: now[0])
+    writes.held = 1
+
+    def pass_hours():
+        now[0] += 9999
+
+    train(TrainingState(path, minutes=1), {**dict.fromkeys(range(99), pass_hours), train.n_steps - 1: writes.release})
+    assert writes.begun[0] == 1
+    assert writes.begun[1:] in ([], [train.n_steps])
+
+
+def test_an_error_in_the_writing_is_raised_at_the_next_step(train, path, writes):
+    writes.errors[4] = ValueError("this cannot be written")
+    steps = []
+    record = {step: lambda step=step: steps.append(step) for step in range(99)}
+    with pytest.raises(ValueError, match="this cannot be written"):
+        train(TrainingState(path, minutes=0), record)
+    assert steps == [0, 1, 2, 3, 4]
+    assert next_step_of(path) == 3  # half of what was written after it is removed
+    assert not is_still_writing()
+
+
+@pytest.mark.parametrize("failing", [range(4, 6), range(4, 99)], ids=["a while", "to the end"])
+def test_a_save_without_room_is_given_up(train, path, writes, failing):
+    """Training goes on, and what was saved before is still there."""
+    writes.errors = dict.fromkeys(failing, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.warns(UserWarning, match="not saved .No space left on device.; training goes on") as warned:
+        result = train(TrainingState(path, minutes=0))
+    assert len(warned) == len(range(4, min(failing.stop, train.n_steps + 1)))
+    assert next_step_of(path) == (3 if failing.stop == 99 else train.n_steps)
+    writes.errors = {}
+    assert same(result, train(None))
     assert same(train(TrainingState(path)), result)
 
 
-def test_time_decides_when_to_save(train, path, monkeypatch):
-    now, saved = [0.0], []
-    monkeypatch.setattr(state.time, "monotonic", lambda: now[0])
+def test_a_stop_waits_for_the_save_that_is_being_written(train, path, writes):
+    writes.held = 3
 
-    def pass_minutes():
-        saved.append(path.is_file())
+    def stop():
+        send(signal.SIGINT)
+        writes.release_soon()
+
+    with pytest.raises(KeyboardInterrupt):
+        saved_after_step_2(train, TrainingState(path, minutes=0), {5: stop})
+    assert writes.events[-4:] == [("begin", 3), ("end", 3), ("begin", 6), ("end", 6)]
+    assert writes.threads[6] is threading.main_thread()
+    assert next_step_of(path) == 6
+    assert not is_still_writing()
+    assert same(train(TrainingState(path)), train(None))
+
+
+def test_a_second_ctrl_c_gives_up_what_is_being_written(train, path, writes):
+    writes.held = 3
+
+    def stop():
+        writes.release_soon()
+        send(signal.SIGINT, signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        saved_after_step_2(train, TrainingState(path, minutes=0), {5: stop})
+    assert writes.events[-1] == ("begin", 3)
+    assert next_step_of(path) == 2
+    assert not is_still_writing()
+
+
+def test_the_end_waits_for_the_save_that_is_being_written(train, path, writes):
+    writes.held = train.n_steps
+    train(TrainingState(path, minutes=0), {train.n_steps - 1: writes.release_soon})
+    assert next_step_of(path) == train.n_steps
+    assert not is_still_writing()
+
+
+def test_an_error_in_a_step_waits_for_the_save_that_is_being_written(train, path, writes):
+    """It is the error that is raised, even if the save fails too."""
+    writes.held = 3
+
+    def fail():
+        writes.release_soon()
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(TrainingState(path, minutes=0), {3: fail})
+    assert next_step_of(path) == 3
+    assert not is_still_writing()
+    writes.errors[4] = ValueError("this cannot be written")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(TrainingState(path, minutes=0), {4: fail})
+    assert next_step_of(path) == 3
+
+
+def test_halves_that_a_kill_left_are_removed(path):
+    path.parent.mkdir()
+    path.with_name("state.safetensors.unfinished").write_bytes(b"half")
+    path.with_name("state-0000003.unfinished").mkdir()
+    path.with_name("state-0000003.unfinished").joinpath("rank-00001.safetensors").write_bytes(b"half")
+    train_sft(tiny(), examples(7), SFT, state=TrainingState(path, minutes=0))
+    assert next_step_of(path) == N_STEPS
+
+
+def test_time_decides_when_to_save(train, path, writes, monkeypatch):
+    """So many minutes after the end of the last save; the first one after the third step here."""
+    now = [0.0]
+    monkeypatch.setattr(state.time, "monotonic", lambda: now[0])
+    saving_state = TrainingState(path, minutes=3)
+
+    def pass_a_minute():
+        if saving_state.save is not None:
+            saving_state.save.wait()
         now[0] += 60
 
-    train(TrainingState(path, minutes=3), dict.fromkeys(range(99), pass_minutes))
-    assert saved == [False] * 3 + [True] * (train.n_steps - 3)
+    train(saving_state, dict.fromkeys(range(99), pass_a_minute))
+    assert writes.begun == [3, 7]
+
+
+def test_training_stands_still_for_a_twentieth_at_most(train, path, writes, monkeypatch):
+    """A copy that takes 10 minutes is not made again for 190."""
+    now, copy = [0.0], saving.host_copies
+    monkeypatch.setattr(state.time, "monotonic", lambda: now[0])
+
+    def slow_copies(tensors):
+        now[0] += 600
+        return copy(tensors)
+
+    saving_state = TrainingState(path, minutes=3)
+
+    def pass_half_an_hour():
+        if saving_state.save is not None:
+            saving_state.save.wait()
+        now[0] += 1800
+
+    monkeypatch.setattr(saving, "host_copies", slow_copies)
+    train(saving_state, dict.fromkeys(range(99), pass_half_an_hour))
+    # Copied after step 0 at 30 min, ended after step 1 at 70, again from 260 on: after step 8 at 280.
+    assert writes.begun == [1, *([9] if train.n_steps == 9 else [])]
+
+
+# -- samples ----------------------------------------------------------------------------------------------------------
 
 
 def test_chunks_count_from_the_first_without_a_gap(tmp_path):
