@@ -33,8 +33,8 @@ from minidpost.training.state import TrainingState
 CONFIG = LlamaConfig(8000, 768, 2048, 8, n_heads=12, n_kv_heads=12, d_head=64)
 N_EXAMPLES = 4  # a step
 N_TOKENS = 16  # of an example, source and target each
-STEPS_ALONE = 5  # that are timed before each save
-ROUNDS = 5
+STEPS_ALONE = 3  # that are timed before each save
+ROUNDS = 3
 
 
 class Training:
