@@ -11,6 +11,7 @@ directory `state-0000042` (the next step) with a file of each, in the safetensor
 read; its writer of safetensors would hold every tensor three times, and let no step go on while it does so.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -64,7 +65,7 @@ class Save:
         self.is_given_up = False
         self.thread: Thread | None = None
 
-        write_on_rank_0(self._prepare)
+        write_on_rank_0(lambda: self._prepare(sum(tensor.nbytes for tensor in tensors.values())))
         parts = own_parts(tensors)
         header = metadata if world_size() == 1 else sharding_info(tensors, parts)
         copies = host_copies(parts) if in_background else None
@@ -131,11 +132,17 @@ class Save:
             self.thread.join()
         self._remove_half()
 
-    def _prepare(self) -> None:
-        """Remove what a kill left of an earlier save, and make the directory that processes write into."""
+    def _prepare(self, n_bytes: int) -> None:
+        """Remove what a kill left of an earlier save, and make the directory that processes write into.
+
+        OSError where the disk has no room for the state: half of it would leave none for the log of the steps that go
+        on beside it.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for left in self.path.parent.glob(f"{self.path.stem}*.unfinished"):
             remove(left)
+        if shutil.disk_usage(self.path.parent).free < n_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if world_size() > 1:
             self.unfinished.mkdir()
 
