@@ -108,6 +108,14 @@ def measured(n_threads: int, n_rounds: int, path: Path) -> dict[str, float]:
     return {name: median(values) for name, values in found.items()}
 
 
+def busy_seconds() -> float:
+    """The processor time that other processes of this machine have taken so far, over all cores (Linux tells it)."""
+    fields = [int(field) for field in Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:8]]
+    idle = fields[3] + fields[4]  # with what waits for a disk
+    own = os.times()
+    return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK") - own.user - own.system
+
+
 def main() -> None:
     """Measure and write saving.md."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -122,7 +130,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "state.safetensors")
         for n_threads in sorted({1, os.cpu_count() or 1}):
+            started, others = time.perf_counter(), busy_seconds()
             seconds = measured(n_threads, options.rounds, path)
+            others = (busy_seconds() - others) / (time.perf_counter() - started)
             n_bytes = path.stat().st_size
             slower = seconds["step beside"] / seconds["step alone"]
             row = [seconds[name] for name in ("at once", "stands still", "copy", "until saved")]
@@ -133,6 +143,7 @@ def main() -> None:
                     f"{seconds['steps beside']:.0f}",
                     f"{seconds['step alone']:.3f}",
                     f"{seconds['step beside']:.3f} ({slower:.2f} times)",
+                    f"{others:.2f}",
                 ]
             )
     heads = [
@@ -144,12 +155,14 @@ def main() -> None:
         "steps meanwhile",
         "a step alone, s",
         "a step beside, s",
+        "cores that others took",
     ]
     size = f"{n_parameters(Llama(CONFIG)) / 1e6:.0f} million parameters, a state of {n_bytes / 1e6:,.0f} MB"
     text = [
         f"`python -m benchmarks.saving` · {machine}, {instruction_set()}",
         *(__doc__ or "").strip().split("\n\n")[1:2],
-        f"{size}; {N_EXAMPLES} examples of {2 * N_TOKENS} tokens a step; medians of {options.rounds} rounds.",
+        f"{size}; {N_EXAMPLES} examples of {2 * N_TOKENS} tokens a step; medians of {options.rounds} rounds. The last "
+        "column is what other processes of the machine had of its cores meanwhile, the system's writing among it.",
         markdown_table(heads, rows),
     ]
     write_result(options.output, "Saving a training state", text)
