@@ -1,5 +1,6 @@
 """Fixtures all tests share."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from minidpost.text.templates import T5Template
 from minidpost.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Tests run side by side, a process a core (-n 2): with threads of their own they would wait for each other most of the
+# time. Commands that they start have one thread too, if not told otherwise.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

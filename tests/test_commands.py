@@ -799,7 +799,10 @@ def undisturbed(tiny_model_dir, tmp_path_factory) -> dict[str, bytes | list]:
     return results_of(folder / "whole")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 143), (signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_during_training(call, tiny_model_dir, undisturbed, number, status):
     flags = ["--model", tiny_model_dir, *LONG, *(["--checkpoint-minutes", 0] if number == signal.SIGKILL else [])]
     process = start("train.py", *flags, "--run-dir", "run", cwd=Path.cwd())
@@ -845,7 +848,7 @@ def test_a_second_process_on_a_run_is_refused(call, tiny_model_dir):
     process.communicate()
 
 
-@pytest.mark.parametrize("n_models", [0.5, 2])
+@pytest.mark.parametrize("n_models", [0.5, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_line_then_continued(call, tiny_model_dir, undisturbed, n_models):
     """A training state has three models' size: without room for it training goes on; a finished model must be saved."""
     flags = ["--model", tiny_model_dir, *LONG]
@@ -890,7 +893,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(call, ti
         assert not list(Path("disk").iterdir())
 
 
-@pytest.mark.parametrize("kilobytes", [16, pytest.param(64, marks=pytest.mark.slow), 512])
+@pytest.mark.parametrize("kilobytes", [*(pytest.param(n, marks=pytest.mark.slow) for n in (16, 64)), 512])
 def test_a_file_system_that_others_fill(call, tiny_model_dir, kilobytes):
     flags = ["--model", tiny_model_dir, *LONG, "--sft-epochs", 40]
     with small_disk(32 * 1024):

@@ -132,7 +132,7 @@ def of_one_process() -> dict[int, tuple]:
         sampler.CHUNK = chunk
 
 
-@pytest.mark.parametrize(("n_ranks", "first_chunk"), [(2, 0), (2, 2), (4, 0)])
+@pytest.mark.parametrize(("n_ranks", "first_chunk"), [(2, 2), (4, 0), pytest.param(2, 0, marks=pytest.mark.slow)])
 def test_samples_and_scores_are_those_of_one_process(of_one_process, n_ranks, first_chunk):
     samples, outcomes, scores = of_one_process[first_chunk]
     results = on_ranks(n_ranks, sample_and_evaluate, first_chunk)
@@ -156,9 +156,17 @@ def load_and_save(start: Path, out: Path, lora_rank: int | None, dtype: torch.dt
     save_trained(model, out, start=start, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("lora_rank", [None, 3])
-@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize(
+    ("family", "lora_rank", "dtype"),
+    [
+        ("t5", None, torch.float32),
+        ("llama", 3, torch.bfloat16),
+        pytest.param("t5", 3, torch.float32, marks=pytest.mark.slow),
+        pytest.param("t5", None, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("llama", None, torch.float32, marks=pytest.mark.slow),
+        pytest.param("llama", 3, torch.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_slices_of_a_model_are_written_as_the_whole(tmp_path, family, lora_rank, dtype):
     model = random_t5(SHAPES["relu-tied-scaled"]) if family == "t5" else random_llama(LLAMA_SHAPES["grouped"])
     save_model(model, tmp_path / "start", [])
@@ -294,7 +302,11 @@ def test_a_whole_run_of_two_processes(mine, tmp_path):
     ("changes", "complaint"),
     [
         (["--beta", "a"], "train.py: argument --beta: "),  # every process finds it
-        (["--device", "cpu:0"], "train.py: argument --device: each process has a device of its own"),
+        pytest.param(
+            ["--device", "cpu:0"],
+            "train.py: argument --device: each process has a device of its own",
+            marks=pytest.mark.slow,
+        ),
         (["--data", "none.jsonl"], "train.py: none.jsonl: cannot be read"),  # rank 0
         (["--max-target", "1"], "train.py: 0/sft: all "),  # every process, in a stage
     ],

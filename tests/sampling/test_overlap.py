@@ -61,8 +61,7 @@ def written(rows: list[Row]) -> list[Written]:
 
 
 @pytest.mark.parametrize("make_model", [tiny_t5, tiny_llama])
-@pytest.mark.parametrize("slots", [1, 5, 12, 64])
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize(("slots", "temperature"), [(1, 0.8), (5, 0.0), (12, 0.8), (64, 0.0)])
 def test_completions_are_the_same(make_model, slots, temperature, monkeypatch):
     """Over chunk borders, refills, forced runs, ends by token and by length, and rows that move at a chunk's end."""
     monkeypatch.setattr(sampler, "CHUNK", 25)

@@ -318,6 +318,7 @@ def each_template(shared, request):
     return template_for(gsm8k.TOKENIZERS[request.param], load_tokenizer(shared / "tokenizers" / request.param))
 
 
+@pytest.mark.slow
 def test_every_annotation_of_gsm8k_train(shared, each_template):
     rationales = gsm8k.read_rationales(shared / "data", "train")
     verdicts, walked, disagreements = gsm8k.measure(rationales, each_template)
