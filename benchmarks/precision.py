@@ -53,9 +53,8 @@ def main() -> None:
     kind = f"{instruction_set()}, {'with' if cpu_multiplies_bf16() else 'without'} bf16 instructions"
     found[kind] = {"command": command_line(), "machine": machine_line(), "pairs": options.pairs, "rows": rows}
     write_json(options.output.with_suffix(".json"), found)
-    write_result(
-        options.output, "Precision on a CPU", [__doc__.split("\n\n", 1)[1].strip(), *map(section, found.items())]
-    )
+    sections = [section(kind, of_kind) for kind, of_kind in found.items()]
+    write_result(options.output, "Precision on a CPU", [__doc__.split("\n\n", 1)[1].strip(), *sections])
 
 
 def parse_options() -> argparse.Namespace:

@@ -10,10 +10,12 @@ import io
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -83,6 +85,13 @@ def _run_process(main: Callable[[], None], if_interrupted: str) -> None:
             print(message, file=sys.stderr)
         sys.exit(status)
 
+    # What the handler raises may come out of a library's C code as another error, such as a ValueError.
+    was_terminated = threading.Event()
+
+    def terminate(number: int, frame: FrameType | None = None) -> None:
+        was_terminated.set()
+        interrupt(number, frame)
+
     def format_warning(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
     ) -> str:
@@ -94,11 +103,13 @@ def _run_process(main: Callable[[], None], if_interrupted: str) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters that a model has
     try:
-        signal.signal(signal.SIGTERM, interrupt)
+        signal.signal(signal.SIGTERM, terminate)
         with when_memory_runs_out("fewer --slots or --max-new-tokens need less"):
             main()
         sys.stdout.flush()  # here, so that a closed pipe is noticed while it can be handled
     except UserError as error:
+        if was_terminated.is_set():
+            fail(143, f"\n{name}: interrupted; {ending(error)}")
         fail(2, f"{name}: {one_line(error)}")
     except KeyboardInterrupt as interruption:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only garble the message
@@ -108,6 +119,8 @@ def _run_process(main: Callable[[], None], if_interrupted: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         fail(1)
     except Exception as error:
+        if was_terminated.is_set():
+            fail(143, f"\n{name}: interrupted; {ending(error)}")
         reason = no_room(error)
         if reason is not None:
             fail(2, f"{name}: cannot write ({reason}); {ending(error)}")

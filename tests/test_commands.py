@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -28,8 +28,9 @@ from safetensors.torch import load_file
 
 import sample as sample_command
 from minidpost import cli
-from minidpost.cli import MAX_MESSAGE, one_line
+from minidpost.cli import MAX_MESSAGE, one_line, run_command
 from minidpost.data import toy
+from minidpost.errors import UserError
 from minidpost.models.hub import find_model
 from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.t5 import T5, T5Config
@@ -830,6 +831,23 @@ def test_sigterm_while_sampling_ends_at_once(tiny_model_dir, tmp_path):
     outcome = finished(process)
     assert (outcome.status, len(outcome.complaints)) == (143, 1)
     assert not (tmp_path / "run/iteration-0/evaluation.json").exists()
+
+
+@pytest.mark.parametrize("error", [ValueError("no shape"), UserError("model.safetensors: broken")])
+def test_sigterm_that_a_library_turns_into_another_error(monkeypatch, capsys, error):
+    """C code that calls Python may answer the handler's exception with one of its own."""
+
+    def main():
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as end:
+        run_command(main)
+    assert end.value.code == 143
+    assert capsys.readouterr().err == "\ntrain.py: interrupted; nothing was written\n"
 
 
 def test_a_second_process_on_a_run_is_refused(call, tiny_model_dir):
