@@ -87,7 +87,8 @@ def main() -> None:
         device=options.device,
     )
     finished = on_rank_0(lambda: set() if options.fresh else finished_names(run_dir))
-    resources = check_resources(options, plan, model, run_dir=run_dir, finished=finished)
+    planned = planned_stages(plan, model_size(model))
+    resources = check_resources(options, plan, model, run_dir=run_dir, planned=planned, finished=finished)
 
     # 2) The run's directory: a new one, or one that the same command left.
     directory = RunDirectory(
@@ -118,7 +119,7 @@ def main() -> None:
     )
 
     # 3) The method.
-    directory.planned = planned_stages(plan, model_size(model))
+    directory.planned = planned
     table = ""
     for _ in self_train(run):
         table = on_rank_0(lambda: write_report(run, base.name, options.model))
@@ -217,13 +218,19 @@ def resolve_preset(options: argparse.Namespace, default: Preset, replaced: dict[
 
 
 def check_resources(
-    options: argparse.Namespace, plan: Plan, model: Model, *, run_dir: Path, finished: Collection[str]
+    options: argparse.Namespace,
+    plan: Plan,
+    model: Model,
+    *,
+    run_dir: Path,
+    planned: Collection[str],
+    finished: Collection[str],
 ) -> list[str]:
     """Whether memory and disk suffice for the stages that are not finished, as lines for the log; UserError if not.
 
     The largest batches are rehearsed. Where every stage is finished there is nothing to check.
     """
-    left = [name for name in planned_stages(plan, model_size(model)) if name not in finished]
+    left = [name for name in planned if name not in finished]
     if not left:
         return ["every stage is finished"]
     memory = check_memory(model, plan.preset, dtype=plan.dtype, device=plan.device, training_dtype=plan.training_dtype)

@@ -107,10 +107,6 @@ def _run_process(main: Callable[[], None], if_interrupted: str) -> None:
         with when_memory_runs_out("fewer --slots or --max-new-tokens need less"):
             main()
         sys.stdout.flush()  # here, so that a closed pipe is noticed while it can be handled
-    except UserError as error:
-        if was_terminated.is_set():
-            fail(143, f"\n{name}: interrupted; {ending(error)}")
-        fail(2, f"{name}: {one_line(error)}")
     except KeyboardInterrupt as interruption:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only garble the message
         status = 143 if isinstance(interruption, Terminated) else 130
@@ -121,6 +117,8 @@ def _run_process(main: Callable[[], None], if_interrupted: str) -> None:
     except Exception as error:
         if was_terminated.is_set():
             fail(143, f"\n{name}: interrupted; {ending(error)}")
+        if isinstance(error, UserError):
+            fail(2, f"{name}: {one_line(error)}")
         reason = no_room(error)
         if reason is not None:
             fail(2, f"{name}: cannot write ({reason}); {ending(error)}")
@@ -282,7 +280,7 @@ def check_output(flag: str, path: Path | None, *, overwrite: bool, progress: Pat
 def open_model(options: argparse.Namespace) -> tuple[Path, Model, Template]:
     """The directory, the model and the template that --checkpoint, --template, --device and --dtype ask for.
 
-    Without a checkpoint it is the newest run's model that was best on dev, which is then said on standard error;
+    Without a checkpoint it is the newest run's model that was best on dev, which is then said on standard error.
     Without --slots as many are noted in `options` as the device has memory for. UserError: no such model, or a broken
     one.
     """

@@ -25,7 +25,6 @@ from minidpost.sampling.sampler import Request, SamplingSettings, sample
 from minidpost.selftraining.presets import T5 as T5_PRESET
 from minidpost.storage import read_json, read_jsonl, write_json, write_jsonl
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 END = 1
 MODELS = {"t5": lambda: random_t5(SHAPES["gated-untied"]), "llama": lambda: random_llama(LLAMA_SHAPES["grouped"])}

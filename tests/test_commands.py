@@ -46,8 +46,6 @@ from minidpost.training.batching import TokenizedExample
 from minidpost.training.optim import Schedule, read_log
 from minidpost.training.sft import SFTSettings, train_sft
 
-torch.set_num_threads(1)
-
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = {
     "Tom has 3 apples and buys 4. How many?": "Tom has <<3+4=7>>7 apples.\n#### 7",

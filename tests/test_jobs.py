@@ -16,7 +16,6 @@ from pathlib import Path
 from random import Random
 
 import pytest
-import torch
 from test_commands import KNOWN, MIA, ROOT, TOM, call, knowing_model_dir, read_rows, write_lines  # noqa: F401
 
 import sample as sample_command
@@ -31,8 +30,6 @@ from minidpost.selftraining.evaluation import paired_difference
 from minidpost.selftraining.job import Job
 from minidpost.selftraining.run_directory import Chunks
 from minidpost.text.tokenizer import load_tokenizer
-
-torch.set_num_threads(1)
 
 GOES_ON = "interrupted; the same command continues from here"
 OWN = {"id": "a7", "answer": [1, None], "input_answer": "½", "index": {"page": 3}}

@@ -14,7 +14,6 @@ from t5_oracle import SHAPES, assert_same_model
 from minidpost.models.hf_config import config_json
 from minidpost.models.weights import load_model
 
-torch.set_num_threads(1)
 TOOL = Path(__file__).resolve().parents[1] / "tools/random_model.py"
 CONFIG = replace(SHAPES["gated-untied"], vocab_size=32128)
 

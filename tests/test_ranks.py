@@ -43,8 +43,6 @@ from minidpost.training.parallel import load_spread
 from minidpost.training.sft import SFTSettings, train_sft
 from minidpost.training.state import Terminated, TrainingState
 
-torch.set_num_threads(1)
-
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "weights" / "tiny-t5-dpo-st"
 EXAMPLES = list(toy.examples("dev"))[:7]

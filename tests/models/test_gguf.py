@@ -38,7 +38,6 @@ from minidpost.models.weights import load_model
 from minidpost.storage import sha256_of
 from minidpost.text.tokenizer import load_tokenizer
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools/from_gguf.py"
 

@@ -18,8 +18,6 @@ from minidpost.models.hf_config import HF_MAPPINGS, llama_names, model_type, rea
 from minidpost.models.llama import LlamaConfig, RopeScaling
 from minidpost.models.weights import WEIGHTS, check_weights, load_model, load_template, save_model, tokenizer_files
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture
 def saved(tmp_path) -> Path:

@@ -11,7 +11,6 @@ from minidpost.models.kvcache import KVCache, SharedPromptCache
 from minidpost.models.layers import Linear, RMSNorm, attention, mask_bias
 from minidpost.models.t5 import T5
 
-torch.set_num_threads(1)
 N_LAYERS, ROWS, N_HEADS, MAX_TOKENS, D_HEAD = 2, 5, 3, 12, 4
 
 

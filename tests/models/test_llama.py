@@ -16,8 +16,6 @@ from minidpost.training.batching import TokenizedExample, collate, pad
 from minidpost.training.losses import log_probabilities, sft_loss
 from minidpost.training.optim import enable_activation_checkpointing
 
-torch.set_num_threads(1)
-
 every_shape = pytest.mark.parametrize("shape", LLAMA_SHAPES)
 
 

@@ -35,8 +35,6 @@ from minidpost.training.dpo import DPOSettings, PreferencePair, reference_log_pr
 from minidpost.training.optim import Schedule, enable_activation_checkpointing, read_log
 from minidpost.training.sft import SFTSettings, sft_gradients, train_sft
 
-torch.set_num_threads(1)
-
 NAMES = ["gated-untied", "relu-tied-scaled", "grouped", "one-kv-head-biases", "qwen3"]
 RANK, ALPHA = 3, 5.0
 

@@ -13,7 +13,6 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from minidpost.models.hf_config import read_config, t5_names
 from minidpost.models.t5 import T5, T5Config, relative_bucket
 
-torch.set_num_threads(1)
 TOLERANCE = 1e-5  # of the greatest absolute value compared
 
 

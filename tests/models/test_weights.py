@@ -30,7 +30,6 @@ from minidpost.models.weights import (
     write_tensors,
 )
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = "gated-untied"
 BATCH_LENGTHS, N_TARGETS = [7, 3, 12], 6

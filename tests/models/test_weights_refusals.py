@@ -28,7 +28,6 @@ from minidpost.models.weights import (
 )
 from minidpost.storage import write_json
 
-torch.set_num_threads(1)
 SHAPE = "gated-untied"
 
 

@@ -22,7 +22,6 @@ from minidpost.sampling import cuda_graphs, sampler
 from minidpost.sampling.cuda_graphs import CUDAGraphs, Recorded
 from minidpost.sampling.sampler import SamplingSettings, sample
 
-torch.set_num_threads(1)
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique")  # no graph can hold what the host waits for
 
 

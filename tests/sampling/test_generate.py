@@ -4,15 +4,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from minidpost.errors import UserError
 from minidpost.models.weights import check_vocabulary, load_model
 from minidpost.sampling import generate as generation
 from minidpost.sampling.generate import MAX_PROMPT_TOKENS, Sample, check_prompts, generate
 from minidpost.sampling.sampler import Request, Row, SamplingSettings
-
-torch.set_num_threads(1)
 
 QUESTIONS = ["Tom has 3 apples. How many?", "Mia buys 2 bags of 5 pens each. How many pens does she have now?", "How?"]
 SAMPLED = SamplingSettings(temperature=1.0, max_new_tokens=12, slots=4, seed=3)

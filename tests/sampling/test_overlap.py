@@ -4,7 +4,6 @@ from random import Random
 from typing import ClassVar
 
 import pytest
-import torch
 from test_cuda_graphs import RecordedModel, Recorder
 from test_sampler import (
     CASES,
@@ -24,8 +23,6 @@ from minidpost.models.llama import Llama
 from minidpost.models.t5 import T5
 from minidpost.sampling import cuda_graphs, sampler
 from minidpost.sampling.sampler import Request, Row, SamplingSettings, sample
-
-torch.set_num_threads(1)
 
 
 class Forcing:

@@ -23,8 +23,6 @@ from minidpost.text.calculator import Automaton, evaluate_expression
 from minidpost.text.templates import T5Template
 from minidpost.text.tokenizer import load_tokenizer
 
-torch.set_num_threads(1)
-
 START, END = 0, 1
 
 

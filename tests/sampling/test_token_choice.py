@@ -14,7 +14,6 @@ from minidpost.sampling.token_choice import (
     row_uniforms,
 )
 
-torch.set_num_threads(1)
 LARGEST = 1 - 2**-53  # the largest number below 1 that a generator gives
 SIZES = [1, 7, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 1665, 5000, 32_128]
 

@@ -42,8 +42,6 @@ from minidpost.training import dpo, sft
 from minidpost.training.batching import TokenizedExample
 from minidpost.training.optim import apply_step, read_log
 
-torch.set_num_threads(1)
-
 TOM, MIA, BEN = (
     Example("Tom has 3 apples and buys 4. How many?", "7", "Tom has <<3+4=7>>7 apples.\n#### 7"),
     Example("Mia has 9 pens and loses 5. How many?", "4", "Mia keeps <<9-5=4>>4 pens.\n#### 4"),

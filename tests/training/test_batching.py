@@ -25,8 +25,6 @@ from minidpost.training.batching import (
 )
 from minidpost.training.dpo import PreferencePair
 
-torch.set_num_threads(1)
-
 T5_CONFIG = T5Config(30, 16, 8, 24, 2, 2, 2, start_id=2)
 LLAMA_CONFIG = LlamaConfig(30, 16, 24, 2, n_heads=4, n_kv_heads=2, d_head=4)
 

@@ -23,8 +23,6 @@ from minidpost.training.dpo import (
 )
 from minidpost.training.optim import Schedule, adamw, apply_step, derived_seed, read_log
 
-torch.set_num_threads(1)
-
 LN2 = math.log(2)
 CONFIG = T5Config(30, 16, 8, 24, 2, 1, 2, dropout=0.0)
 SETTINGS = DPOSettings(steps=5, pairs_per_step=4, schedule=Schedule(1e-2, floor=0.5), micro_batch_tokens=60)

@@ -12,8 +12,6 @@ from minidpost.models.weights import load_model
 from minidpost.training.batching import IGNORED_LABEL, TokenizedExample, collate
 from minidpost.training.losses import dpo_loss, log_probabilities, sft_loss
 
-torch.set_num_threads(1)
-
 LN2 = math.log(2)
 
 

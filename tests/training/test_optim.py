@@ -20,8 +20,6 @@ from minidpost.training.optim import (
     tokens_per_second,
 )
 
-torch.set_num_threads(1)
-
 
 def tiny() -> T5:
     torch.manual_seed(0)

@@ -17,8 +17,6 @@ from minidpost.training.batching import TokenizedExample, epoch_steps
 from minidpost.training.optim import Schedule, adamw, apply_step, derived_seed, read_log
 from minidpost.training.sft import SFTSettings, sft_gradients, train_sft
 
-torch.set_num_threads(1)
-
 CONFIG = T5Config(30, 16, 8, 24, 2, 1, 2, dropout=0.0)
 SETTINGS = SFTSettings(epochs=2, examples_per_step=4, schedule=Schedule(1e-2), micro_batch_tokens=30)
 

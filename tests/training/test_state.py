@@ -26,8 +26,6 @@ from minidpost.training.optim import Schedule, apply_step, read_log
 from minidpost.training.sft import SFTSettings, train_sft
 from minidpost.training.state import Terminated, TrainingState, read_metadata
 
-torch.set_num_threads(1)
-
 SFT = SFTSettings(epochs=3, examples_per_step=3, schedule=Schedule(1e-2), micro_batch_tokens=30, seed=3)
 DPO = DPOSettings(steps=8, pairs_per_step=3, schedule=Schedule(1e-2), micro_batch_tokens=60, seed=3)
 N_STEPS = 8 + 1  # of SFT: three epochs of seven examples
