@@ -897,7 +897,8 @@ def small_disk(kilobytes):
     try:
         yield
     finally:
-        subprocess.run(["umount", "disk"], check=True)
+        # Lazily: a process that a failed test left behind must not hide why the test failed.
+        subprocess.run(["umount", "--lazy", "disk"], check=True)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(call, tiny_model_dir):
@@ -917,7 +918,11 @@ def test_a_file_system_that_others_fill(call, tiny_model_dir, kilobytes):
         while not Path("disk/run/config.json").is_file():
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
-        Path("disk/others").write_bytes(bytes(shutil.disk_usage("disk").free - kilobytes * 1024))
+        process.send_signal(signal.SIGSTOP)  # what is free must not change before it is taken
+        try:
+            Path("disk/others").write_bytes(bytes(shutil.disk_usage("disk").free - kilobytes * 1024))
+        finally:
+            process.send_signal(signal.SIGCONT)
         outcome = finished(process)
         # A training state has three models' size, a model more than the two smaller rooms.
         state = "disk/run/iteration-0/sft.progress/state.safetensors"
