@@ -23,7 +23,6 @@ from minidpost.data.example import Example
 from minidpost.errors import when_memory_runs_out
 from minidpost.models.hf_config import Model
 from minidpost.processes import from_rank_0, on_rank_0, rank
-from minidpost.sampling import sampler
 from minidpost.sampling.generate import check_prompts
 from minidpost.sampling.sampler import DecodingModel, SamplingSettings
 from minidpost.selftraining.comparison import (
@@ -187,7 +186,6 @@ def identity_of(
         "weights": model_hash(directory),
         "questions": questions_hash([example for examples in sets.values() for example in examples]),
         **{name: vars(options)[name] for name in names},
-        "chunk": sampler.default_chunk_size(options.slots, options.device),
         "dtype": str(weight.dtype),
         "device": weight.device.type,
     }

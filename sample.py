@@ -31,9 +31,9 @@ from minidpost.models.hf_config import Model
 from minidpost.processes import from_rank_0, on_rank_0, rank, started_by_torchrun
 from minidpost.progress import Progress
 from minidpost.sampling import sampler
-from minidpost.sampling.generate import Sample, check_prompt, generate
+from minidpost.sampling.generate import Sample, check_prompt, generate, shared_chunk_size
 from minidpost.sampling.sampler import Row, SamplingSettings
-from minidpost.selftraining.job import Job, progress_directory
+from minidpost.selftraining.job import Job, begun_setting, progress_directory
 from minidpost.selftraining.run_directory import Chunks, model_hash
 from minidpost.text.grading import extract_answer
 from minidpost.text.templates import Template
@@ -58,7 +58,7 @@ def main() -> None:
     questions = Questions(options)
     directory, model, template = cli.open_model(options)
     if options.chunk is None:
-        options.chunk = sampler.default_chunk_size(options.slots, options.device)
+        options.chunk = on_rank_0(lambda: default_chunk(options, questions))
     questions.check(template)
     if options.output:
         write(options, questions, directory=directory, model=model, template=template)
@@ -113,7 +113,7 @@ def parse_options() -> argparse.Namespace:
         type=cli.POSITIVE,
         metavar="N",
         help=f"rows of --output that are saved together: of fewer, a kill costs less, and sampling is a little slower "
-        f"(default: {sampler.CHUNK}, on a GPU {sampler.GPU_CHUNK_PER_SLOT} a slot)",
+        f"(default: {sampler.CHUNK}, on a GPU {sampler.GPU_CHUNK_PER_SLOT} a slot, of several GPUs fewer)",
     )
     parser.add_argument(
         "--samples", type=cli.POSITIVE, default=1, metavar="N", help="completions of each question (default: 1)"
@@ -155,6 +155,14 @@ def parse_options() -> argparse.Namespace:
     if started_by_torchrun() and (options.interactive or options.input == "-"):
         parser.error("of several processes none has the terminal: --interactive and --input - are for one")
     return options
+
+
+def default_chunk(options: argparse.Namespace, questions: Questions) -> int:
+    """The rows that are saved together where --chunk is not given: as many as when the job was begun."""
+    begun = begun_setting(options.output, "chunk") if options.output else None
+    if isinstance(begun, int) and begun > 0:
+        return begun
+    return shared_chunk_size(options.slots, options.device, questions.n * options.samples)
 
 
 def sampling_settings(options: argparse.Namespace) -> SamplingSettings:

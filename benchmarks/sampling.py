@@ -2,7 +2,7 @@
 
 The same weights, the same questions: one greedy completion of each, as in an evaluation, or eight samples at
 temperature 0.7 from the whole vocabulary, as the method makes its labels. Every row writes the gold rationale of its
-GSM8K question (the shapes have random weights, so a script decides what is said: one scatter a step for us and for
+GSM8K question (most shapes have random weights, so a script decides what is said: one scatter a step for us and for
 transformers alike), so that lengths and annotations are real and the calculator forces what it would force; further
 samples of a question say other rationales, whose lengths scatter around the gold one's (log-normal, 0.25). Every
 completion that is timed is compared with its script. In the part "its own completions" a trained model says what it
@@ -51,6 +51,7 @@ from benchmarks.scripted import (  # noqa: E402
     row_counts,
     sampled,
     scripted_work,
+    weights_directory,
 )
 from minidpost.cli import POSITIVE, Parser, device, run_command  # noqa: E402
 from minidpost.models.t5 import T5  # noqa: E402
@@ -89,7 +90,7 @@ TARGETS = {
 CT2_TARGET, CALCULATOR_TARGET = 1.0, 0.01  # times CTranslate2 at its best; fraction of a token's time
 N_ONE_AT_A_TIME = 4  # questions
 SLOW, SLOW_ROWS = ("flan-t5-base", "smollm2-135m"), (8, 32, 128)  # models that take long on a CPU, and rows for them
-COMPLETIONS_A_ROW = {"tiny-t5": 6, "flan-t5-small": 6}  # more where they take little time, fewer where long
+COMPLETIONS_A_ROW = {"tiny-t5": 6, "smollm2-135m": 2}  # more where they take little time, fewer where long
 PROBE_TOKENS, MAX_PROBE_ROWS = 8, 16  # where precisions are compared
 VARIANT_TOKENS = 24  # of each row, where CTranslate2's variants are compared
 N_THREADS = torch.get_num_threads()
@@ -288,7 +289,8 @@ def open_implementations(part: Part, options: argparse.Namespace, directory: Pat
     for dtype in options.dtype:
         models[dtype], template = open_shape(part.model, DTYPES[dtype], options.device)
     twins = {dtype: peers.twin(model) for dtype, model in models.items()}
-    converted, remarks = None, []
+    converted = None
+    remarks = ["Weights: random." if weights_directory(part.model) is None else "Weights: the model's own."]
     if CT2 in options.systems and peers.ctranslate2 and "fp32" in models and options.device == "cpu":
         converted = peers.CTranslate2(twins["fp32"], directory) if isinstance(models["fp32"], T5) else None
     rows = part.counts[0]

@@ -238,15 +238,23 @@ def row_counts(text: str) -> list[int]:
     return sorted({*map(POSITIVE, text.split(","))})
 
 
+def weights_directory(name: str) -> Path | None:
+    """Where a model's own weights lie; None for the shape of a published model whose weights are not at hand."""
+    if name not in SHAPES:
+        return WEIGHTS_DIR / BUNDLED[name] if name in BUNDLED else Path(name)
+    published = WEIGHTS_DIR / name
+    return published if (published / "config.json").is_file() else None
+
+
 def open_shape(
     name: str, dtype: torch.dtype, device: str, shared: Path = SHARED, seed: int = 0
 ) -> tuple[nn.Module, Template]:
-    """A model in eval mode and how it writes: a directory's or a bundled one's weights, else a shape's random ones.
+    """A model in eval mode and how it writes: the weights of `weights_directory`, else a shape's random ones.
 
     UserError: a broken directory, `shared` without the shape's config or tokenizer.
     """
-    if name not in SHAPES:
-        directory = WEIGHTS_DIR / BUNDLED[name] if name in BUNDLED else Path(name)
+    directory = weights_directory(name)
+    if directory is not None:
         return load_model(directory, dtype, device), load_template(directory)
     config_name, tokenizer_name = SHAPES[name]
     config_dir, tokenizer_dir = shared / "configs" / config_name, shared / "tokenizers" / tokenizer_name

@@ -712,7 +712,7 @@ def test_unlabelled_questions_are_sampled_for(call, tiny_model_dir, my_data):
     assert {"How many?", "And now?"} <= {row["question"] for row in rows}
 
 
-@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize("keep", ["best", pytest.param("last", marks=pytest.mark.slow)])
 def test_only_the_models_stay_that_are_asked_for(call, tiny_model_dir, my_data, keep):
     """A run can be taken further, and a command that asks for less removes what an earlier one left."""
     run = Path("run")
@@ -800,7 +800,11 @@ def undisturbed(tiny_model_dir, tmp_path_factory) -> dict[str, bytes | list]:
 
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(signal.SIGTERM, 143), (signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    [
+        (signal.SIGKILL, -9),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_during_training(call, tiny_model_dir, undisturbed, number, status):
     flags = ["--model", tiny_model_dir, *LONG, *(["--checkpoint-minutes", 0] if number == signal.SIGKILL else [])]
@@ -819,6 +823,7 @@ def test_a_signal_during_training(call, tiny_model_dir, undisturbed, number, sta
     assert results_of(Path("run")) == undisturbed
 
 
+@pytest.mark.slow
 def test_sigterm_while_sampling_ends_at_once(tiny_model_dir, tmp_path):
     flags = ["--model", tiny_model_dir, "--limit", 200, "--sft-epochs", 1, "--run-dir", "run"]
     process = start("train.py", *flags, cwd=tmp_path)
@@ -864,7 +869,8 @@ def test_a_second_process_on_a_run_is_refused(call, tiny_model_dir):
     process.communicate()
 
 
-@pytest.mark.parametrize("n_models", [0.5, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_models", [0.5, 2])
 def test_a_full_disk_is_one_line_then_continued(call, tiny_model_dir, undisturbed, n_models):
     """A training state has three models' size: without room for it training goes on; a finished model must be saved."""
     flags = ["--model", tiny_model_dir, *LONG]
@@ -1104,7 +1110,13 @@ def test_a_mistake_is_answered_in_one_line(call, mistaken_files, tiny_model_dir,
     assert not (mistaken_files / "runs").exists()
 
 
-@pytest.mark.parametrize("line", ["train.py --data none.jsonl", "sample.py --samples 0", "eval.py --tasks nil"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train.py --data none.jsonl",
+        *(pytest.param(line, marks=pytest.mark.slow) for line in ("sample.py --samples 0", "eval.py --tasks nil")),
+    ],
+)
 def test_a_mistake_in_a_process_of_its_own(tmp_path, tiny_model_dir, line):
     command, *arguments = line.split()
     model = ["--model" if command == "train.py" else "--checkpoint", tiny_model_dir]

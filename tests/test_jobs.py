@@ -88,6 +88,16 @@ def test_sampling_goes_on_where_it_was_interrupted(call, sampling, whole, n_chun
     assert {path.name for path in Path().iterdir()} == {"q.jsonl", "rows.jsonl", "whole.jsonl"}
 
 
+def test_a_job_keeps_its_size_of_chunks(call, sampling, whole):
+    """Without --chunk, whose default depends on a GPU's slots and on how many GPUs there are."""
+    with Interrupted(3):
+        call(*sampling, "--output", "rows.jsonl")
+    place = sampling.index("--chunk")
+    outcome = call(*sampling[:place], *sampling[place + 2 :], "--output", "rows.jsonl")
+    assert (outcome.status, outcome.complaints) == (0, [])
+    assert Path("rows.jsonl").read_bytes() == whole
+
+
 def test_only_missing_chunks_are_sampled(call, sampling, whole, monkeypatch):
     with Interrupted(3):
         call(*sampling, "--output", "rows.jsonl")

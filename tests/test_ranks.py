@@ -78,7 +78,7 @@ def share_work(n_pieces: int) -> tuple[list[int], dict[int, list[dict]]]:
     return taken, found
 
 
-@pytest.mark.parametrize(("n_ranks", "n_pieces"), [(2, 9), (4, 3)])
+@pytest.mark.parametrize(("n_ranks", "n_pieces"), [(2, 9), pytest.param(4, 3, marks=pytest.mark.slow)])
 def test_every_piece_of_work_is_done_once(n_ranks, n_pieces):
     results = on_ranks(n_ranks, share_work, n_pieces)
     taken = [number for of_rank, _ in results for number in of_rank]
@@ -130,7 +130,9 @@ def of_one_process() -> dict[int, tuple]:
         sampler.CHUNK = chunk
 
 
-@pytest.mark.parametrize(("n_ranks", "first_chunk"), [(2, 2), (4, 0), pytest.param(2, 0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("n_ranks", "first_chunk"), [(2, 2), *(pytest.param(n, 0, marks=pytest.mark.slow) for n in (2, 4))]
+)
 def test_samples_and_scores_are_those_of_one_process(of_one_process, n_ranks, first_chunk):
     samples, outcomes, scores = of_one_process[first_chunk]
     results = on_ranks(n_ranks, sample_and_evaluate, first_chunk)
@@ -157,7 +159,7 @@ def load_and_save(start: Path, out: Path, lora_rank: int | None, dtype: torch.dt
 @pytest.mark.parametrize(
     ("family", "lora_rank", "dtype"),
     [
-        ("t5", None, torch.float32),
+        pytest.param("t5", None, torch.float32, marks=pytest.mark.slow),
         ("llama", 3, torch.bfloat16),
         pytest.param("t5", 3, torch.float32, marks=pytest.mark.slow),
         pytest.param("t5", None, torch.bfloat16, marks=pytest.mark.slow),
@@ -305,7 +307,9 @@ def test_a_whole_run_of_two_processes(mine, tmp_path):
             "train.py: argument --device: each process has a device of its own",
             marks=pytest.mark.slow,
         ),
-        (["--data", "none.jsonl"], "train.py: none.jsonl: cannot be read"),  # rank 0
+        pytest.param(  # rank 0
+            ["--data", "none.jsonl"], "train.py: none.jsonl: cannot be read", marks=pytest.mark.slow
+        ),
         (["--max-target", "1"], "train.py: 0/sft: all "),  # every process, in a stage
     ],
 )
@@ -390,7 +394,7 @@ def fail_to_save(out: Path, failing: int) -> list[str]:
     return train_small(TrainingState(out / "state.safetensors", minutes=0))
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_save_without_room_on_one_rank_is_given_up_by_all(tmp_path, failing):
     """Training goes on, what was saved last before stays, and the next save is whole again."""
     results = on_ranks(2, fail_to_save, tmp_path, failing)
@@ -436,6 +440,7 @@ def save_while_training(out: Path, at_once: bool) -> list[tuple[list[str], bool]
     return seen
 
 
+@pytest.mark.slow
 def test_slices_are_those_of_their_step_although_training_goes_on(tmp_path):
     """And a state has its name when the slowest rank has written; all write at once where one must."""
     found = {}
@@ -485,7 +490,11 @@ def stop_while_saving(out: Path, how: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("how", "raised", "saved"), [("SIGTERM", "Terminated", "state-0000004"), ("error", "ValueError", "state-0000002")]
+    ("how", "raised", "saved"),
+    [
+        ("SIGTERM", "Terminated", "state-0000004"),
+        pytest.param("error", "ValueError", "state-0000002", marks=pytest.mark.slow),
+    ],
 )
 def test_processes_end_while_a_save_is_being_written(tmp_path, how, raised, saved):
     """Asked to stop, they wait for it and save once more; after an error the save before it remains."""

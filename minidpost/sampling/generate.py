@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
+import torch
+
 from minidpost.errors import UserError
 from minidpost.processes import Counts, SharedWork, rank, world_size
 from minidpost.progress import Progress
@@ -62,14 +64,12 @@ def generate(
         for question, prompt in zip(questions, prompts, strict=True)
         for sample_index in range(n_samples)
     ]
+    if chunk_size is None:
+        chunk_size = shared_chunk_size(settings.slots, next(model.parameters()).device, len(requests))
     # Of several processes each takes whole chunks, another one whenever it is free.
-    size = 0
     work: SharedWork | None = None
-    if first_chunk or world_size() > 1:
-        device = next(model.parameters()).device
-        size = sampler.default_chunk_size(settings.slots, device) if chunk_size is None else chunk_size
     if world_size() > 1:
-        work = SharedWork(range(first_chunk, -(-len(requests) // size)))
+        work = SharedWork(range(first_chunk, -(-len(requests) // chunk_size)))
     rows = sample(
         model,
         requests,
@@ -81,7 +81,7 @@ def generate(
         chunk_indices=None if work is None else work.take(),
         on_token=on_token,
     )
-    n_before = min(first_chunk * size, len(requests)) if first_chunk else 0
+    n_before = min(first_chunk * chunk_size, len(requests))
     shared = None if progress is None else nullcontext(progress)  # not closed here
     with shared or Progress(total=len(requests), initial=n_before, desc=label, unit="row", disable=rank() > 0) as bar:
         counts = SharedProgress(bar, has_answers=answers is not None)
@@ -92,8 +92,23 @@ def generate(
                 yield one
         else:
             yield from of_all_ranks(
-                samples, work, counts, n_requests=len(requests), n_samples=n_samples, chunk_size=size
+                samples, work, counts, n_requests=len(requests), n_samples=n_samples, chunk_size=chunk_size
             )
+
+
+def shared_chunk_size(n_slots: int, device: torch.device | str, n_requests: int) -> int:
+    """The requests of a chunk where nothing else is asked for, so that all processes have work.
+
+    On GPUs a chunk is large (sampler.default_chunk_size), and a test set often a single one, which one process would
+    work off while the others wait. Several processes with GPUs therefore get equally many chunks each, of at least a
+    request a slot. On a CPU chunks are the same for any number of processes, so that samples are the same bytes.
+    """
+    largest = sampler.default_chunk_size(n_slots, device)
+    n_processes = world_size()
+    if n_processes == 1 or torch.device(device).type == "cpu":
+        return largest
+    n_rounds = -(-n_requests // (n_processes * largest))  # rounded up, as below
+    return max(n_slots, -(-n_requests // (n_processes * max(1, n_rounds))))
 
 
 def graded(rows: Iterable[Row], template: Template, answers: Sequence[str] | None, n_samples: int) -> Iterator[Sample]:

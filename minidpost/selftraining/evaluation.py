@@ -8,8 +8,7 @@ from typing import Any
 
 from minidpost.data.example import Example
 from minidpost.processes import from_rank_0, on_rank_0, rank
-from minidpost.sampling import sampler
-from minidpost.sampling.generate import Sample, generate
+from minidpost.sampling.generate import Sample, generate, shared_chunk_size
 from minidpost.sampling.sampler import DecodingModel, SamplingSettings
 from minidpost.selftraining.run_directory import Chunks
 from minidpost.text.grading import extract_answer, is_correct
@@ -130,6 +129,9 @@ def samples_by_question(
     With `chunks`, which must be of these arguments alone, samples are saved as chunks end, and those that are there
     already are not sampled again. Several processes share the work, and all get all samples; rank 0's `chunks` count.
     """
+    device = next(model.parameters()).device
+    default = shared_chunk_size(settings.slots, device, len(examples) * n_samples)
+    chunk_size = on_rank_0(lambda: default if chunks is None else chunks.chunk_size(default))
     samples: Iterable[Sample] = generate(
         model,
         template,
@@ -140,10 +142,9 @@ def samples_by_question(
         calculator=calculator,
         label=label,
         first_chunk=on_rank_0(lambda: 0 if chunks is None else chunks.n_finished()),
+        chunk_size=chunk_size,
     )
     if chunks is not None and rank() == 0:
-        device = next(model.parameters()).device
-        chunk_size = sampler.default_chunk_size(settings.slots, device)
         chunks.save((asdict(sample) for sample in samples), chunk_size)
         samples = [Sample(**record) for record in chunks.records()]
     in_order = sorted(from_rank_0([*samples]), key=lambda sample: (sample.example_index, sample.sample_index))

@@ -186,6 +186,14 @@ def progress_directory(output: Path) -> Path:
     return output.with_name(output.name + ".progress")
 
 
+def begun_setting(output: Path, name: str) -> Any:
+    """A setting of the unfinished job whose first output this is; None where there is none, or it cannot be read."""
+    try:
+        return json_object(progress_directory(output) / "job.json")["settings"][name]
+    except (UserError, OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def _staged(path: Path) -> Path:
     """The temporary name of an output. The job's lock keeps others away from it."""
     return path.with_name(f".{path.name}.unfinished")

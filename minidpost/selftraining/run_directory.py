@@ -467,6 +467,7 @@ class Chunks:
         self.directory = directory
         self.prefix = fingerprint(*identity)[:16]
         self.n_records = 0  # in the finished chunks
+        self._n_first = 0  # in the first of them
         self._paths: dict[int, Path] = {}  # of the finished chunks, by index
         for path in sorted(directory.glob(f"{self.prefix}-*.jsonl")):
             content = path.read_bytes()
@@ -475,25 +476,28 @@ class Chunks:
                 warnings.warn(f"{path} was changed since it was written; its part is done again", stacklevel=2)
                 path.unlink(missing_ok=True)  # several processes may see it
             elif chunk_index == len(self._paths):  # none is missing before it
-                self._paths[chunk_index] = path
-                self.n_records += content.count(b"\n")
+                self._note(chunk_index, path, content.count(b"\n"))
 
     def n_finished(self) -> int:
         """How many chunks there are, counted from the first without a gap."""
         return len(self._paths)
 
+    def chunk_size(self, default: int) -> int:
+        """The records of a chunk: what the first finished one has, so that the others continue it, else the default."""
+        return self._n_first or default
+
     def commit(self, chunk_index: int, records: Sequence[dict[str, Any]]) -> None:
-        """Write a finished chunk, which replaces another of this index."""
+        """Write a finished chunk, which replaces another of this index and all later ones: they are to come anew."""
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         content = "".join(lines).encode("utf-8")
-        for old_path in self.directory.glob(f"{self.prefix}-{chunk_index:06d}-*.jsonl"):
-            old_path.unlink()
+        for old_path in self.directory.glob(f"{self.prefix}-*.jsonl"):
+            if int(old_path.name.split("-")[1]) >= chunk_index:
+                old_path.unlink()
         path = self.directory / f"{self.prefix}-{chunk_index:06d}-{content_hash(content)}.jsonl"
         with staged_file(path) as temporary:
             temporary.write_bytes(content)
         if chunk_index == len(self._paths):
-            self._paths[chunk_index] = path
-            self.n_records += len(lines)
+            self._note(chunk_index, path, len(lines))
 
     def save(self, records: Iterable[dict[str, Any]], chunk_size: int) -> None:
         """Write the records that come after the finished chunks, `chunk_size` of them a chunk, as they come."""
@@ -510,6 +514,12 @@ class Chunks:
         for path in self.files():
             for _, record in read_jsonl(path):
                 yield record
+
+    def _note(self, chunk_index: int, path: Path, n_records: int) -> None:
+        """Count a finished chunk that none is missing before."""
+        self._paths[chunk_index] = path
+        self.n_records += n_records
+        self._n_first = self._n_first or n_records
 
     def _index_of(self, path: Path, content: bytes) -> int | None:
         """The index of a chunk by its file's name; None where the name's hash is not that of the content."""

@@ -34,8 +34,7 @@ from minidpost.models.llama import LlamaConfig
 from minidpost.models.lora import adapters, add_adapters, save_adapters, save_merged
 from minidpost.models.weights import in_memory, load_model, open_tensors, save_model, tokenizer_files, write_safetensors
 from minidpost.processes import on_rank_0, rank, world_size
-from minidpost.sampling import sampler
-from minidpost.sampling.generate import Sample, generate
+from minidpost.sampling.generate import Sample, generate, shared_chunk_size
 from minidpost.selftraining.estimates import forward_flops, model_size, sampling_flops, training_flops
 from minidpost.selftraining.evaluation import greedy_outcomes, mean_score, sampled_scores
 from minidpost.selftraining.presets import Preset
@@ -210,7 +209,6 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
         # an interrupted run left need no sampling again.
         progress = run.directory.progress(stage_name)
         without_slots = replace(settings, slots=1)
-        chunk_size = sampler.default_chunk_size(settings.slots, run.device)
         chunks = Chunks(
             progress,
             stage_name,
@@ -219,8 +217,10 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
             n_samples,
             run.calculator,
             run.dtype,
-            chunk_size,
         )
+        n_requests = len(run.data.pool) * n_samples
+        default = shared_chunk_size(settings.slots, run.device, n_requests)
+        chunk_size = on_rank_0(lambda: chunks.chunk_size(default))
         generated = generate(
             loaded,
             run.template,
@@ -231,6 +231,7 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
             calculator=run.calculator,
             label=f"{iteration}/{name}",
             first_chunk=on_rank_0(chunks.n_finished),
+            chunk_size=chunk_size,
         )
         chunks.save((asdict(sample) for sample in generated), chunk_size)
         if rank() > 0:

@@ -8,7 +8,7 @@ import pytest
 from minidpost.errors import UserError
 from minidpost.models.weights import check_vocabulary, load_model
 from minidpost.sampling import generate as generation
-from minidpost.sampling.generate import MAX_PROMPT_TOKENS, Sample, check_prompts, generate
+from minidpost.sampling.generate import MAX_PROMPT_TOKENS, Sample, check_prompts, generate, shared_chunk_size
 from minidpost.sampling.sampler import Request, Row, SamplingSettings
 
 QUESTIONS = ["Tom has 3 apples. How many?", "Mia buys 2 bags of 5 pens each. How many pens does she have now?", "How?"]
@@ -70,12 +70,12 @@ def requested(monkeypatch):
     return asked
 
 
-def test_what_the_sampler_is_asked(requested, tiny_template):
+def test_what_the_sampler_is_asked(requested, model, tiny_template):
     requested["template"] = tiny_template
-    samples = list(generate("model", tiny_template, QUESTIONS[:2], SAMPLED, n_samples=2))
+    samples = list(generate(model, tiny_template, QUESTIONS[:2], SAMPLED, n_samples=2))
     prompts = [tuple(tiny_template.prompt_ids(question)) for question in QUESTIONS[:2]]
     assert requested["requests"] == [Request(prompts[i], QUESTIONS[i], k) for i in range(2) for k in range(2)]
-    assert (requested["model"], requested["settings"]) == ("model", SAMPLED)
+    assert (requested["model"], requested["settings"]) == (model, SAMPLED)
     assert requested["eos_id"] == {tiny_template.eos_id} == {prompts[0][-1]}
     assert [(sample.example_index, sample.sample_index, sample.completion) for sample in samples] == [
         (1, 1, "#### 3"),
@@ -85,36 +85,51 @@ def test_what_the_sampler_is_asked(requested, tiny_template):
     ]
 
 
-def test_the_calculator_can_be_left_out(requested, tiny_template):
+def test_the_calculator_can_be_left_out(requested, model, tiny_template):
     requested["template"] = tiny_template
-    list(generate(None, tiny_template, QUESTIONS, SAMPLED))
+    list(generate(model, tiny_template, QUESTIONS, SAMPLED))
     assert requested["new_override"] == tiny_template.new_calculator
-    list(generate(None, tiny_template, QUESTIONS, SAMPLED, calculator=False))
+    list(generate(model, tiny_template, QUESTIONS, SAMPLED, calculator=False))
     assert requested["new_override"] is None
 
 
-def test_progress_shows_speed_and_accuracy(requested, tiny_template, capsys):
+def test_progress_shows_speed_and_accuracy(requested, model, tiny_template, capsys):
     requested["template"] = tiny_template
-    list(generate(None, tiny_template, QUESTIONS, SAMPLED, answers=["0", "1", "7"], label="dev"))
+    list(generate(model, tiny_template, QUESTIONS, SAMPLED, answers=["0", "1", "7"], label="dev"))
     shown = capsys.readouterr().err
     assert "dev: 100%" in shown
     assert "3/3" in shown
     assert "tok_s=" in shown
     assert "right=66.7%" in shown
-    list(generate(None, tiny_template, QUESTIONS, SAMPLED))
+    list(generate(model, tiny_template, QUESTIONS, SAMPLED))
     assert "right=" not in capsys.readouterr().err
 
 
-def test_a_sample_is_graded_where_answers_are_given(requested, tiny_template):
+def test_a_sample_is_graded_where_answers_are_given(requested, model, tiny_template):
     requested["template"] = tiny_template
     correct, wrong = sorted(
-        generate(None, tiny_template, QUESTIONS[:2], SAMPLED, answers=["0", "7"]), key=lambda s: s.example_index
+        generate(model, tiny_template, QUESTIONS[:2], SAMPLED, answers=["0", "7"]), key=lambda s: s.example_index
     )
     ids = tiny_template.target_ids("#### 0")
     assert correct == Sample(0, 0, QUESTIONS[0], "0", "#### 0", True, ids, [False] * len(ids), "stop")
     assert (wrong.answer, wrong.completion, wrong.is_correct) == ("7", "#### 1", False)
-    ungraded = next(generate(None, tiny_template, QUESTIONS[:1], SAMPLED))
+    ungraded = next(generate(model, tiny_template, QUESTIONS[:1], SAMPLED))
     assert (ungraded.answer, ungraded.is_correct) == (None, None)
+
+
+def test_several_gpus_have_equally_many_chunks(monkeypatch):
+    def chunks(n_requests: int, n_processes: int, n_slots: int = 256, device: str = "cuda") -> tuple[int, int]:
+        monkeypatch.setattr(generation, "world_size", lambda: n_processes)
+        size = shared_chunk_size(n_slots, device, n_requests)
+        return size, -(-n_requests // size)
+
+    assert chunks(1319, 1) == (4096, 1)
+    assert chunks(1319, 4) == (330, 4)
+    assert chunks(1319, 8) == (256, 6)  # no fewer than there are slots
+    assert chunks(67_050, 8) == (2794, 24)  # not 17 of up to 4,096, of which one would come alone
+    assert chunks(0, 8) == (256, 0)
+    for n_processes in (1, 2, 4):
+        assert chunks(1319, n_processes, device="cpu") == (1024, 2)
 
 
 def test_no_questions_no_completions(model, tiny_template):

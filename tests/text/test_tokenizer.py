@@ -139,6 +139,7 @@ def rank_bpe(word, ranks):
         pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
 
 
+@pytest.mark.slow
 def test_llama3_ids_equal_bpe_by_ranks_on_all_of_gsm8k(llama3, shared, gsm8k):
     import regex
 

@@ -561,3 +561,18 @@ def test_chunks_count_from_the_first_without_a_gap(tmp_path):
     assert again.n_finished() == 2
     assert list(again.records()) == [{"n": 0}, {"text": "½"}, {"n": 1}, {"text": "½"}]
     assert Chunks(tmp_path / "a", "stage", 2).n_finished() == 0
+
+
+def test_chunks_keep_the_size_that_the_first_one_has(tmp_path):
+    records = [{"n": n} for n in range(8)]
+    chunks = Chunks(tmp_path, "stage")
+    assert chunks.chunk_size(5) == 5
+    chunks.save(records, 3)
+    assert chunks.chunk_size(5) == Chunks(tmp_path, "stage").chunk_size(5) == 3
+    # Without the first one the others are of no use, and another size begins.
+    chunks.files()[0].unlink()
+    chunks = Chunks(tmp_path, "stage")
+    assert (chunks.n_finished(), chunks.chunk_size(5)) == (0, 5)
+    chunks.commit(0, records[:5])
+    again = Chunks(tmp_path, "stage")
+    assert (again.n_finished(), again.n_records) == (1, 5)
