@@ -25,21 +25,24 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.common import RESULTS, command_line, machine_line, write_result  # noqa: E402
 from benchmarks.scripted import Work, model_names, open_shape, sampled, scripted_work  # noqa: E402
 from minidpost.cli import POSITIVE, Parser, run_command  # noqa: E402
-from minidpost.errors import UserError  # noqa: E402
-from minidpost.models import kvcache, layers, t5  # noqa: E402
+from minidpost.models import kvcache, layers, llama, t5  # noqa: E402
 from minidpost.sampling import sampler  # noqa: E402
 from minidpost.sampling.workers import MAX_PARAMETERS_FOR_WORKERS  # noqa: E402
 from minidpost.storage import markdown_table  # noqa: E402
 from minidpost.text.calculator import Automaton  # noqa: E402
 
 N_THREADS = torch.get_num_threads()
-PREFILL, REST = "prefill: encoder, keys and values of the prompts", "everything else"
+PREFILL, REST, STEP = "prefill: the prompts", "everything else", "sums, calls between the parts"
 PARTS = [  # what is clocked: owner, attribute, part
     (t5.T5, "prefill", PREFILL),
+    (llama.Llama, "prefill", PREFILL),
     (t5.FeedForward, "forward", "products: feed-forward"),
+    (llama.FeedForward, "forward", "products: feed-forward"),
     (t5.SelfAttention, "forward", "products: queries, keys, values, outputs"),
     (t5.CrossAttention, "forward", "products: queries, keys, values, outputs"),
+    (llama.Attention, "forward", "products: queries, keys, values, outputs"),
     (t5.T5, "logits", "products: output matrix"),
+    (llama.Llama, "logits", "products: output matrix"),
     (kvcache.CachedTokens, "attend", "attention: own tokens"),
     (kvcache.CachedPrompts, "attend", "attention: prompts"),
     (kvcache.SharedPromptCache, "plan", "which rows share a prompt"),
@@ -47,12 +50,17 @@ PARTS = [  # what is clocked: owner, attribute, part
     (kvcache.PromptPlan, "by_row", "which rows share a prompt"),
     (kvcache.KVCache, "append", "writing keys and values"),
     (layers.RMSNorm, "forward", "norms"),
-    (kvcache.T5Cache, "bias", "position biases and mask"),
+    (kvcache.T5Cache, "bias", "positions and mask"),
+    (kvcache.KVCache, "bias", "positions and mask"),
+    (llama.Llama, "rotation", "positions and mask"),
+    (llama, "rotate", "positions and mask"),
     (sampler, "choose", "choice of ids"),
     (Automaton, "push", "calculator"),
     (kvcache.T5Cache, "copy_rows", "rows that come and go"),
+    (kvcache.KVCache, "copy_rows", "rows that come and go"),
+    (t5.T5, "decode", STEP),
+    (llama.Llama, "decode", STEP),
 ]
-STEP = (t5.T5, "decode", "sums, calls between the parts")
 
 
 class Clock:
@@ -86,13 +94,13 @@ class Clock:
     @property
     def n_steps(self) -> int:
         """How often the model decoded."""
-        return self.n_calls[STEP[2]]
+        return self.n_calls[STEP]
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Inside, all parts are clocked, and what belongs to none is everything else."""
         with ExitStack() as stack:
-            for owner, name, part in (*PARTS, STEP):
+            for owner, name, part in PARTS:
                 stack.enter_context(patch.object(owner, name, self.around(getattr(owner, name), part)))
             started = time.perf_counter()
             yield
@@ -104,8 +112,6 @@ def main() -> None:
     text = [f"`{command_line()}` · {machine_line()}", *__doc__.strip().split("\n\n")[1:]]
     for name in options.model:
         model, template = open_shape(name, torch.float32, "cpu")
-        if not isinstance(model, t5.T5):
-            raise UserError(f"--model {name}: only T5 is taken apart here")
         is_small = sum(weight.numel() for weight in model.parameters()) < MAX_PARAMETERS_FOR_WORKERS
         torch.set_num_threads(1 if is_small else N_THREADS)
         work = scripted_work(template, options.questions or 3 * options.rows)
@@ -118,7 +124,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The command line; UserError for what is wrong with it."""
     parser = Parser(description=__doc__.splitlines()[0])
-    models = ["tiny-t5", "flan-t5-small", "flan-t5-base"]
+    models = ["tiny-t5", "flan-t5-small", "flan-t5-base", "smollm2-135m"]
     parser.add_argument(
         "--model", type=model_names, default=models, metavar="NAMES", help=f"default: {','.join(models)}"
     )
@@ -131,7 +137,7 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def profile(model: t5.T5, work: Work, rows: int) -> Clock:
+def profile(model: torch.nn.Module, work: Work, rows: int) -> Clock:
     """Complete all questions, the first few of them twice: once before the clock runs."""
     clock = Clock()
     sampled(model, work.part(rows // 2, max_new_tokens=8), rows)
@@ -144,7 +150,9 @@ def table(clock: Clock) -> str:
     """A line a part, in the order of a step: milliseconds a step, fraction of the whole."""
     whole = sum(clock.seconds.values())
     lines = []
-    for part in dict.fromkeys([*(part for _, _, part in (*PARTS, STEP)), REST]):
+    for part in dict.fromkeys([*(part for _, _, part in PARTS), REST]):
+        if part not in clock.seconds:
+            continue  # of the other family
         seconds = clock.seconds[part]
         lines.append([part, f"{1000 * seconds / clock.n_steps:.2f}", f"{seconds / whole:.0%}"])
     lines.append(["together", f"{1000 * whole / clock.n_steps:.2f}", ""])

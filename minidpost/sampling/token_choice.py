@@ -18,6 +18,7 @@ argmax or a cumulated sum along a row.
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -113,7 +114,9 @@ def inverse_cdf(scores_BV: Tensor, uniform_B: Tensor, temperature: float = 1.0) 
         within block 1                  0.3   0.1    cumulated 0.3, 0.4: the first above 0.7 − 0.6 is its id 0
         id = block · 2 + 0 = 2
     """
-    weight_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)).div_(temperature).exp_()  # one large tensor, not three
+    # exp(x) as 2^(x log₂e): where the result is so small that it underflows, as most of a vocabulary's do under a sure
+    # model, torch's exp takes twenty times as long on a CPU. In place, so that there is one large tensor and not three.
+    weight_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)).mul_(math.log2(math.e) / temperature).exp2_()
     uniform_B = uniform_B.to(weight_BV.dtype)
     if weight_BV.shape[-1] <= SMALL_VOCABULARY:
         cumulated_BV = weight_BV.cumsum(-1)

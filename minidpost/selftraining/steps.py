@@ -35,6 +35,8 @@ from minidpost.models.lora import adapters, add_adapters, save_adapters, save_me
 from minidpost.models.weights import in_memory, load_model, open_tensors, save_model, tokenizer_files, write_safetensors
 from minidpost.processes import on_rank_0, rank, world_size
 from minidpost.sampling.generate import Sample, generate, shared_chunk_size
+from minidpost.sampling.sampler import SamplingSettings
+from minidpost.selftraining.comparison import questions_hash
 from minidpost.selftraining.estimates import forward_flops, model_size, sampling_flops, training_flops
 from minidpost.selftraining.evaluation import greedy_outcomes, mean_score, sampled_scores
 from minidpost.selftraining.presets import Preset
@@ -205,19 +207,8 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
         loaded = load_for_sampling(run, model)
         settings = run.sampling_settings(f"{iteration}/{name}")
 
-        # A chunk of samples depends on the chunk and the model alone (on the slots by rounding at most), so those that
-        # an interrupted run left need no sampling again.
-        progress = run.directory.progress(stage_name)
-        without_slots = replace(settings, slots=1)
-        chunks = Chunks(
-            progress,
-            stage_name,
-            on_rank_0(lambda: weights_of(run, model)),
-            without_slots,
-            n_samples,
-            run.calculator,
-            run.dtype,
-        )
+        weights = on_rank_0(lambda: weights_of(run, model))
+        chunks = saved_chunks(run, stage_name, weights, n_samples, settings=settings)
         n_requests = len(run.data.pool) * n_samples
         default = shared_chunk_size(settings.slots, run.device, n_requests)
         chunk_size = on_rank_0(lambda: chunks.chunk_size(default))
@@ -247,6 +238,15 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
         stage.metadata["n_samples"] = len(samples)
         stage.metadata["n_correct"] = sum(sample.is_correct is True for sample in samples)
         stage.metadata["flops"] = sampling_flops(model_size(loaded), prompt_lengths, completion_lengths)
+
+
+def saved_chunks(run: Run, stage_name: str, *identity: object, settings: SamplingSettings) -> Chunks:
+    """The samples that an interrupted stage left, of these settings and whatever else the `identity` has.
+
+    A chunk depends on its requests and the model alone (on the slots by rounding at most): none is sampled again.
+    """
+    without_slots = replace(settings, slots=1)
+    return Chunks(run.directory.progress(stage_name), stage_name, *identity, without_slots, run.calculator, run.dtype)
 
 
 def weights_of(run: Run, model: Path) -> object:
@@ -460,9 +460,10 @@ def evaluate(run: Run, iteration: int) -> float:
     if not run.directory.is_finished(name):
         with run.directory.stage(name) as stage, when_memory_runs_out(sampling_advice(run, name)):
             sets = dev | limited_test_sets(run)
-            evaluation = {"sft": evaluate_model(run, run.model(iteration), sets, label=f"{iteration}/sft")}
+            evaluation = {"sft": evaluate_model(run, name, f"{iteration}/sft", model=run.model(iteration), sets=sets)}
             if f"iteration-{iteration}/dpo" in run.directory.stages:
-                evaluation["dpo"] = evaluate_model(run, run.path(iteration) / "dpo", dev, label=f"{iteration}/dpo")
+                dpo = run.path(iteration) / "dpo"
+                evaluation["dpo"] = evaluate_model(run, name, f"{iteration}/dpo", model=dpo, sets=dev)
             if rank() == 0:
                 write_json(stage.path, evaluation)
 
@@ -479,21 +480,34 @@ def limited_test_sets(run: Run) -> dict[str, Sequence[Example]]:
     return {name: examples[:n_questions] for name, examples in run.data.tests.items()}
 
 
-def evaluate_model(run: Run, directory: Path, sets: dict[str, Sequence[Example]], *, label: str) -> dict[str, Any]:
+def evaluate_model(
+    run: Run, stage_name: str, label: str, *, model: Path, sets: dict[str, Sequence[Example]]
+) -> dict[str, Any]:
     """The scores of one model, each with what it is a mean of, so that models can be compared question by question.
 
     "greedy" has the accuracy on each set and, as "correct", 1 or 0 for each question; "sampled" the fields of a
     SampledScores, for pass@1 to pass@`pass_at` and maj@`pass_at` on dev. It is None for pass_at = 1: greedy accuracy is
-    the paper's pass@1.
+    the paper's pass@1. What has been sampled is saved, chunk after chunk, until the stage is finished.
     """
-    model = load_for_sampling(run, directory)
+    loaded = load_for_sampling(run, model)
     # Every model gets the same random numbers, so that less of the difference between two is chance.
     settings = run.sampling_settings("evaluation")
+
+    weights = on_rank_0(lambda: weights_of(run, model))
+
+    def chunks(kind: str, examples: Sequence[Example]) -> Chunks:
+        return saved_chunks(run, stage_name, label, kind, weights, questions_hash(examples), settings=settings)
 
     # All sets in one go: at the end of each, slots would stand empty.
     all_examples = [example for examples in sets.values() for example in examples]
     outcomes = greedy_outcomes(
-        model, run.template, all_examples, settings, calculator=run.calculator, label=f"{label}, greedy"
+        loaded,
+        run.template,
+        all_examples,
+        settings,
+        calculator=run.calculator,
+        label=f"{label}, greedy",
+        chunks=chunks("greedy", all_examples),
     )
     remaining = iter(outcomes)
     greedy = {}
@@ -504,15 +518,17 @@ def evaluate_model(run: Run, directory: Path, sets: dict[str, Sequence[Example]]
     sampled = None
     pass_at = run.preset.pass_at
     if pass_at > 1:
+        asked = run.data.dev[: run.preset.pass_questions]
         scores = sampled_scores(
-            model,
+            loaded,
             run.template,
-            run.data.dev[: run.preset.pass_questions],
+            asked,
             settings,
             pass_at=range(1, pass_at + 1),
             maj_at=(pass_at,),
             calculator=run.calculator,
             label=f"{label}, pass@{pass_at}",
+            chunks=chunks(f"{pass_at} samples", asked),
         )
         sampled = asdict(scores)
     return {"greedy": greedy, "sampled": sampled}

@@ -94,7 +94,17 @@ def script(monkeypatch) -> Callable:
         by_question = {(stage, example.question): texts for (stage, example), texts in samples.items()}
 
         def generate(
-            model, template, questions, settings, *, answers, n_samples=1, calculator=True, label="", first_chunk=0
+            model,
+            template,
+            questions,
+            settings,
+            *,
+            answers,
+            n_samples=1,
+            calculator=True,
+            label="",
+            first_chunk=0,
+            chunk_size=None,
         ):
             for sample_index in reversed(range(n_samples)):
                 for example_index, (question, answer) in enumerate(zip(questions, answers, strict=True)):
@@ -116,10 +126,12 @@ def script(monkeypatch) -> Callable:
                         finish_reason=finish_reason,
                     )
 
-        def greedy_outcomes(model, template, examples, settings, *, calculator=True, label="greedy"):
+        def greedy_outcomes(model, template, examples, settings, *, calculator=True, label="greedy", chunks=None):
             return [accuracies[int(label.split("/")[0])]] * len(examples)
 
-        def sampled_scores(model, template, examples, settings, *, pass_at=(), maj_at=(), calculator=True, label=""):
+        def sampled_scores(
+            model, template, examples, settings, *, pass_at=(), maj_at=(), calculator=True, label="", chunks=None
+        ):
             return SampledScores(10, [1] * len(examples), {}, {k: wilson(k, 20) for k in pass_at}, {})
 
         monkeypatch.setattr(steps, "generate", generate)
@@ -733,6 +745,37 @@ def test_killed_sampling_continues_at_the_missing_chunk(new_run, monkeypatch, st
     assert begun[0] == (stage, 2)
     assert files_of(broken) == files_of(chunked)
     assert files_of(chunked).keys() == files_of(whole).keys()
+
+
+def test_a_killed_evaluation_continues_at_the_missing_chunk(new_run, monkeypatch):
+    monkeypatch.setattr(sampler, "CHUNK", 2)
+    whole = new_run(name="whole")
+    list(self_train(whole))
+    original, begun = evaluation_module.generate, []
+
+    def killed(*arguments, **options):
+        for n_done, done in enumerate(original(*arguments, **options)):
+            if options["label"].startswith("1/sft, pass@") and n_done == 3:
+                raise KeyboardInterrupt
+            yield done
+
+    def noting(model, template, questions, *arguments, **options):
+        n_chunks = -(-len(questions) * options["n_samples"] // 2)
+        begun.append((options["label"].split(",")[0], options["n_samples"] > 1, options["first_chunk"], n_chunks))
+        return original(model, template, questions, *arguments, **options)
+
+    monkeypatch.setattr(evaluation_module, "generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        list(self_train(new_run(name="broken")))
+    monkeypatch.setattr(evaluation_module, "generate", noting)
+    broken = new_run(name="broken")
+    list(self_train(broken))
+    # The greedy answers of f_θ' are all there, of its samples a chunk; nothing of f_θd.
+    greedy, sampled, *rest = begun
+    assert greedy == ("1/sft", False, greedy[3], greedy[3]) and greedy[3] > 0
+    assert sampled[:3] == ("1/sft", True, 1) and sampled[3] > 1
+    assert rest and all(first_chunk == 0 for _, _, first_chunk, _ in rest)
+    assert files_of(broken) == files_of(whole)
 
 
 def test_the_reference_outlives_a_kill_of_dpo(new_run, script, monkeypatch):
