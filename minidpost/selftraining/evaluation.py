@@ -129,9 +129,15 @@ def samples_by_question(
     With `chunks`, which must be of these arguments alone, samples are saved as chunks end, and those that are there
     already are not sampled again. Several processes share the work, and all get all samples; rank 0's `chunks` count.
     """
-    device = next(model.parameters()).device
-    default = shared_chunk_size(settings.slots, device, len(examples) * n_samples)
-    chunk_size = on_rank_0(lambda: default if chunks is None else chunks.chunk_size(default))
+
+    def begin() -> tuple[int, int | None]:
+        """The first chunk to sample, and the size of chunks: None where they are not saved, the usual one."""
+        if chunks is None:
+            return 0, None
+        default = shared_chunk_size(settings.slots, next(model.parameters()).device, len(examples) * n_samples)
+        return chunks.n_finished(), chunks.chunk_size(default)
+
+    first_chunk, chunk_size = on_rank_0(begin)
     samples: Iterable[Sample] = generate(
         model,
         template,
@@ -141,10 +147,10 @@ def samples_by_question(
         n_samples=n_samples,
         calculator=calculator,
         label=label,
-        first_chunk=on_rank_0(lambda: 0 if chunks is None else chunks.n_finished()),
+        first_chunk=first_chunk,
         chunk_size=chunk_size,
     )
-    if chunks is not None and rank() == 0:
+    if chunks is not None and chunk_size is not None and rank() == 0:
         chunks.save((asdict(sample) for sample in samples), chunk_size)
         samples = [Sample(**record) for record in chunks.records()]
     in_order = sorted(from_rank_0([*samples]), key=lambda sample: (sample.example_index, sample.sample_index))

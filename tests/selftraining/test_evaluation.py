@@ -35,7 +35,10 @@ def script(monkeypatch):
     def install(completions: dict[str, list[str]]) -> list[dict]:
         calls = []
 
-        def generate(model, template, questions, settings, *, answers, n_samples, calculator, label, first_chunk):
+        def generate(
+            model, template, questions, settings, *, answers, n_samples, calculator, label, first_chunk, chunk_size
+        ):
+            assert (first_chunk, chunk_size) == (0, None)
             calls.append({"settings": settings, "n_samples": n_samples, "calculator": calculator, "label": label})
             assert answers == [example.answer for example in EXAMPLES if example.question in questions]
             for k in reversed(range(n_samples)):  # in whatever order they end
