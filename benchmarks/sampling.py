@@ -16,8 +16,9 @@ samples are `num_return_sequences` of one prompt. *One at a time* is what a libr
 for one question, a stopping criterion at an annotation's `=`, the result put after it, and on, with the same keys and
 values; it is slow, so that a few questions stand for all.
 *CTranslate2* has no calculator; a callback stops each row where its script ends, whatever it has written. It runs as
-one worker of all threads and as workers of one thread each, in batches of `rows` completions and of as many tokens as
-their questions have on average, and as it was fastest in a trial it is measured. int8 changes what a model writes.
+one worker of all threads and as workers of one thread each, which share the `rows` that are at work at once, in batches
+of so many completions and of as many tokens as their questions have on average; as it was fastest in a trial of the
+whole work it is measured. int8 changes what a model writes.
 
 Numbers are tokens a second, medians of interleaved rounds; in parentheses ours divided by theirs, the median over the
 rounds. Systems that no target is set for (batches as they come, one at a time, int8) take part in fewer of them.
@@ -92,7 +93,6 @@ N_ONE_AT_A_TIME = 4  # questions
 SLOW, SLOW_ROWS = ("flan-t5-base", "smollm2-135m"), (8, 32, 128)  # models that take long on a CPU, and rows for them
 COMPLETIONS_A_ROW = {"tiny-t5": 6, "smollm2-135m": 2}  # more where they take little time, fewer where long
 PROBE_TOKENS, MAX_PROBE_ROWS = 8, 16  # where precisions are compared
-VARIANT_TOKENS = 24  # of each row, where CTranslate2's variants are compared
 N_THREADS = torch.get_num_threads()
 
 Completions = list[list[int]]
@@ -353,7 +353,7 @@ def translations(converted: peers.CTranslate2, rows: int, compute_types: set[str
                 variant = {
                     "threads": threads,
                     "compute_type": compute_type,
-                    "batch_size": rows,
+                    "batch_size": max(1, rows // threads[0]),
                     "batch_type": batch_type,
                 }
                 variants[name] = partial(converted.translate, **variant)
@@ -367,8 +367,9 @@ def measure(rows: int, work: Work, runs: dict[str, dict[str, Run]], n_rounds: in
     """
     measured = Measured(rows, work)
     for name, variants in runs.items():
-        n_tokens = VARIANT_TOKENS if len(variants) > 1 else PROBE_TOKENS  # to choose by, or to warm up
-        seconds = {variant: run(work.part(2 * rows, n_tokens))[0] for variant, run in variants.items()}
+        # Variants are compared by all of the work: what is fastest for short completions is not for whole ones.
+        trial = work if len(variants) > 1 else work.part(2 * rows, PROBE_TOKENS)  # or to warm up
+        seconds = {variant: run(trial)[0] for variant, run in variants.items()}
         measured.variants[name] = min(seconds, key=seconds.get)
         if len(variants) > 1:
             measured.remarks.append(f"{name}: {measured.variants[name]}.")
