@@ -467,7 +467,6 @@ class Chunks:
         self.directory = directory
         self.prefix = fingerprint(*identity)[:16]
         self.n_records = 0  # in the finished chunks
-        self._n_first = 0  # in the first of them
         self._paths: dict[int, Path] = {}  # of the finished chunks, by index
         for path in sorted(directory.glob(f"{self.prefix}-*.jsonl")):
             content = path.read_bytes()
@@ -476,7 +475,8 @@ class Chunks:
                 warnings.warn(f"{path} was changed since it was written; its part is done again", stacklevel=2)
                 path.unlink(missing_ok=True)  # several processes may see it
             elif chunk_index == len(self._paths):  # none is missing before it
-                self._note(chunk_index, path, content.count(b"\n"))
+                self._paths[chunk_index] = path
+                self.n_records += content.count(b"\n")
 
     def n_finished(self) -> int:
         """How many chunks there are, counted from the first without a gap."""
@@ -484,7 +484,7 @@ class Chunks:
 
     def chunk_size(self, default: int) -> int:
         """The records of a chunk: what the first finished one has, so that the others continue it, else the default."""
-        return self._n_first or default
+        return self._paths[0].read_bytes().count(b"\n") if self._paths else default
 
     def commit(self, chunk_index: int, records: Sequence[dict[str, Any]]) -> None:
         """Write a finished chunk, which replaces another of this index and all later ones: they are to come anew."""
@@ -497,7 +497,8 @@ class Chunks:
         with staged_file(path) as temporary:
             temporary.write_bytes(content)
         if chunk_index == len(self._paths):
-            self._note(chunk_index, path, len(lines))
+            self._paths[chunk_index] = path
+            self.n_records += len(lines)
 
     def save(self, records: Iterable[dict[str, Any]], chunk_size: int) -> None:
         """Write the records that come after the finished chunks, `chunk_size` of them a chunk, as they come."""
@@ -514,12 +515,6 @@ class Chunks:
         for path in self.files():
             for _, record in read_jsonl(path):
                 yield record
-
-    def _note(self, chunk_index: int, path: Path, n_records: int) -> None:
-        """Count a finished chunk that none is missing before."""
-        self._paths[chunk_index] = path
-        self.n_records += n_records
-        self._n_first = self._n_first or n_records
 
     def _index_of(self, path: Path, content: bytes) -> int | None:
         """The index of a chunk by its file's name; None where the name's hash is not that of the content."""
