@@ -2,6 +2,7 @@
 
     python -m benchmarks.smollm2 base   --model FILE.gguf    what the model can before: zero-shot, and with examples
     python -m benchmarks.smollm2 train  --model FILE.gguf    train.py with --method st and --method dpo-st
+    python -m benchmarks.smollm2 rates  --model FILE.gguf    the first DPO step with several learning rates, on dev
     python -m benchmarks.smollm2 grade  --model FILE.gguf    its models' greedy answers to the test questions
     python -m benchmarks.smollm2 report                      smollm2.md
     python -m benchmarks.smollm2 all    --model FILE.gguf    base, train and grade side by side, for a GPU
@@ -22,12 +23,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.common import RESULTS, instruction_set, machine_line
 from benchmarks.effect import bits, pass_at, percent, points
@@ -35,14 +37,19 @@ from minidpost.data import datasets
 from minidpost.data.example import Example
 from minidpost.models.hf_config import Model
 from minidpost.models.hub import find_model
-from minidpost.models.weights import load_model, load_template
+from minidpost.models.weights import load_model, load_template, open_tensors
 from minidpost.precision import default_device, prepare_device, sampling_dtype
 from minidpost.sampling.sampler import SamplingSettings
 from minidpost.selftraining.evaluation import samples_by_question
-from minidpost.storage import markdown_table, read_json, write_json
+from minidpost.selftraining.presets import Preset
+from minidpost.storage import markdown_table, read_json, read_jsonl, write_json
 from minidpost.text.grading import is_correct
 from minidpost.text.templates import LlamaTemplate, Template, Tokenizer
 from minidpost.text.tokenizer import load_tokenizer
+from minidpost.training.batching import TokenizedExample, drop_too_long
+from minidpost.training.dpo import PreferencePair, train_dpo
+from minidpost.training.optim import read_log
+from minidpost.training.state import TrainingState
 
 ROOT = Path(__file__).resolve().parents[1]
 FOUND = RESULTS / "smollm2"
@@ -52,6 +59,7 @@ METHODS = ("st", "dpo-st")
 N_SHOTS = 3
 N_PARAMETERS = 134_515_008  # of SmolLM2-135M
 N_SAMPLES = 10  # a question, for pass@1 … pass@10
+RATES = (7e-7, 2e-6, 5e-6, 1e-5)  # of the first DPO step, for `rates`
 
 
 @dataclass(frozen=True)
@@ -81,13 +89,14 @@ SCALES = {
     ),
     "part": Scale(
         flags=(
-            *("--template", "chat", "--limit", "1000", "--sft-epochs", "2", "--sft-examples-per-step", "32"),
-            *("--samples", "10", "--micro-batch-tokens", "4096", "--pass-questions", "100"),
+            *("--template", "chat", "--limit", "600", "--sft-epochs", "2", "--sft-examples-per-step", "16"),
+            *("--dpo-pairs-per-step", "16", "--dpo-max-epochs", "1"),
+            *("--samples", "5", "--micro-batch-tokens", "4096", "--pass-questions", "100"),
         ),
         iterations=1,
         n_test=200,
         n_other_test=200,
-        n_dev=100,
+        n_dev=200,
         n_base=200,
     ),
     "try": Scale(
@@ -109,7 +118,7 @@ SCALES = {
 def main() -> None:
     """Run one of the parts."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("part", choices=("base", "train", "grade", "report", "all"))
+    parser.add_argument("part", choices=("base", "train", "rates", "grade", "report", "all"))
     parser.add_argument("--model", help="the GGUF file of SmolLM2-135M-Instruct, or the directory made from it")
     parser.add_argument("--scale", choices=SCALES, default="part", help="how much of the recipe (default: part)")
     parser.add_argument("--seeds", default="1", help="of the runs (default: 1)")
@@ -131,6 +140,9 @@ def main() -> None:
         measure_base(base, options)
         return
     seeds = [int(seed) for seed in options.seeds.split(",")]
+    if options.part == "rates":
+        measure_rates(seeds[0], options)
+        return
     if options.part == "all":
         run_all(base, seeds, options)
         return
@@ -313,6 +325,58 @@ def take_over_warm_up(done: Path, new: Path, method: str) -> None:
     os.replace(unfinished, new)
 
 
+# -- the learning rate of DPO -----------------------------------------------------------------------------------------
+
+
+def measure_rates(seed: int, options: argparse.Namespace) -> None:
+    """The first DPO step of the DPO-ST run, with each of RATES, graded by samples for dev questions.
+
+    Begun when the run has its pairs and their reference. What there is without a step, the warm-up, stands beside.
+    """
+    path = FOUND / f"{options.scale}-rates-{seed}.json"
+    found: dict[str, Any] = read_json(path) if path.is_file() else machine()
+    directory = run_directory("dpo-st", seed, options)
+    preset = Preset(**read_json(directory / "config.json")["settings"]["preset"])
+    warm_up = directory / "iteration-0" / "sft"
+    template = load_template(warm_up)
+    pairs = drop_too_long([*pairs_of(directory / "iteration-1", template)], preset.max_source, preset.max_target)
+    with open_tensors(directory / "iteration-1" / "reference.safetensors") as file:
+        reference_P2 = file.get_tensor("reference_P2")
+    found["pairs"] = len(pairs)
+    sampling_precision = sampling_dtype("auto", options.device, N_PARAMETERS)
+    if "0" not in found:
+        model = load_model(warm_up, sampling_precision, options.device)
+        found["0"] = {"n_correct": correct_samples(model, template, options, label="without DPO")}
+        write_json(path, found)
+    for rate in RATES:
+        key = f"{rate:g}"
+        if key in found:
+            continue
+        scratch = directory.with_name(f"{directory.name}-rate-{key}")
+        scratch.mkdir(exist_ok=True)
+        policy = load_model(warm_up, torch.float32, options.device)
+        settings = replace(preset, dpo_learning_rate=rate).dpo(len(pairs), seed)
+        state = TrainingState(scratch / "state.safetensors")
+        log = scratch / "log.jsonl"
+        train_dpo(policy, pairs, reference_P2, settings, log_path=log, stage=f"DPO, rate {key}", state=state)
+        steps = [*read_log(log)]
+        found[key] = {
+            "steps": len(steps),
+            **{name: [steps[0][name], steps[-1][name]] for name in ("loss", "accuracy", "chosen_logp")},
+            "n_correct": correct_samples(policy.to(sampling_precision), template, options, label=f"rate {key}"),
+        }
+        write_json(path, found)
+        shutil.rmtree(scratch)
+
+
+def pairs_of(iteration: Path, template: Template) -> Iterator[PreferencePair]:
+    """The preference pairs of an iteration."""
+    for _, record in read_jsonl(iteration / "pairs.jsonl"):
+        prompt = tuple(template.prompt_ids(record["question"]))
+        chosen = TokenizedExample(prompt, tuple(record["chosen_ids"]))
+        yield PreferencePair(chosen, TokenizedExample(prompt, tuple(record["rejected_ids"])))
+
+
 def grade(method: str, seed: int, options: argparse.Namespace) -> None:
     """Greedy answers of a run's models to the test questions, with and without calculator; pass@k on dev."""
     scale = SCALES[options.scale]
@@ -388,6 +452,8 @@ def report(scale: str) -> None:
     lines += [accuracy_table(base, found), ""]
     if found:
         lines += [difference_table(found), "", pass_at_table(found), ""]
+    for path in sorted(FOUND.glob(f"{scale}-rates-[0-9]*.json")):
+        lines += [rates_table(read_json(path)), ""]
     lines += completions_of(base)
     PAGE.write_text("\n".join(lines), encoding="utf-8")
     print(PAGE.read_text(encoding="utf-8"))
@@ -456,6 +522,21 @@ def pass_at_table(found: Sequence[dict[str, Any]]) -> str:
         rows.append([key, *(percent(np.stack([pass_at(n_correct, k) for n_correct in of_seeds])) for k in ks)])
     n = len(found[0]["sft"]["dev"])
     return markdown_table([f"gsm8k/dev, n {n:,}", *(f"pass@{k}" for k in ks)], rows)
+
+
+def rates_table(found: dict[str, Any]) -> str:
+    """Rows of learning rates of the first DPO step; the first is the model before it."""
+    rows = []
+    before = pass_at(found["0"]["n_correct"], 1)
+    for key, entry in found.items():
+        if not isinstance(entry, dict):  # the machine, the number of pairs
+            continue
+        after = pass_at(entry["n_correct"], 1)
+        difference = ["–", "–", "–"] if key == "0" else points((after - before)[None])
+        steps = [str(entry.get(name, "–")) for name in ("steps", "loss", "accuracy", "chosen_logp")]
+        rows.append([key, *steps, percent(after[None]), percent(pass_at(entry["n_correct"], N_SAMPLES)[None]), *difference])
+    heads = ["DPO's learning rate", "steps", "loss", "accuracy of pairs", "log π of chosen", "pass@1", f"pass@{N_SAMPLES}"]
+    return markdown_table([*heads, "difference of pass@1", "95 % over questions", "95 % over seeds too"], rows)
 
 
 def completions_of(base: dict[str, Any]) -> list[str]:

@@ -6,7 +6,9 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from math import log
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from benchmarks import gpu, host, logprob_gap, peers, profiling, sampling, scali
 from benchmarks.profiling import profile
 from benchmarks.scaling import Clocked, Limits, Rates, least_seconds, recipe_seconds
 from benchmarks.scripted import ScriptedModel, Work, natural_work, scripted_work
+from minidpost.data import datasets
 from minidpost.errors import UserError
 from minidpost.models.t5 import T5
 from minidpost.models.weights import load_model
@@ -339,6 +342,29 @@ def test_a_run_has_warmed_up_when_iteration_0_is_evaluated(tmp_path):
     assert not smollm2.has_warmed_up(tmp_path)
     write_jsonl(tmp_path / "stages.jsonl", [{"stage": "iteration-0/sft"}, {"stage": "iteration-0/evaluation.json"}])
     assert smollm2.has_warmed_up(tmp_path)
+
+
+def test_learning_rates_of_the_first_dpo_step(tmp_path, tiny_model_dir, monkeypatch):
+    """Each rate's model is graded beside the warm-up; what is there already is not measured again."""
+    options = SimpleNamespace(scale="try", runs=tmp_path, device="cpu", slots=8)
+    directory = smollm2.run_directory("dpo-st", 1, options)
+    flags = ["--model", str(tiny_model_dir), "--iterations", "1", "--limit", "4", "--sft-epochs", "1"]
+    flags += ["--samples", "1", "--dpo-samples", "2", "--dpo-steps", "2", "--max-new-tokens", "20"]
+    flags += ["--pass-at", "1", "--test-questions", "0", "--run-dir", str(directory)]
+    subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, check=True, capture_output=True)
+    monkeypatch.setattr(smollm2, "FOUND", tmp_path)
+    monkeypatch.setattr(smollm2, "RATES", (1e-7, 1e-3))
+    monkeypatch.setattr(smollm2, "questions", lambda name, split, options, n: datasets.load("toy", "dev")[:n])
+    smollm2.measure_rates(1, options)
+    found = read_json(tmp_path / "try-rates-1.json")
+    assert found["pairs"] >= 2 and [len(found[key]["n_correct"]) for key in ("0", "1e-07", "0.001")] == [2, 2, 2]
+    assert found["1e-07"]["steps"] == found["0.001"]["steps"] == 2
+    assert found["0.001"]["loss"][0] == pytest.approx(log(2), abs=1e-4)  # the step begins at the reference
+    assert found["0.001"]["loss"][1] < found["1e-07"]["loss"][1]
+    monkeypatch.setattr(smollm2, "train_dpo", None)
+    monkeypatch.setattr(smollm2, "correct_samples", None)
+    smollm2.measure_rates(1, options)
+    assert "0.001" in smollm2.rates_table(found)
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -209,9 +209,8 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
 
         weights = on_rank_0(lambda: weights_of(run, model))
         chunks = saved_chunks(run, stage_name, weights, n_samples, settings=settings)
-        n_requests = len(run.data.pool) * n_samples
-        default = shared_chunk_size(settings.slots, run.device, n_requests)
-        chunk_size = on_rank_0(lambda: chunks.chunk_size(default))
+        default_size = shared_chunk_size(settings.slots, run.device, len(run.data.pool) * n_samples)
+        first_chunk, chunk_size = chunks.where_to_go_on(default_size)
         generated = generate(
             loaded,
             run.template,
@@ -221,7 +220,7 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
             n_samples=n_samples,
             calculator=run.calculator,
             label=f"{iteration}/{name}",
-            first_chunk=on_rank_0(chunks.n_finished),
+            first_chunk=first_chunk,
             chunk_size=chunk_size,
         )
         chunks.save((asdict(sample) for sample in generated), chunk_size)
