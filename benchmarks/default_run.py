@@ -3,7 +3,7 @@
     python -m benchmarks.default_run --before 5812089
 
 Whole commands, `python train.py --iterations N`, in turn: the earlier revision, the files that lie here, and (in the
-first rounds) the same under torchrun with a process for each core. The earlier revision is checked out beside the
+last rounds) the same under torchrun with a process for each core. The earlier revision is checked out beside the
 temporary directory's runs. A command's seconds are a clock's, from its start to its end; a stage's seconds are the
 run's own, from its stages.jsonl. What has been measured is kept as JSON: the same command goes on with the rounds that
 are missing.
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--before", metavar="REVISION", required=True, help="the revision that today's is compared to")
     parser.add_argument("--iterations", type=int, default=1, help="of each run, after the warm-up (default: 1)")
     parser.add_argument("--rounds", type=int, default=5, help="pairs of commands (default: 5)")
-    parser.add_argument("--torchrun-rounds", type=int, default=2, help="of these with torchrun too (default: 2)")
+    parser.add_argument("--torchrun-rounds", type=int, default=2, help="the last so many with torchrun too (default: 2)")
     parser.add_argument("--output", type=Path, default=PAGE, help="the page, beside it the JSON (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="examples of every set, to try the benchmark (default: all)")
     options = parser.parse_args()
@@ -61,7 +61,7 @@ def main() -> None:
         for round_index in range(options.rounds):
             for contender in (BEFORE, NOW, TOGETHER):
                 is_done = any(run["round"] == round_index and run["contender"] == contender for run in found["runs"])
-                if is_done or (contender == TOGETHER and round_index >= options.torchrun_rounds):
+                if is_done or (contender == TOGETHER and round_index < options.rounds - options.torchrun_rounds):
                     continue
                 run_directory = Path(directory) / f"{contender.replace(', ', '-')}-{round_index}"
                 code = earlier if contender == BEFORE else ROOT

@@ -58,7 +58,9 @@ SIZES = re.compile(r"training ([\d.]+) (GB|MB), sampling ([\d.]+) (GB|MB)")
 def main() -> None:
     """Measure every case, and write the page after each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--shapes", default=",".join({case.shape: None for case in CASES}), help="(default: %(default)s)")
+    parser.add_argument(
+        "--shapes", default=",".join({case.shape: None for case in CASES}), help="(default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=PAGE, help="(default: %(default)s)")
     options = parser.parse_args()
     shapes = options.shapes.split(",")
@@ -155,10 +157,9 @@ def write_page(page: Path, rows: list[list[str]], rest: int, *, is_whole: bool =
     heads = ["shape", "flags", "processes", "training, estimated, GB", "measured, GB", "estimated / measured"]
     paragraphs = [
         f"`{command_line()}` · {machine_line()}, {instruction_set()}",
-        "`train.py --model SHAPE --data gsm8k "
-        f"--micro-batch-tokens {MICRO_BATCH_TOKENS}`, random weights: the line of memory that a run begins with, against "
-        f"the peak of its rehearsal, of which {rest / 1e6:.0f} MB are taken off that a process has at rest. Of several "
-        "processes the numbers are those of each.",
+        f"`train.py --model SHAPE --data gsm8k --micro-batch-tokens {MICRO_BATCH_TOKENS}`, random weights: the line of "
+        f"memory that a run begins with, against the peak of its rehearsal, of which {rest / 1e6:.0f} MB are taken off "
+        "that a process has at rest. Of several processes the numbers are those of each.",
         markdown_table(heads, rows),
     ]
     write_result(page, "Memory: what a run estimates and what it takes, on a CPU", paragraphs, is_whole)

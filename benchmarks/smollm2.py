@@ -534,8 +534,18 @@ def rates_table(found: dict[str, Any]) -> str:
         after = pass_at(entry["n_correct"], 1)
         difference = ["–", "–", "–"] if key == "0" else points((after - before)[None])
         steps = [str(entry.get(name, "–")) for name in ("steps", "loss", "accuracy", "chosen_logp")]
-        rows.append([key, *steps, percent(after[None]), percent(pass_at(entry["n_correct"], N_SAMPLES)[None]), *difference])
-    heads = ["DPO's learning rate", "steps", "loss", "accuracy of pairs", "log π of chosen", "pass@1", f"pass@{N_SAMPLES}"]
+        rows.append(
+            [key, *steps, percent(after[None]), percent(pass_at(entry["n_correct"], N_SAMPLES)[None]), *difference]
+        )
+    heads = [
+        "DPO's learning rate",
+        "steps",
+        "loss",
+        "accuracy of pairs",
+        "log π of chosen",
+        "pass@1",
+        f"pass@{N_SAMPLES}",
+    ]
     return markdown_table([*heads, "difference of pass@1", "95 % over questions", "95 % over seeds too"], rows)
 
 

@@ -47,7 +47,7 @@ from minidpost.selftraining.run_directory import PlannedStage
 from minidpost.text.templates import Template
 from minidpost.training.batching import TokenizedExample, drop_too_long, token_counts
 from minidpost.training.losses import LOGITS_AT_ONCE
-from minidpost.training.parallel import MAX_WHOLE_GRADIENTS
+from minidpost.training.parallel import MAX_WHOLE_GRADIENTS, is_spread_by_layer
 
 GB = 10**9
 GPU_SLOTS = (1024, 512, 256, 128)  # of which the first that fits is taken
@@ -122,11 +122,14 @@ def training_bytes(
 def gathered_bytes(model: Model, preset: Preset, dtype: torch.dtype, device: str) -> int:
     """What a rank holds besides its slices (parallel.py): gathered weights, and gradients that are not summed yet.
 
-    Gathered are two layers, the one at work and the next, and what belongs to no layer. Of a model that is not large a
-    rank holds all gradients until the last micro-batch; of a large one those of the same parameters.
+    Gathered are two layers, the one at work and the next, and what belongs to no layer; of a small model everything. Of
+    a model that is not large a rank holds all gradients until the last micro-batch; of a large one those of the same
+    parameters.
     """
-    layer_sizes = [n_parameters(layer) for stack in dict.fromkeys(model.stacks) for layer in stack.layers]
-    n_gathered = 2 * max(layer_sizes) + n_parameters(model) - sum(layer_sizes)
+    n_gathered = n_parameters(model)
+    if is_spread_by_layer(n_gathered):
+        layer_sizes = [n_parameters(layer) for stack in dict.fromkeys(model.stacks) for layer in stack.layers]
+        n_gathered += 2 * max(layer_sizes) - sum(layer_sizes)
     weight_bytes = preset.weights_dtype(device, dtype).itemsize
     if torch.device(device).type == "cuda":
         weight_bytes = dtype.itemsize

@@ -2,8 +2,9 @@
 
 No rank has the whole model. Each keeps a slice of every weight, of its gradient and of AdamW's moments; before a layer
 is computed its weights are gathered from all ranks, afterwards they are let go, and its gradients are summed so that
-each rank gets those of its slice (torch's `fully_shard`, one group a layer, the rest of the model another). A rank
-computes its own rows of an optimizer step, and the sum over the ranks is what one process would have computed, to
+each rank gets those of its slice (torch's `fully_shard`, one group a layer, the rest of the model another). A small
+model is one group as a whole: a group's gathering and summing takes some milliseconds on CPUs, however small it is. A
+rank computes its own rows of an optimizer step, and the sum over the ranks is what one process would have computed, to
 rounding: the loss of a row is divided by the count of the whole step, so that nothing is averaged.
 
 A gathering is done by all ranks together, so all must make the same number of forward and backward passes. One that has
@@ -26,6 +27,7 @@ from minidpost.training.batching import TokenizedExample, micro_batches
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+MIN_SPREAD_BY_LAYER = 20_000_000  # [ours] parameters from which on each layer is a group of its own
 MAX_WHOLE_GRADIENTS = 10**9  # [ours] parameters whose gradients a rank holds whole between micro-batches, in fp32
 
 
@@ -75,9 +77,10 @@ def shard(model: Model, device: str, dtype: torch.dtype | None = None) -> None:
     )
     # The type of device is given, as torch would take an accelerator where it sees one.
     all_ranks = init_device_mesh(torch.device(device).type, (world_size(),))
-    for stack in dict.fromkeys(model.stacks):
-        for layer in stack.layers:
-            fully_shard(layer, mesh=all_ranks, mp_policy=precision)
+    if is_spread_by_layer(sum(weight.numel() for weight in model.parameters())):
+        for stack in dict.fromkeys(model.stacks):
+            for layer in stack.layers:
+                fully_shard(layer, mesh=all_ranks, mp_policy=precision)
     fully_shard(model, mesh=all_ranks, mp_policy=precision)
     register_fsdp_forward_method(model, "label_log_probabilities")
     for module in model.modules():
@@ -86,6 +89,11 @@ def shard(model: Model, device: str, dtype: torch.dtype | None = None) -> None:
             # because gloo takes an average for a sum.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def is_spread_by_layer(n_parameters: int) -> bool:
+    """Whether each layer of a model of this size is gathered by itself, or the whole model at once."""
+    return n_parameters >= MIN_SPREAD_BY_LAYER
 
 
 def own_rows(n_rows: int) -> slice:

@@ -40,6 +40,7 @@ from minidpost.selftraining.estimates import (
 from minidpost.selftraining.presets import LLAMA, preset_of
 from minidpost.selftraining.presets import T5 as T5_PRESET
 from minidpost.selftraining.run import Data, TokenizedData
+from minidpost.training import parallel
 from minidpost.training.batching import TokenizedExample, collate
 from minidpost.training.losses import log_probabilities
 
@@ -262,11 +263,14 @@ def test_a_run_may_keep_fewer_models(method, keep, n_models):
     assert needed == 2 * n_models * n_parameters + 2 * 12 * n_parameters
 
 
-def test_processes_share_weights_and_optimizer_but_not_activations():
+@pytest.mark.parametrize("is_small", [False, True])
+def test_processes_share_weights_and_optimizer_but_not_activations(is_small, monkeypatch):
+    """A small model is gathered as a whole, another one layer by layer: two of them at a time."""
+    monkeypatch.setattr(parallel, "MIN_SPREAD_BY_LAYER", 10**9 if is_small else 0)
     model, preset = meta(), replace(LLAMA, micro_batch_tokens=1000, max_source=10, max_target=10)
     n_parameters = sum(p.numel() for p in model.parameters())
     n_layer = sum(p.numel() for p in model.stacks[0].layers[0].parameters())
-    n_gathered = 2 * n_layer + n_parameters - 4 * n_layer
+    n_gathered = n_parameters if is_small else 2 * n_layer + n_parameters - 4 * n_layer
     activations = training_bytes(model, preset) - 16 * n_parameters
     expected = 16 * n_parameters // 4 + 4 * n_gathered + 4 * n_parameters + activations
     assert training_bytes(model, preset, n_ranks=4) == expected
