@@ -42,7 +42,9 @@ def main() -> None:
     parser.add_argument("--before", metavar="REVISION", required=True, help="the revision that today's is compared to")
     parser.add_argument("--iterations", type=int, default=1, help="of each run, after the warm-up (default: 1)")
     parser.add_argument("--rounds", type=int, default=5, help="pairs of commands (default: 5)")
-    parser.add_argument("--torchrun-rounds", type=int, default=2, help="the last so many with torchrun too (default: 2)")
+    parser.add_argument(
+        "--torchrun-rounds", type=int, default=2, help="the last so many with torchrun too (default: 2)"
+    )
     parser.add_argument("--output", type=Path, default=PAGE, help="the page, beside it the JSON (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="examples of every set, to try the benchmark (default: all)")
     options = parser.parse_args()

@@ -15,7 +15,7 @@ import torch
 from llama_oracle import LLAMA_SHAPES, random_llama
 from t5_oracle import SHAPES, random_t5
 
-from benchmarks import gpu, host, logprob_gap, peers, profiling, sampling, scaling, smollm2
+from benchmarks import default_run, estimates, gpu, host, logprob_gap, peers, profiling, sampling, scaling, smollm2
 from benchmarks.profiling import profile
 from benchmarks.scaling import Clocked, Limits, Rates, least_seconds, recipe_seconds
 from benchmarks.scripted import ScriptedModel, Work, natural_work, scripted_work
@@ -413,3 +413,40 @@ def test_the_gpus_benchmark_runs_on_a_cpu(tmp_path):
     again = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert " s] " not in again.stderr
     assert read_json(tmp_path / "gpu.json") == found
+
+
+def test_the_default_runs_page_has_medians_ratios_and_what_differs(tmp_path, capsys):
+    """Stages by what they are; ratios within a round; a row of accuracies for each result that a command has had."""
+    names = {
+        "iteration-0/sft": "fine-tuning (SFT)",
+        "iteration-1/dpo": "DPO",
+        "iteration-1/pairs.jsonl": default_run.OTHER,
+    }
+    names |= {"iteration-1/samples-dpo.jsonl": "sampling for pairs", "iteration-0/evaluation.json": "evaluation"}
+    assert {stage: default_run.stage_kind(stage) for stage in names} == names
+
+    def run(number: int, contender: str, seconds: float, accuracy: float = 0.5) -> dict[str, object]:
+        stages = dict.fromkeys([*default_run.STAGES.values(), default_run.OTHER], seconds / 10)
+        measured = {"seconds": seconds, "peak_bytes": 5e8, "stages": stages, "accuracy": {"toy/dev": accuracy}}
+        return {"round": number, "contender": contender, **measured}
+
+    runs = [run(0, "before", 200), run(0, "now", 100), run(1, "before", 300), run(1, "now", 240), run(2, "before", 100)]
+    runs += [run(2, "now", 90), run(2, "now, torchrun", 180, 0.25)]
+    found = {"machine": "a machine", "before": "1234567", "flags": ["--seed", "1"], "runs": runs}
+    default_run.write_page(tmp_path / "page.md", found, is_whole=True)
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert page in capsys.readouterr().out
+    assert "| now           | 3    | 100             | 90 to 240 " in page
+    assert "now / before: median **0.80** (round by round 0.50, 0.80, 0.90)" in page
+    assert "now, torchrun / now: median **2.00** (round by round 2.00)" in page
+    assert "| DPO                                     | 20.0   | 10.0 | 18.0          |" in page
+    accuracies = page[page.index("toy/dev") :]
+    assert [line.split()[-2] for line in accuracies.splitlines()[2:]] == ["50.0", "50.0", "25.0"]
+
+
+def test_memory_estimates_are_read_from_what_a_run_says():
+    line = "12:00:00 memory: training 8.4 GB, sampling 26.0 MB (estimated) of 24.3 GB free on cpu; disk: 4.3 GB"
+    assert estimates.sizes(line) == (8.4e9, 26e6)
+    case = estimates.Case("smollm2-135m", ("--lora-rank", "16"), n_processes=2)
+    row = estimates.row_of(case, (8.4e9, 26e6), (8.3e9, 1e9), rest=300_000_000)
+    assert row == ["smollm2-135m", "--lora-rank 16", "2", "8.4", "8.0", "1.05"]
