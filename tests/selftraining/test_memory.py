@@ -44,6 +44,7 @@ from minidpost.training import parallel
 from minidpost.training.batching import TokenizedExample, collate
 from minidpost.training.losses import log_probabilities
 
+WITHOUT_DROPOUT = replace(LLAMA, sft_dropout=0.0)
 CONFIG = LlamaConfig(1000, 64, 128, 4, n_heads=4, n_kv_heads=2, d_head=16)
 
 
@@ -52,7 +53,7 @@ def meta(config: LlamaConfig = CONFIG) -> Llama:
 
 
 def test_training_needs_16_bytes_a_parameter_and_activations():
-    model, preset = meta(), replace(LLAMA, micro_batch_tokens=1000, max_source=10, max_target=10)
+    model, preset = meta(), replace(WITHOUT_DROPOUT, micro_batch_tokens=1000, max_source=10, max_target=10)
     n_parameters = sum(p.numel() for p in model.parameters())
     a_layer, inputs, logits = 4 * 1000 * (640 + 512), 4 * 4 * 1000 * 64, 12 * 1000 * 1000
     assert training_bytes(model, preset) == 16 * n_parameters + inputs + a_layer + logits
@@ -60,7 +61,7 @@ def test_training_needs_16_bytes_a_parameter_and_activations():
     assert training_bytes(model, whole) == 16 * n_parameters + 4 * a_layer + logits
 
 
-@pytest.mark.parametrize("preset", [LLAMA, replace(LLAMA, activation_checkpointing=False)])
+@pytest.mark.parametrize("preset", [WITHOUT_DROPOUT, replace(WITHOUT_DROPOUT, activation_checkpointing=False)])
 def test_bf16_halves_the_hidden_units_and_adds_copies_of_weights(preset):
     model, n_tokens = meta(), preset.micro_batch_tokens
     n_layers_kept = 1 if preset.activation_checkpointing else 4
@@ -74,7 +75,7 @@ def test_bf16_halves_the_hidden_units_and_adds_copies_of_weights(preset):
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_lora_needs_frozen_weights_and_16_bytes_an_adapter_parameter(dtype, size):
-    model, preset = meta(), replace(LLAMA, micro_batch_tokens=1000, max_source=10, max_target=10, lora_rank=3)
+    model, preset = meta(), replace(WITHOUT_DROPOUT, micro_batch_tokens=1000, max_source=10, max_target=10, lora_rank=3)
     n_parameters = sum(p.numel() for p in model.parameters())
     # Of each of four layers: query and output, key and value, the three of the feed-forward.
     n_trained = 4 * 3 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
@@ -100,8 +101,8 @@ def test_llama_3_8b_is_trained_with_lora_within_24_gb(shared):
     assert training_bytes(model, replace(preset, lora_rank=None), torch.bfloat16, "cuda") > 5 * needed
 
 
-def saved_bytes(model: T5 | Llama, n_rows: int, dtype: torch.dtype) -> int:
-    """What autograd keeps for the backward pass of rows of 20 source and 30 target tokens, weights left out."""
+def saved_bytes(model: T5 | Llama, n_rows: int, dtype: torch.dtype, n_source: int = 20, n_target: int = 30) -> int:
+    """What autograd keeps for the backward pass of rows of so many source and target tokens, weights left out."""
     model.train()
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     sizes = {}
@@ -114,7 +115,7 @@ def saved_bytes(model: T5 | Llama, n_rows: int, dtype: torch.dtype) -> int:
         tensors.append(tensor)  # so that no other storage gets the same address
         return tensor
 
-    examples = [TokenizedExample((row, *[3] * 19), (3,) * 30) for row in range(n_rows)]
+    examples = [TokenizedExample((row, *[3] * (n_source - 1)), (3,) * n_target) for row in range(n_rows)]
     batch = collate(model.config, examples, "cpu")
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, autocast(torch.device("cpu"), dtype):
@@ -139,6 +140,21 @@ def test_activations_are_estimated_near_what_autograd_keeps(model, dtype):
     theirs = saved_bytes(model, 12, dtype) - saved_bytes(model, 4, dtype)  # eight rows, without the weights' copies
     assert theirs < 1.1 * ours, "an estimate that is too low"
     assert ours < 1.5 * theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_llama_that_drops_attention_weights_keeps_them_on_a_cpu(dtype):
+    """They are most of what it keeps of long rows."""
+    model = Llama(LlamaConfig(100, 256, 640, 2, n_heads=8, n_kv_heads=4, d_head=32)).initialise()
+    model.dropout = 0.1
+    preset = replace(LLAMA, max_source=200, max_target=300, sft_dropout=0.1)
+    ours = 2 * (200 + 300) * 2 * activation_bytes_a_token(model, preset, dtype, "cpu")
+    theirs = saved_bytes(model, 3, dtype, 200, 300) - saved_bytes(model, 1, dtype, 200, 300)
+    assert theirs < 1.1 * ours, "an estimate that is too low"
+    assert ours < 1.5 * theirs
+    without = activation_bytes_a_token(model, replace(preset, sft_dropout=0.0), dtype, "cpu")
+    assert 2 * (200 + 300) * 2 * without < 0.6 * theirs
+    assert activation_bytes_a_token(model, preset, dtype, "cuda") == without
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -267,7 +283,7 @@ def test_a_run_may_keep_fewer_models(method, keep, n_models):
 def test_processes_share_weights_and_optimizer_but_not_activations(is_small, monkeypatch):
     """A small model is gathered as a whole, another one layer by layer: two of them at a time."""
     monkeypatch.setattr(parallel, "MIN_SPREAD_BY_LAYER", 10**9 if is_small else 0)
-    model, preset = meta(), replace(LLAMA, micro_batch_tokens=1000, max_source=10, max_target=10)
+    model, preset = meta(), replace(WITHOUT_DROPOUT, micro_batch_tokens=1000, max_source=10, max_target=10)
     n_parameters = sum(p.numel() for p in model.parameters())
     n_layer = sum(p.numel() for p in model.stacks[0].layers[0].parameters())
     n_gathered = n_parameters if is_small else 2 * n_layer + n_parameters - 4 * n_layer
