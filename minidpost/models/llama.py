@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidpost.models.dropped_attention import dropped_attention
 from minidpost.models.kvcache import CachedTokens, KVCache, StepPlan, indices
 from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, linear
 from minidpost.precision import cache_dtype, to_device
@@ -98,16 +99,32 @@ class CausalAttention:
 
     def attend(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
         """What each query reads, (B, T, H, K)."""
-        y_BHTK = F.scaled_dot_product_attention(
-            q_BTHK.transpose(1, 2),
-            k_BTGK.transpose(1, 2),
-            v_BTGK.transpose(1, 2),
-            self.mask_B1TT,
-            dropout_p=self.dropout,
-            is_causal=self.mask_B1TT is None,
-            enable_gqa=q_BTHK.shape[2] != k_BTGK.shape[2],
-        )
+        q_BHTK = q_BTHK.transpose(1, 2)
+        k_BGTK = k_BTGK.transpose(1, 2)
+        v_BGTK = v_BTGK.transpose(1, 2)
+        if self.dropout and q_BTHK.is_cpu and q_BTHK.requires_grad:
+            scale = q_BTHK.shape[-1] ** -0.5
+            y_BHTK = dropped_attention(q_BHTK, k_BGTK, v_BGTK, self.bias(q_BTHK), dropout=self.dropout, scale=scale)
+        else:
+            y_BHTK = F.scaled_dot_product_attention(
+                q_BHTK,
+                k_BGTK,
+                v_BGTK,
+                self.mask_B1TT,
+                dropout_p=self.dropout,
+                is_causal=self.mask_B1TT is None,
+                enable_gqa=q_BTHK.shape[2] != k_BTGK.shape[2],
+            )
         return y_BHTK.transpose(1, 2)
+
+    def bias(self, q_BTHK: Tensor) -> Tensor:
+        """0 where a query may see a key and −inf elsewhere, (B or 1, 1, T, T), in at least fp32."""
+        n_positions = q_BTHK.shape[1]
+        mask_B1TT = self.mask_B1TT
+        if mask_B1TT is None:
+            mask_B1TT = torch.ones(1, 1, n_positions, n_positions, dtype=torch.bool).tril()
+        dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
+        return torch.zeros(mask_B1TT.shape, dtype=dtype).masked_fill_(~mask_B1TT, -torch.inf)
 
 
 @dataclass(frozen=True)
