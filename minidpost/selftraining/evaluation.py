@@ -7,7 +7,7 @@ from math import comb, sqrt
 from typing import Any
 
 from minidpost.data.example import Example
-from minidpost.processes import from_rank_0, rank
+from minidpost.processes import from_rank_0, on_rank_0, rank
 from minidpost.sampling.generate import Sample, generate, shared_chunk_size
 from minidpost.sampling.sampler import DecodingModel, SamplingSettings
 from minidpost.selftraining.run_directory import Chunks
@@ -129,10 +129,15 @@ def samples_by_question(
     With `chunks`, which must be of these arguments alone, samples are saved as chunks end, and those that are there
     already are not sampled again. Several processes share the work, and all get all samples; rank 0's `chunks` count.
     """
-    first_chunk, chunk_size = 0, None
-    if chunks is not None:
-        default_size = shared_chunk_size(settings.slots, next(model.parameters()).device, len(examples) * n_samples)
-        first_chunk, chunk_size = chunks.where_to_go_on(default_size)
+
+    def begin() -> tuple[int, int | None]:
+        """The first chunk to sample, and the size of chunks: None where they are not saved, the usual one."""
+        if chunks is None:
+            return 0, None
+        device = next(model.parameters()).device
+        return chunks.where_to_go_on(shared_chunk_size(settings.slots, device, len(examples) * n_samples))
+
+    first_chunk, chunk_size = on_rank_0(begin)
     samples: Iterable[Sample] = generate(
         model,
         template,

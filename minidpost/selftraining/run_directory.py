@@ -487,8 +487,8 @@ class Chunks:
         return self._paths[0].read_bytes().count(b"\n") if self._paths else default
 
     def where_to_go_on(self, default_size: int) -> tuple[int, int]:
-        """The first chunk that is missing and the records of a chunk, as rank 0 has them; all processes call this."""
-        return on_rank_0(lambda: (self.n_finished(), self.chunk_size(default_size)))
+        """The first chunk that is missing, and the records of a chunk."""
+        return self.n_finished(), self.chunk_size(default_size)
 
     def commit(self, chunk_index: int, records: Sequence[dict[str, Any]]) -> None:
         """Write a finished chunk, which replaces another of this index and all later ones: they are to come anew."""
