@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import RESULTS, command_line, instruction_set, machine_line, write_result
+from benchmarks.common import RESULTS, instruction_set, machine_line, write_result
 from benchmarks.scripted import SHAPES, SHARED, open_shape
 from minidpost.models.weights import save_model, tokenizer_files
 from minidpost.storage import markdown_table, read_json, write_json
@@ -158,7 +158,7 @@ def write_page(page: Path, rows: dict[str, list[str]], rest: int, *, is_whole: b
     """The table so far."""
     heads = ["shape", "flags", "processes", "training, estimated, GB", "measured, GB", "estimated / measured"]
     paragraphs = [
-        f"`{command_line()}` · {machine_line()}, {instruction_set()}",
+        f"`python -m benchmarks.estimates` · {machine_line()}, {instruction_set()}",
         f"`train.py --model SHAPE --data gsm8k --micro-batch-tokens {MICRO_BATCH_TOKENS}`, random weights: the line of "
         f"memory that a run begins with, against the peak of its rehearsal, of which {rest / 1e6:.0f} MB are taken off "
         "that a process has at rest. Of several processes the numbers are those of each.",

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from minidpost.models import llama
+from minidpost.models.dropped_attention import dropped_attention
 from minidpost.models.t5 import T5, T5Config
 from minidpost.models.weights import save_model
 from minidpost.text.templates import T5Template
@@ -32,7 +34,7 @@ def shared() -> Path:
 
 @pytest.fixture
 def dropped(monkeypatch) -> list[tuple[tuple[int, ...], float]]:
-    """Fills, as models run, with the shape and the rate of everything that torch drops, attention weights included."""
+    """Fills, as models run, with the shape and the rate of everything that is dropped, attention weights included."""
     noted = []
     plain_dropout, plain_attention = F.dropout, F.scaled_dot_product_attention
 
@@ -46,6 +48,11 @@ def dropped(monkeypatch) -> list[tuple[tuple[int, ...], float]]:
             noted.append(((*q.shape[:-1], k.shape[-2]), dropout_p))
         return plain_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, **options)
 
+    def own_attention(q, k, v, mask, *, dropout, scale):
+        noted.append(((*q.shape[:-1], k.shape[-2]), dropout))
+        return dropped_attention(q, k, v, mask, dropout=dropout, scale=scale)
+
+    monkeypatch.setattr(llama, "dropped_attention", own_attention)
     monkeypatch.setattr(F, "dropout", dropout)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     return noted

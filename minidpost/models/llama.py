@@ -103,8 +103,12 @@ class CausalAttention:
         k_BGTK = k_BTGK.transpose(1, 2)
         v_BGTK = v_BTGK.transpose(1, 2)
         if self.dropout and q_BTHK.is_cpu and q_BTHK.requires_grad:
+            mask_B1TT = self.mask_B1TT
+            if mask_B1TT is None:
+                n_positions = q_BTHK.shape[1]
+                mask_B1TT = torch.ones(1, 1, n_positions, n_positions, dtype=torch.bool).tril()
             scale = q_BTHK.shape[-1] ** -0.5
-            y_BHTK = dropped_attention(q_BHTK, k_BGTK, v_BGTK, self.bias(q_BTHK), dropout=self.dropout, scale=scale)
+            y_BHTK = dropped_attention(q_BHTK, k_BGTK, v_BGTK, mask_B1TT, dropout=self.dropout, scale=scale)
         else:
             y_BHTK = F.scaled_dot_product_attention(
                 q_BHTK,
@@ -116,15 +120,6 @@ class CausalAttention:
                 enable_gqa=q_BTHK.shape[2] != k_BTGK.shape[2],
             )
         return y_BHTK.transpose(1, 2)
-
-    def bias(self, q_BTHK: Tensor) -> Tensor:
-        """0 where a query may see a key and −inf elsewhere, (B or 1, 1, T, T), in at least fp32."""
-        n_positions = q_BTHK.shape[1]
-        mask_B1TT = self.mask_B1TT
-        if mask_B1TT is None:
-            mask_B1TT = torch.ones(1, 1, n_positions, n_positions, dtype=torch.bool).tril()
-        dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
-        return torch.zeros(mask_B1TT.shape, dtype=dtype).masked_fill_(~mask_B1TT, -torch.inf)
 
 
 @dataclass(frozen=True)

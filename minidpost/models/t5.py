@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidpost.models.dropped_attention import dropped_attention
 from minidpost.models.kvcache import CachedPrompts, CachedTokens, KVCache, SharedPromptCache, T5Cache, T5Plan, indices
 from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, linear, mask_bias
 from minidpost.precision import cache_dtype
@@ -86,11 +85,10 @@ class FullAttention:
         if self.row_B is not None:
             k_BHSK = k_BHSK.index_select(0, self.row_B)
             v_BHSK = v_BHSK.index_select(0, self.row_B)
-        if self.dropout and q_BHTK.is_cpu and q_BHTK.requires_grad:
-            y_BHTK = dropped_attention(q_BHTK, k_BHSK, v_BHSK, self.bias_BHTS, dropout=self.dropout, scale=1.0)
-        elif q_BHTK.is_cpu and q_BHTK.requires_grad:
+        if q_BHTK.is_cpu and q_BHTK.requires_grad:
             # On a CPU no fused kernel trains a bias, and what torch puts in its place is slower than these products.
-            y_BHTK = (q_BHTK @ k_BHSK.mT + self.bias_BHTS).softmax(-1) @ v_BHSK
+            weight_BHTS = (q_BHTK @ k_BHSK.mT + self.bias_BHTS).softmax(-1)
+            y_BHTK = F.dropout(weight_BHTS, self.dropout) @ v_BHSK
         else:
             bias_BHTS = self.bias_BHTS.to(q_BHTK.dtype)
             y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, bias_BHTS, self.dropout, scale=1.0)

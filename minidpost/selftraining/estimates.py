@@ -163,13 +163,9 @@ def activation_bytes_a_token(model: Model, preset: Preset, dtype: torch.dtype, d
     # what dropout makes of them, and its mask.
     n_hidden = 6 if is_t5 else 4
     attention_bytes = 0
-    dropout = config.dropout if preset.sft_dropout is None else preset.sft_dropout
-    if torch.device(device).type == "cpu" and (is_t5 or dropout > 0):
-        # There attention weights are kept, also what dropout makes of them, and its mask: no fused kernel of a CPU
-        # trains T5's bias (see t5.FullAttention), or drops weights, which torch's own products do in fp32 and Llama's
-        # DPO does not.
-        weight_bytes = 3 * dtype.itemsize if is_t5 else 12
-        attention_bytes = weight_bytes * config.n_heads * (preset.max_source + preset.max_target)
+    if is_t5 and torch.device(device).type == "cpu":
+        # There T5's attention weights are kept (see t5.FullAttention), also what dropout makes of them, and its mask.
+        attention_bytes = 3 * dtype.itemsize * config.n_heads * (preset.max_source + preset.max_target)
     adapter_bytes = 0
     if preset.lora_rank is not None:
         # Between the two matrices of each adapter there are as many numbers as its rank.

@@ -221,8 +221,9 @@ def test_dropout_of_0_equals_none_bit_for_bit(shape):
         assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
 
 
+@pytest.mark.parametrize("is_trained", [False, True])
 @pytest.mark.parametrize("with_mask", [False, True])
-def test_dropped_attention_is_undropped_attention_on_average(with_mask):
+def test_dropped_attention_is_undropped_attention_on_average(with_mask, is_trained):
     """Each number within six standard errors of the mean of 4,000 passes; the softmax weights tell the error."""
     rate, n_passes = 0.25, 4000
     generator = torch.Generator().manual_seed(0)
@@ -235,7 +236,8 @@ def test_dropped_attention_is_undropped_attention_on_average(with_mask):
     torch.manual_seed(1)
     total_BTHK = torch.zeros_like(expected_BTHK)
     for _ in range(n_passes):
-        total_BTHK += CausalAttention(mask_B1TT, rate).attend(q_BTHK, k_BTGK, v_BTGK)
+        q_given = q_BTHK.clone().requires_grad_(is_trained)
+        total_BTHK += CausalAttention(mask_B1TT, rate).attend(q_given, k_BTGK, v_BTGK).detach()
 
     # A weight w is 0 with probability p, else w / (1 − p): its variance is w² p / (1 − p).
     k_BTHK, v_BTHK = k_BTGK.repeat_interleave(2, 2), v_BTGK.repeat_interleave(2, 2)

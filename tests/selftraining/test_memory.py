@@ -44,7 +44,6 @@ from minidpost.training import parallel
 from minidpost.training.batching import TokenizedExample, collate
 from minidpost.training.losses import log_probabilities
 
-WITHOUT_DROPOUT = replace(LLAMA, sft_dropout=0.0)
 CONFIG = LlamaConfig(1000, 64, 128, 4, n_heads=4, n_kv_heads=2, d_head=16)
 
 
@@ -53,7 +52,7 @@ def meta(config: LlamaConfig = CONFIG) -> Llama:
 
 
 def test_training_needs_16_bytes_a_parameter_and_activations():
-    model, preset = meta(), replace(WITHOUT_DROPOUT, micro_batch_tokens=1000, max_source=10, max_target=10)
+    model, preset = meta(), replace(LLAMA, micro_batch_tokens=1000, max_source=10, max_target=10)
     n_parameters = sum(p.numel() for p in model.parameters())
     a_layer, inputs, logits = 4 * 1000 * (640 + 512), 4 * 4 * 1000 * 64, 12 * 1000 * 1000
     assert training_bytes(model, preset) == 16 * n_parameters + inputs + a_layer + logits
@@ -61,7 +60,7 @@ def test_training_needs_16_bytes_a_parameter_and_activations():
     assert training_bytes(model, whole) == 16 * n_parameters + 4 * a_layer + logits
 
 
-@pytest.mark.parametrize("preset", [WITHOUT_DROPOUT, replace(WITHOUT_DROPOUT, activation_checkpointing=False)])
+@pytest.mark.parametrize("preset", [LLAMA, replace(LLAMA, activation_checkpointing=False)])
 def test_bf16_halves_the_hidden_units_and_adds_copies_of_weights(preset):
     model, n_tokens = meta(), preset.micro_batch_tokens
     n_layers_kept = 1 if preset.activation_checkpointing else 4
@@ -75,7 +74,7 @@ def test_bf16_halves_the_hidden_units_and_adds_copies_of_weights(preset):
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_lora_needs_frozen_weights_and_16_bytes_an_adapter_parameter(dtype, size):
-    model, preset = meta(), replace(WITHOUT_DROPOUT, micro_batch_tokens=1000, max_source=10, max_target=10, lora_rank=3)
+    model, preset = meta(), replace(LLAMA, micro_batch_tokens=1000, max_source=10, max_target=10, lora_rank=3)
     n_parameters = sum(p.numel() for p in model.parameters())
     # Of each of four layers: query and output, key and value, the three of the feed-forward.
     n_trained = 4 * 3 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
@@ -143,8 +142,8 @@ def test_activations_are_estimated_near_what_autograd_keeps(model, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_llama_that_drops_attention_weights_keeps_them_on_a_cpu(dtype):
-    """They are most of what it keeps of long rows."""
+def test_a_llama_that_drops_attention_weights_keeps_none(dtype):
+    """Of long rows they would be most of what it keeps."""
     model = Llama(LlamaConfig(100, 256, 640, 2, n_heads=8, n_kv_heads=4, d_head=32)).initialise()
     model.dropout = 0.1
     preset = replace(LLAMA, max_source=200, max_target=300, sft_dropout=0.1)
@@ -152,9 +151,6 @@ def test_a_llama_that_drops_attention_weights_keeps_them_on_a_cpu(dtype):
     theirs = saved_bytes(model, 3, dtype, 200, 300) - saved_bytes(model, 1, dtype, 200, 300)
     assert theirs < 1.1 * ours, "an estimate that is too low"
     assert ours < 1.5 * theirs
-    without = activation_bytes_a_token(model, replace(preset, sft_dropout=0.0), dtype, "cpu")
-    assert 2 * (200 + 300) * 2 * without < 0.6 * theirs
-    assert activation_bytes_a_token(model, preset, dtype, "cuda") == without
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -283,7 +279,7 @@ def test_a_run_may_keep_fewer_models(method, keep, n_models):
 def test_processes_share_weights_and_optimizer_but_not_activations(is_small, monkeypatch):
     """A small model is gathered as a whole, another one layer by layer: two of them at a time."""
     monkeypatch.setattr(parallel, "MIN_SPREAD_BY_LAYER", 10**9 if is_small else 0)
-    model, preset = meta(), replace(WITHOUT_DROPOUT, micro_batch_tokens=1000, max_source=10, max_target=10)
+    model, preset = meta(), replace(LLAMA, micro_batch_tokens=1000, max_source=10, max_target=10)
     n_parameters = sum(p.numel() for p in model.parameters())
     n_layer = sum(p.numel() for p in model.stacks[0].layers[0].parameters())
     n_gathered = n_parameters if is_small else 2 * n_layer + n_parameters - 4 * n_layer
