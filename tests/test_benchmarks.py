@@ -344,6 +344,7 @@ def test_a_run_has_warmed_up_when_iteration_0_is_evaluated(tmp_path):
     assert smollm2.has_warmed_up(tmp_path)
 
 
+@pytest.mark.slow
 def test_learning_rates_of_the_first_dpo_step(tmp_path, tiny_model_dir, monkeypatch):
     """Each rate's model is graded beside the warm-up; what is there already is not measured again."""
     options = SimpleNamespace(scale="try", runs=tmp_path, device="cpu", slots=8)
