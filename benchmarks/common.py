@@ -25,6 +25,14 @@ def command_line() -> str:
     return "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
+def train_command(n_processes: int = 1) -> tuple[list[str], dict[str, str]]:
+    """train.py as it is begun in a repository's root, without its flags, and the environment: several by torchrun."""
+    if n_processes == 1:
+        return [sys.executable, "train.py"], dict(os.environ)
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(n_processes)]
+    return [sys.executable, *torchrun, "train.py"], {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
 def machine_line(*packages: str) -> str:
     """Processor, cores, torch with its threads, and the versions of `packages`."""
     installed = [f"{name} {version(name)}" for name in packages]

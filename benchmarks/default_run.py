@@ -13,14 +13,13 @@ import argparse
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, instruction_set, machine_line, write_result
+from benchmarks.common import RESULTS, instruction_set, machine_line, train_command, write_result
 from minidpost.storage import markdown_table, read_json, read_jsonl, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,13 +82,8 @@ def checkout(revision: str, directory: Path) -> None:
 
 def measure(code: Path, run_directory: Path, flags: Sequence[str], *, is_together: bool) -> dict[str, Any]:
     """Run train.py of the directory `code`: seconds, the largest process's peak memory, seconds by stage, accuracy."""
-    command = [sys.executable]
-    environment = dict(os.environ)
-    if is_together:
-        n_processes = os.cpu_count() or 1
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(n_processes)]
-        environment["OMP_NUM_THREADS"] = "1"
-    command += ["train.py", *flags, "--run-dir", str(run_directory)]
+    command, environment = train_command((os.cpu_count() or 1) if is_together else 1)
+    command += [*flags, "--run-dir", str(run_directory)]
     started = time.perf_counter()
     with open(run_directory.with_suffix(".log"), "wb") as log:
         process = subprocess.Popen(command, cwd=code, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -114,7 +108,7 @@ def stage_kind(stage: str) -> str:
 def write_page(page: Path, found: dict[str, Any], *, is_whole: bool) -> None:
     """Write what has been found as Markdown; it is printed if it is whole."""
     seconds: dict[str, dict[int, float]] = {
-        contender: {run["round"]: run["seconds"] for run in found["runs"] if run["contender"] == contender}
+        contender: {run["round"]: run["seconds"] for run in of_contender(found, contender)}
         for contender in (BEFORE, NOW, TOGETHER)
     }
     if not seconds[BEFORE] or not seconds[NOW]:

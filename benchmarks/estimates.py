@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import RESULTS, instruction_set, machine_line, write_result
+from benchmarks.common import RESULTS, instruction_set, machine_line, train_command, write_result
 from benchmarks.scripted import SHAPES, SHARED, open_shape
 from minidpost.models.weights import save_model, tokenizer_files
 from minidpost.storage import markdown_table, read_json, write_json
@@ -97,12 +97,8 @@ def training_and_sampling(
     case: Case, weights: Path, run_directory: Path
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Bytes that a run estimates for training and sampling, and those that its rehearsal measured."""
-    command = [sys.executable]
-    environment = dict(os.environ)
-    if case.n_processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(case.n_processes)]
-        environment["OMP_NUM_THREADS"] = "1"
-    command += ["train.py", "--model", str(weights), "--data", "gsm8k", "--data-dir", str(SHARED / "data")]
+    command, environment = train_command(case.n_processes)
+    command += ["--model", str(weights), "--data", "gsm8k", "--data-dir", str(SHARED / "data")]
     command += ["--micro-batch-tokens", MICRO_BATCH_TOKENS, "--run-dir", str(run_directory), "--fresh", *case.flags]
     process = subprocess.Popen(
         command,

@@ -32,14 +32,15 @@ MODELS = {
 SCHEDULE = Schedule(learning_rate=1e-2, warmup=0.0, max_grad_norm=0.5)
 
 
-def load(directory: Path, has_adapters: bool = False) -> Model:
-    """The whole model where there is one process, else slices of it."""
+def load(directory: Path, has_adapters: bool = False, is_small: bool = False) -> Model:
+    """The whole model where there is one process, else slices of it, layer by layer unless it is to count as small."""
 
     def add(model: Model) -> None:
         if has_adapters:
             add_adapters(model, rank=3, alpha=6.0, seed=5)
 
-    if world_size() > 1:
+    if world_size() > 1:  # this process is one of the ranks, and ends with them
+        parallel.MIN_SPREAD_BY_LAYER = 10**9 if is_small else 0
         return load_spread(directory, add=add, adapter_seed=5)
     model = load_model(directory)
     add(model)
@@ -78,9 +79,8 @@ def train(
     is_small: bool = False,
 ) -> None:
     """A short training; rank 0 leaves the log, the whole weights and the reference."""
-    parallel.MIN_SPREAD_BY_LAYER = 10**9 if is_small else 0  # these models are all small
     # In fp64 rounding is far below AdamW's eps. In fp32 it makes steps of its own where a gradient is nothing but it.
-    model = load(directory, has_adapters=kind.endswith("lora")).double()
+    model = load(directory, has_adapters=kind.endswith("lora"), is_small=is_small).double()
     log = out / "log.jsonl" if rank() == 0 else None
     reference_P2 = torch.empty(0, 2)
     if kind.startswith("sft"):
