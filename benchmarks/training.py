@@ -1,9 +1,10 @@
 """Training: SFT against transformers' Trainer, DPO against TRL 0.28.0, the last release that trains encoder-decoders.
 
-Both sides get the same weights, the very same token ids, the same AdamW (fused) and schedule, fp32, as many examples a
-step and as many epochs, so that both go through the same tokens. What is timed is a whole training, the reference's
-log-probabilities included; loading the model, tokenising and building the trainer are not. Before anything is timed,
-three steps on one batch are compared: losses and gradient norms must agree.
+Both sides get the same weights (fp32), the very same token ids, the same AdamW (fused) and schedule, forward passes in
+the same precision (plain fp32, or bf16 autocast), as many examples a step and as many epochs, so that both go through
+the same tokens. What is timed is a whole training, the reference's log-probabilities included; loading the model,
+tokenising and building the trainer are not. Before anything is timed, three steps on one batch are compared in fp32:
+losses and gradient norms must agree.
 
 The peers appear *as they come* (their defaults, but for precision and what the comparison sets: micro-batches of 8 in
 random order, for TRL also gradient checkpointing and a reference model at every step) and *tuned* (micro-batches of the
@@ -27,7 +28,7 @@ share depends on how many others there are.
 The environment, apart from the tests', as TRL 0.28.0 cannot be imported with transformers later than 5.2.0:
 
     python -m venv trl-env && . trl-env/bin/activate
-    pip install torch==2.13.0 numpy==2.4.6 sentencepiece==0.2.3 tokenizers==0.23.3 safetensors==0.8.0 tqdm matplotlib
+    pip install torch==2.13.0 numpy==2.4.6 sentencepiece==0.2.3 safetensors==0.8.0 tqdm matplotlib huggingface_hub
     pip install trl==0.28.0 transformers==5.2.0 accelerate==1.15.0 datasets==5.2.0
 """
 
@@ -54,13 +55,14 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import RESULTS, command_line, machine_line, timed, write_result  # noqa: E402
+from benchmarks.common import RESULTS, command_line, instruction_set, machine_line, timed, write_result  # noqa: E402
 from minidpost.cli import POSITIVE, Parser, run_command  # noqa: E402
 from minidpost.data import datasets  # noqa: E402
 from minidpost.data.example import Example  # noqa: E402
 from minidpost.errors import UserError  # noqa: E402
 from minidpost.models.t5 import T5  # noqa: E402
 from minidpost.models.weights import load_model, load_template  # noqa: E402
+from minidpost.precision import DTYPES  # noqa: E402
 from minidpost.sampling.generate import generate  # noqa: E402
 from minidpost.selftraining.presets import Preset, preset_for  # noqa: E402
 from minidpost.selftraining.selection import Candidates, preference_pairs  # noqa: E402
@@ -128,11 +130,14 @@ def main() -> None:
         if options.per_step:
             plan = replace(plan, examples_per_step=options.per_step, pairs_per_step=options.per_step)
         with TemporaryDirectory() as scratch:
-            task = prepare(name, plan, options.shared, Path(scratch))
+            task = prepare(name, plan, DTYPES[options.dtype], options.shared, Path(scratch))
             sections += [f"## {name}", task.description, *sft_section(task, plan, options.rounds)]
             sections += dpo_section(task, plan, options.rounds)
     versions = machine_line("transformers", "trl", "accelerate")
-    header = [f"`{command_line()}` · {versions}, fp32", f"Medians of {options.rounds} interleaved rounds."]
+    header = [
+        f"`{command_line()}` · {versions}, {instruction_set()}, {options.dtype}",
+        f"Medians of {options.rounds} interleaved rounds.",
+    ]
     header += __doc__.split("\n\n", 1)[1].strip().split("\n\n")
     write_result(options.output, "Training against transformers' Trainer and TRL's DPOTrainer", header + sections)
 
@@ -149,6 +154,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--per-step", type=POSITIVE, help="examples, and pairs, a step (default: 16; tiny-t5: 32 pairs)"
     )
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of forward passes (default: fp32)")
     parser.add_argument("--threads", type=POSITIVE, help="default: torch's choice")
     parser.add_argument("--shared", type=Path, default=shared, help="where configs/, tokenizers/ and data/ lie")
     parser.add_argument("--output", type=Path, default=RESULTS / "training.md")
@@ -174,7 +180,7 @@ def check_environment() -> None:
 # -- what is trained on -----------------------------------------------------------------------------------------------
 
 
-def prepare(name: str, plan: Plan, shared: Path, scratch: Path) -> Task:
+def prepare(name: str, plan: Plan, dtype: torch.dtype, shared: Path, scratch: Path) -> Task:
     """Weights, ids and settings of one model; UserError where its config, vocabulary or enough data are missing."""
     n_examples = plan.examples_per_step * plan.sft_steps
     n_pairs = plan.pairs_per_step * plan.dpo_steps
@@ -201,9 +207,9 @@ def prepare(name: str, plan: Plan, shared: Path, scratch: Path) -> Task:
         )
     steps = epoch_steps(len(all_pairs), plan.pairs_per_step, plan.dpo_steps, SEED)
     pairs = [all_pairs[i] for pair_indices in steps for i in pair_indices]
-    sft = replace(preset.sft(SEED), epochs=1, examples_per_step=plan.examples_per_step)
+    sft = replace(preset.sft(SEED), epochs=1, examples_per_step=plan.examples_per_step, dtype=dtype)
     n_dpo_steps = plan.dpo_steps * plan.dpo_epochs
-    dpo = replace(preset.dpo(n_pairs, SEED), steps=n_dpo_steps, pairs_per_step=plan.pairs_per_step)
+    dpo = replace(preset.dpo(n_pairs, SEED), steps=n_dpo_steps, pairs_per_step=plan.pairs_per_step, dtype=dtype)
     policy = without_dropout(policy, scratch / "dpo")
     description = f"{source}: {described(examples, pairs, all_pairs)}"
     return Task(base, policy, examples, pairs, sft, dpo, scratch, description)
@@ -300,16 +306,16 @@ def pad_only_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<pad>": 0})), pad_token="<pad>")
 
 
-def common_arguments(task: Task, per_step: int, micro_batch: int, schedule: Schedule) -> dict:
+def common_arguments(task: Task, settings: SFTSettings | DPOSettings, per_step: int, micro_batch: int) -> dict:
     """What TrainingArguments and DPOConfig have in common."""
     return {
         "output_dir": str(task.scratch / "peer"),
         "use_cpu": True,
-        "bf16": False,
+        "bf16": settings.dtype == torch.bfloat16,
         "seed": SEED,
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": per_step // micro_batch,
-        "max_grad_norm": schedule.max_grad_norm,
+        "max_grad_norm": settings.schedule.max_grad_norm,
         "logging_strategy": "no",
         "save_strategy": "no",
         "report_to": "none",
@@ -338,7 +344,7 @@ def sft_trainer(task: Task, micro_batch: int, **more):
     from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
     settings, model, tokenizer = task.sft, peer_model(task.sft_model), pad_only_tokenizer()
-    arguments = common_arguments(task, settings.examples_per_step, micro_batch, settings.schedule)
+    arguments = common_arguments(task, settings, settings.examples_per_step, micro_batch)
     arguments |= {"num_train_epochs": settings.epochs, **more}
     rows = [
         {"input_ids": s.prompt_ids, "attention_mask": [1] * len(s.prompt_ids), "labels": s.target_ids}
@@ -367,7 +373,7 @@ def dpo_trainer(task: Task, micro_batch: int, **more):
             return dataset
 
     settings, model = task.dpo, peer_model(task.dpo_model)
-    arguments = common_arguments(task, settings.pairs_per_step, micro_batch, settings.schedule)
+    arguments = common_arguments(task, settings, settings.pairs_per_step, micro_batch)
     arguments |= {"max_steps": settings.steps, "beta": settings.beta}
     arguments |= {"remove_unused_columns": False, **more}  # for `length`, which is what they are grouped by
     rows = [
@@ -434,9 +440,9 @@ def dpo_section(task: Task, plan: Plan, n_rounds: int) -> list[str]:
 
 
 def compare_sft(task: Task) -> str:
-    """A few steps of both sides on one small batch, without dropout."""
+    """A few steps of both sides on one small batch, in fp32 and without dropout."""
     model = without_dropout(task.sft_model, task.scratch / "sft-compared")
-    settings = replace(task.sft, epochs=N_STEPS_COMPARED, examples_per_step=N_ROWS_COMPARED)
+    settings = replace(task.sft, epochs=N_STEPS_COMPARED, examples_per_step=N_ROWS_COMPARED, dtype=torch.float32)
     small = replace(task, sft_model=model, examples=task.examples[:N_ROWS_COMPARED], sft=settings)
     log = task.scratch / "sft.jsonl"
     train_sft(load_model(model), small.examples, settings, log_path=log)
@@ -445,13 +451,16 @@ def compare_sft(task: Task) -> str:
 
 def dpo_with_reference(model: T5, task: Task, log_path: Path | None = None) -> None:
     """Our DPO from beginning to end: the reference's log-probabilities, then the optimizer steps."""
-    reference_P2 = reference_log_probabilities(model, task.pairs, micro_batch_tokens=task.dpo.micro_batch_tokens)
-    train_dpo(model, task.pairs, reference_P2, task.dpo, log_path=log_path)
+    settings = task.dpo
+    reference_P2 = reference_log_probabilities(
+        model, task.pairs, micro_batch_tokens=settings.micro_batch_tokens, dtype=settings.dtype
+    )
+    train_dpo(model, task.pairs, reference_P2, settings, log_path=log_path)
 
 
 def compare_dpo(task: Task) -> str:
-    """A few steps of both sides on one small batch."""
-    settings = replace(task.dpo, steps=N_STEPS_COMPARED, pairs_per_step=N_ROWS_COMPARED)
+    """A few steps of both sides on one small batch, in fp32."""
+    settings = replace(task.dpo, steps=N_STEPS_COMPARED, pairs_per_step=N_ROWS_COMPARED, dtype=torch.float32)
     small = replace(task, pairs=task.pairs[:N_ROWS_COMPARED], dpo=settings)
     log = task.scratch / "dpo.jsonl"
     dpo_with_reference(load_model(task.dpo_model), small, log)

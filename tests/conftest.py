@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minidpost.models import llama
+from minidpost.models import llama, t5
+from minidpost.models.dropout import drop
 from minidpost.models.dropped_attention import dropped_attention
 from minidpost.models.t5 import T5, T5Config
 from minidpost.models.weights import save_model
@@ -43,6 +44,11 @@ def dropped(monkeypatch) -> list[tuple[tuple[int, ...], float]]:
             noted.append((tuple(x.shape), p))
         return plain_dropout(x, p, training, inplace)
 
+    def noted_drop(x, dropout):
+        if dropout > 0:
+            noted.append((tuple(x.shape), dropout))
+        return drop(x, dropout)
+
     def attention(q, k, v, attn_mask=None, dropout_p=0.0, **options):
         if dropout_p > 0:
             noted.append(((*q.shape[:-1], k.shape[-2]), dropout_p))
@@ -53,6 +59,7 @@ def dropped(monkeypatch) -> list[tuple[tuple[int, ...], float]]:
         return dropped_attention(q, k, v, mask, dropout=dropout, scale=scale)
 
     monkeypatch.setattr(llama, "dropped_attention", own_attention)
+    monkeypatch.setattr(t5, "drop", noted_drop)
     monkeypatch.setattr(F, "dropout", dropout)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     return noted

@@ -8,13 +8,13 @@ the backward pass computes their weights and mask again. On a GPU torch's fused 
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minidpost.models.dropout import fraction_that_stays, new_seed, stays, threshold_of
+
 WEIGHTS_AT_ONCE = 2**20  # [ours] attention weights that are computed at a time: they stay in the processor's cache
-BITS = 16  # random bits that decide about a weight
 
 
 def dropped_attention(
@@ -26,10 +26,8 @@ def dropped_attention(
     of 2⁻¹⁶; weights that stay are multiplied by 1 / (1 − dropout). Which ones are dropped depends on the state of
     torch's generator alone, which moves on by one number.
     """
-    seed = int(torch.randint(2**63 - 1, ()))
-    threshold = round(dropout * 2**BITS)
     y_BHTK: Tensor = _DroppedAttention.apply(  # type: ignore[no-untyped-call]
-        q_BHTK * scale, k_BGSK, v_BGSK, mask_BHTS, threshold, seed
+        q_BHTK * scale, k_BGSK, v_BGSK, mask_BHTS, threshold_of(dropout), new_seed()
     )
     return y_BHTK
 
@@ -48,8 +46,8 @@ class _DroppedAttention(torch.autograd.Function):
         y_BHTK = torch.empty_like(q_BHTK, memory_format=torch.contiguous_format)
         for rows in row_groups(q_BHTK, k_BGSK):
             weight_NHTS = weights(q_BHTK[rows], k_BGSK[rows], of_rows(mask_BHTS, rows))
-            weight_NHTS.mul_(stays(weight_NHTS, threshold, seed, rows.start))
-            y_BHTK[rows] = by_keys(weight_NHTS.to(v_BGSK.dtype), v_BGSK[rows]) / (1 - threshold / 2**BITS)
+            weight_NHTS.mul_(stays(weight_NHTS.shape, threshold, seed, rows.start))
+            y_BHTK[rows] = by_keys(weight_NHTS.to(v_BGSK.dtype), v_BGSK[rows]) / fraction_that_stays(threshold)
         return y_BHTK
 
     @staticmethod
@@ -59,9 +57,9 @@ class _DroppedAttention(torch.autograd.Function):
         q_BHTK, k_BGSK, v_BGSK, mask_BHTS = ctx.saved_tensors
         q_grad, k_grad, v_grad = (torch.empty_like(x) for x in (q_BHTK, k_BGSK, v_BGSK))
         for rows in row_groups(q_BHTK, k_BGSK):
-            grad_NHTK = grad_BHTK[rows] / (1 - ctx.threshold / 2**BITS)
+            grad_NHTK = grad_BHTK[rows] / fraction_that_stays(ctx.threshold)
             weight_NHTS = weights(q_BHTK[rows], k_BGSK[rows], of_rows(mask_BHTS, rows))
-            stays_NHTS = stays(weight_NHTS, ctx.threshold, ctx.seed, rows.start)
+            stays_NHTS = stays(weight_NHTS.shape, ctx.threshold, ctx.seed, rows.start)
             # 1) Gradients of the values, and of the weights.
             v_grad[rows] = to_keys((weight_NHTS * stays_NHTS).to(v_BGSK.dtype), grad_NHTK, v_BGSK.shape[1])
             weight_grad_NHTS = by_keys(grad_NHTK, v_BGSK[rows].mT).to(weight_NHTS.dtype).mul_(stays_NHTS)
@@ -105,14 +103,3 @@ def to_keys(x_NHTS: Tensor, y_NHTK: Tensor, n_groups: int) -> Tensor:
     """xᵀ y, summed over the H / G heads that share keys, (N, G, S, K)."""
     x_NGRS = x_NHTS.reshape(len(x_NHTS), n_groups, -1, x_NHTS.shape[-1])
     return x_NGRS.mT @ y_NHTK.reshape(len(y_NHTK), n_groups, -1, y_NHTK.shape[-1])
-
-
-def stays(weight_NHTS: Tensor, threshold: int, seed: int, first_row: int) -> Tensor:
-    """False for a weight with probability threshold / 2¹⁶; for the rows from `first_row` on always the same.
-
-    Sixteen bits of a number each: torch's own bernoulli_ takes ten times as long.
-    """
-    n_words = -(-weight_NHTS.numel() * BITS // 64)
-    words = np.random.SFC64([seed, first_row]).random_raw(n_words)
-    bits_NHTS = torch.from_numpy(words.view(np.int16))[: weight_NHTS.numel()].view(weight_NHTS.shape)
-    return bits_NHTS.ge(threshold - 2 ** (BITS - 1))

@@ -9,15 +9,18 @@ H heads, G key and value heads, K head width, V vocabulary, L layers, O outputs 
 (lora.py); C cells of the table of rows and prompts, X entries of the table of position biases (both in kvcache.py).
 """
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 MIN_ENTRIES_FOR_SWAP = 2**17  # entries of a matrix from which on the swapped product is faster, see `linear`
 MAX_ROWS_FOR_SWAP = 128
+LOGITS_IN_CACHE = 2**19  # [ours] numbers: 2 MiB in fp32
 
 
 class Attendable(Protocol):
@@ -102,8 +105,51 @@ class RMSNorm(nn.RMSNorm):
 
 def token_log_probabilities(logits_NV: Tensor, label_N: Tensor) -> Tensor:
     """log f(y_t | x, y_<t) of each label in nats, (N,), computed in at least fp32."""
+    if logits_NV.is_cpu:
+        result_N: Tensor = _TokenLogProbabilities.apply(logits_NV, label_N)  # type: ignore[no-untyped-call]
+        return result_N
     dtype = torch.promote_types(logits_NV.dtype, torch.float32)
     return -F.cross_entropy(logits_NV.to(dtype), label_N, reduction="none")
+
+
+class _TokenLogProbabilities(torch.autograd.Function):
+    """logit_y − log Σ exp(logit), a few positions at a time, which stay in the processor's cache.
+
+    Nothing of the size of the logits is kept or written, but for their gradient. cross_entropy writes their
+    log-softmax, and in the backward pass the gradient of that, most of which is zeros: five times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, label_N: Tensor) -> Tensor:
+        """The log-probabilities; log Σ exp(logit) is kept for the backward pass."""
+        dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+        log_total_N = torch.empty(len(logits_NV), dtype=dtype)
+        for rows in position_groups(logits_NV):
+            logits_RV = logits_NV[rows].to(dtype)
+            highest_R1 = logits_RV.amax(-1, keepdim=True)
+            log_total_N[rows] = (logits_RV - highest_R1).exp_().sum(-1).log_().add_(highest_R1[:, 0])
+        ctx.save_for_backward(logits_NV, label_N, log_total_N)
+        return logits_NV.gather(1, label_N[:, None])[:, 0].to(dtype) - log_total_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
+        """Of a logit: 1 for the label's and 0 for others, less the token's probability."""
+        logits_NV, label_N, log_total_N = ctx.saved_tensors
+        grad_NV = torch.empty_like(logits_NV)
+        for rows in position_groups(logits_NV):
+            grad_R1 = grad_N[rows, None]
+            grad_RV = (logits_NV[rows] - log_total_N[rows, None]).exp_().mul_(-grad_R1)
+            grad_NV[rows] = grad_RV.scatter_add_(1, label_N[rows, None], grad_R1)
+        return grad_NV, None
+
+
+def position_groups(logits_NV: Tensor) -> Iterator[slice]:
+    """The positions that `_TokenLogProbabilities` computes at a time: one or more."""
+    n_positions, vocab_size = logits_NV.shape
+    n_at_once = max(1, LOGITS_IN_CACHE // vocab_size)
+    for start in range(0, n_positions, n_at_once):
+        yield slice(start, start + n_at_once)
 
 
 class LanguageModel(nn.Module):

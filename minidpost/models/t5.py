@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidpost.models.dropout import drop
 from minidpost.models.kvcache import CachedPrompts, CachedTokens, KVCache, SharedPromptCache, T5Cache, T5Plan, indices
 from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, linear, mask_bias
 from minidpost.precision import cache_dtype
@@ -88,7 +89,7 @@ class FullAttention:
         if q_BHTK.is_cpu and q_BHTK.requires_grad:
             # On a CPU no fused kernel trains a bias, and what torch puts in its place is slower than these products.
             weight_BHTS = (q_BHTK @ k_BHSK.mT + self.bias_BHTS).softmax(-1)
-            y_BHTK = F.dropout(weight_BHTS, self.dropout) @ v_BHSK
+            y_BHTK = drop(weight_BHTS, self.dropout) @ v_BHSK
         else:
             bias_BHTS = self.bias_BHTS.to(q_BHTK.dtype)
             y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, bias_BHTS, self.dropout, scale=1.0)
@@ -163,7 +164,7 @@ class FeedForward(nn.Module):
             hidden_BTF = F.relu(up_BTF)
         else:
             hidden_BTF = F.gelu(self.gate(x_BTD), approximate="tanh") * up_BTF
-        y_BTD: Tensor = self.down(F.dropout(hidden_BTF, dropout))
+        y_BTD: Tensor = self.down(drop(hidden_BTF, dropout))
         return y_BTD
 
 
@@ -179,8 +180,8 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x_BSD: Tensor, own: Attendable, dropout: float) -> Tensor:
         """One layer, (B, S, D) to (B, S, D); `own` are the source positions themselves."""
-        x_BSD = x_BSD + F.dropout(self.attention(self.attention_norm(x_BSD), own), dropout)
-        x_BSD = x_BSD + F.dropout(self.feed_forward(self.feed_forward_norm(x_BSD), dropout), dropout)
+        x_BSD = x_BSD + drop(self.attention(self.attention_norm(x_BSD), own), dropout)
+        x_BSD = x_BSD + drop(self.feed_forward(self.feed_forward_norm(x_BSD), dropout), dropout)
         return x_BSD
 
 
@@ -208,10 +209,10 @@ class DecoderLayer(nn.Module):
 
         In decoding encoded_QSD is None, and there is no dropout.
         """
-        x_BTD = x_BTD + F.dropout(self.self_attention(self.self_attention_norm(x_BTD), own), dropout)
+        x_BTD = x_BTD + drop(self.self_attention(self.self_attention_norm(x_BTD), own), dropout)
         read_BTD = self.cross_attention(self.cross_attention_norm(x_BTD), prompt, encoded_QSD)
-        x_BTD = x_BTD + F.dropout(read_BTD, dropout)
-        x_BTD = x_BTD + F.dropout(self.feed_forward(self.feed_forward_norm(x_BTD), dropout), dropout)
+        x_BTD = x_BTD + drop(read_BTD, dropout)
+        x_BTD = x_BTD + drop(self.feed_forward(self.feed_forward_norm(x_BTD), dropout), dropout)
         return x_BTD
 
 
@@ -288,7 +289,7 @@ class T5(LanguageModel):
         source_bias_B11S = source_bias_Q11S if row_B is None else source_bias_Q11S.index_select(0, row_B)
         prompt = FullAttention(source_bias_B11S, dropout, row_B)
 
-        x_BTD = F.dropout(self.embedding(target_BT), dropout)
+        x_BTD = drop(self.embedding(target_BT), dropout)
         for layer in self.decoder.layers:
             x_BTD = self.decoder.run(layer, x_BTD, own, prompt, encoded_QSD, dropout)
         return self.finish(x_BTD, dropout)
@@ -303,14 +304,14 @@ class T5(LanguageModel):
         bias_BHSS = bias_1HSS.masked_fill(~source_mask_BS[:, None, None, :], -math.inf)
         own = FullAttention(bias_BHSS, dropout)
 
-        x_BSD = F.dropout(self.embedding(source_BS), dropout)
+        x_BSD = drop(self.embedding(source_BS), dropout)
         for layer in self.encoder.layers:
             x_BSD = self.encoder.run(layer, x_BSD, own, dropout)
-        return F.dropout(self.encoder.norm(x_BSD), dropout)
+        return drop(self.encoder.norm(x_BSD), dropout)
 
     def finish(self, x_BTD: Tensor, dropout: float = 0.0) -> Tensor:
         """From the last decoder layer to the final hidden states, (B, T, D)."""
-        x_BTD = F.dropout(self.decoder.norm(x_BTD), dropout)
+        x_BTD = drop(self.decoder.norm(x_BTD), dropout)
         # v1.0 shares one matrix between input and output; as an output it is too large by √D.
         return x_BTD * self.config.d_model**-0.5 if self.config.scaled else x_BTD
 

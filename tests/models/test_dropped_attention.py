@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minidpost.models import dropped_attention as module
-from minidpost.models.dropped_attention import dropped_attention, stays
+from minidpost.models.dropout import stays
+from minidpost.models.dropped_attention import dropped_attention
 
 SCALE = 0.3
 
@@ -67,19 +68,6 @@ def test_what_stays_is_scaled(monkeypatch):
     torch.testing.assert_close(y, scores.softmax(-1) * mask / 0.75 @ v.repeat_interleave(2, 1))
     y.sum().backward()
     assert torch.equal(drawn[1], mask)  # the backward pass made it again
-
-
-@pytest.mark.parametrize("dropout", [0.1, 0.5, 0.99])
-def test_as_many_are_dropped_as_asked_for(dropout):
-    weights = torch.empty(7, 3, 101, 103)  # not a whole number of words
-    masks = [stays(weights, round(dropout * 2**16), seed, first_row) for seed, first_row in ((1, 0), (1, 7), (2, 0))]
-    n, sigma = weights.numel(), (dropout * (1 - dropout) / weights.numel()) ** 0.5
-    for mask in masks:
-        assert abs(1 - mask.sum().item() / n - dropout) < 5 * sigma
-    # Independent of each other: both stay as often as the product says.
-    for other in masks[1:]:
-        both = (masks[0] & other).sum().item() / n
-        assert abs(both - (1 - dropout) ** 2) < 5 * ((1 - dropout) ** 2 / n) ** 0.5
 
 
 def test_torchs_generator_alone_decides():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from minidpost.models import layers
 from minidpost.models.layers import token_log_probabilities
 from minidpost.models.t5 import T5, T5Config
 from minidpost.models.weights import load_model
@@ -41,6 +42,26 @@ def test_half_precision_logits_are_normalised_in_fp32(dtype):
     exact_N = logits_NV.double().log_softmax(-1).gather(-1, label_N[:, None])[:, 0]
     assert result_N.dtype == torch.float32
     torch.testing.assert_close(result_N.double(), exact_N, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("logits_in_cache", [1, 25, 2**19], ids=["a position", "two positions", "all positions"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 5e-3)]
+)
+def test_token_log_probabilities_and_gradients_equal_cross_entropys(monkeypatch, logits_in_cache, dtype, tolerance):
+    monkeypatch.setattr(layers, "LOGITS_IN_CACHE", logits_in_cache)
+    torch.manual_seed(0)
+    exact_NV = (torch.randn(7, 11, dtype=torch.float64) * 30).to(dtype)  # some probabilities are as good as 0 or 1
+    weight_N = torch.randn(7, dtype=torch.float64)
+    label_N = torch.randint(11, (7,))
+    ours_NV, theirs_NV = exact_NV.clone().requires_grad_(), exact_NV.double().requires_grad_()
+    ours_N = token_log_probabilities(ours_NV, label_N)
+    theirs_N = -nn.functional.cross_entropy(theirs_NV, label_N, reduction="none")
+    torch.testing.assert_close(ours_N.double(), theirs_N, rtol=min(tolerance, 1e-6), atol=1e-6)
+    (ours_N * weight_N).sum().backward()
+    (theirs_N * weight_N).sum().backward()
+    assert ours_NV.grad.dtype == dtype
+    torch.testing.assert_close(ours_NV.grad.double(), theirs_NV.grad, rtol=tolerance, atol=tolerance)
 
 
 def small_t5(vocab_size: int = 30) -> T5:
