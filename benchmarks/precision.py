@@ -1,7 +1,7 @@
 """fp32 against bf16 on a CPU, by the model's size: the table behind `--dtype auto` and `--train-dtype auto`.
 
 *Sampling* is a prefill of 32 prompts of 64 tokens and 16 steps of 32 rows, with weights in fp32 or bf16; *training* is
-an SFT step (forward, backward, AdamW) of 4 examples of 64 + 64 tokens, plain or under bf16 autocast. Weights and ids
+an SFT step (forward, backward, AdamW) of 16 examples of 64 + 64 tokens, plain or under bf16 autocast. Weights and ids
 are random. Numbers are tokens a second, medians of interleaved pairs; the last column of each is bf16's speed divided
 by fp32's, the median over the pairs: above 1 bf16 is the faster one.
 
@@ -31,7 +31,7 @@ from minidpost.training.losses import log_probabilities, sft_loss  # noqa: E402
 from minidpost.training.optim import Schedule, adamw, apply_step  # noqa: E402
 
 N_ROWS, N_PROMPT, N_NEW = 32, 64, 16  # of sampling
-N_EXAMPLES, N_SOURCE, N_TARGET = 4, 64, 64  # of a step of training
+N_EXAMPLES, N_SOURCE, N_TARGET = 16, 64, 64  # of a step of training
 SHAPES = {
     "T5, width 64": T5Config(4_000, 64, 16, 256, 4, 4, 4, gated=True, tied=False),
     "T5, width 128": T5Config(32_128, 128, 32, 256, 4, 4, 4, gated=True, tied=False),

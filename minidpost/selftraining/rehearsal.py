@@ -26,7 +26,8 @@ from minidpost.errors import when_memory_runs_out
 from minidpost.models.hf_config import Model
 from minidpost.models.kvcache import T5Cache
 from minidpost.models.weights import load_model
-from minidpost.processes import world_size
+from minidpost.processes import rank, world_size
+from minidpost.progress import Progress
 from minidpost.sampling.cuda_graphs import CUDAGraphs
 from minidpost.sampling.sampler import cached_tokens, default_chunk_size, overlaps, prefill_batch
 from minidpost.sampling.token_choice import choose
@@ -56,17 +57,22 @@ def rehearse(plan: Plan, model: Model) -> str | None:
     """
     if not is_worth_it(plan, model):
         return None
-    with unchanged_random_numbers(plan.device):
+    has_dpo = bool(plan.n_iterations and METHODS[plan.method].has_dpo)
+    # Of sampling, a small one, of SFT on the labelled set and with pseudo-labels, of DPO's reference and of DPO.
+    n_batches = 3 + (1 if plan.n_iterations else 0) + (2 if has_dpo else 0)
+    progress = Progress(total=n_batches, desc="rehearsal", unit="batch", disable=rank() > 0)
+    with unchanged_random_numbers(plan.device), progress:
         with when_memory_runs_out(f"in the rehearsal of sampling {less_for_sampling(plan.preset)}"):
             begin_peak(plan.device)
             rehearse_sampling(plan)
+            progress.update()
             sampling = peak_bytes(plan.device)
         less = less_for_training(plan.preset)
         if not plan.preset.freezes_weights:  # LoRA may still be chosen, as nothing has begun
             less += ", and so does --lora-rank"
         with when_memory_runs_out(f"in the rehearsal of training {less}"):
             begin_peak(plan.device)
-            rehearse_training(plan)
+            rehearse_training(plan, progress)
             training = peak_bytes(plan.device)
     begin_peak(plan.device)  # what the training held goes back to the device
     return f"rehearsed: training {size_text(training)}, sampling {size_text(sampling)} (measured, at their peaks)"
@@ -124,8 +130,11 @@ def rehearse_sampling(plan: Plan) -> None:
     choose(logits_BV, uniform_B, settings).tolist()
 
 
-def rehearse_training(plan: Plan) -> None:
-    """The largest micro-batches of SFT, DPO's reference and DPO, each in an optimizer step that has a second one."""
+def rehearse_training(plan: Plan, progress: Progress) -> None:
+    """The largest micro-batches of SFT, DPO's reference and DPO, each in an optimizer step that has a second one.
+
+    `progress` counts them.
+    """
     preset = plan.preset
     model = load_for_training(plan.base, preset, dtype=plan.training_dtype, device=plan.device, seed=0)
     sft = preset.sft(0, plan.training_dtype)
@@ -136,9 +145,10 @@ def rehearse_training(plan: Plan) -> None:
             model,
             of_all_ranks(plan, factor * preset.micro_batch_tokens, n_most=factor * len(pairs) // world_size()),
             micro_batch_tokens=preset.micro_batch_tokens,
-            stage="rehearsal",
+            stage="rehearsal, DPO's reference",
             dtype=plan.training_dtype,
         )
+        progress.update()
 
     # A first step with little to do, after which AdamW has its moments.
     optimizer = adamw(model, sft.schedule)
@@ -146,6 +156,7 @@ def rehearse_training(plan: Plan) -> None:
     micro_batch_tokens = preset.micro_batch_tokens
     sft_gradients(model, small, micro_batch_tokens, dtype=sft.dtype)
     apply_step(model, optimizer, sft.schedule, step=0, n_steps=1)
+    progress.update()
 
     begin_sft(model, sft)
     for examples in largest_sft_batches(plan, model):
@@ -153,6 +164,7 @@ def rehearse_training(plan: Plan) -> None:
         sft_gradients(model, small, micro_batch_tokens, dtype=sft.dtype)
         sft_gradients(model, examples * world_size(), micro_batch_tokens, dtype=sft.dtype)  # each rank gets as many
         apply_step(model, optimizer, sft.schedule, step=0, n_steps=1)
+        progress.update()
 
     if pairs:
         model.eval()  # without dropout, as in train_dpo
@@ -167,6 +179,7 @@ def rehearse_training(plan: Plan) -> None:
             dtype=dpo.dtype,
         )
         apply_step(model, optimizer, dpo.schedule, step=0, n_steps=1)
+        progress.update()
 
 
 # -- the largest batches ----------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def test_a_rehearsal_changes_nothing(plan, always, monkeypatch, tmp_path):
     assert files_of(plan.base) == files and list(tmp_path.iterdir()) == []
 
 
-def test_every_stage_is_rehearsed_with_adamws_moments(plan, always, monkeypatch):
+def test_every_stage_is_rehearsed_with_adamws_moments(plan, always, monkeypatch, capsys):
     """What the trainings' functions are called with; before the large batches gradients and moments are there."""
     calls = []
     optimizers = []
@@ -115,11 +115,13 @@ def test_every_stage_is_rehearsed_with_adamws_moments(plan, always, monkeypatch)
     large = [(name, is_training) for name, _, is_complete, is_training in calls if is_complete]
     assert large == [("sft", True), ("sft", True), ("dpo", False)]  # labelled, pseudo-labels, pairs
     assert [name for name, *_ in calls].count("reference") == 1
+    assert "rehearsal: 100%| 6/6" in capsys.readouterr().err
 
     calls.clear()
     optimizers.clear()
     rehearse(replace(plan, method="sft"), shape_of(plan))
     assert [name for name, _, is_complete, _ in calls if is_complete] == ["sft"]
+    assert "rehearsal: 100%| 3/3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
