@@ -12,9 +12,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the precisions of we
 # version (2.6 by private functions alone), so that this file is the one way that holds for all of them.
 CPU_INFO = Path("/proc/cpuinfo")
 BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16"}  # products of bf16 numbers, summed in fp32
-# [ours] From how many parameters on such a processor is faster in bf16 (docs/speed.md): products of smaller models take
-# no less time, and in training casting costs more. A table and no clock, as a run must repeat.
-MIN_PARAMETERS_FOR_BF16 = {"training": 10_000_000, "sampling": 50_000_000}
+# [ours] From how many parameters on such a processor is faster in bf16 (benchmarks/results/precision.md): a step of a
+# smaller model is too short for its products to count. A table and no clock, as a run must repeat.
+MIN_PARAMETERS_FOR_BF16 = {"training": 5_000_000, "sampling": 20_000_000}
 
 
 def default_device() -> str:

@@ -15,8 +15,8 @@ from minidpost.precision import (
     training_dtype,
 )
 
-LARGE = 10_000_000
-LARGE_FOR_SAMPLING = 50_000_000
+LARGE = 5_000_000
+LARGE_FOR_SAMPLING = 20_000_000
 XEON = "processor\t: 0\nflags\t\t: fpu avx2 avx512f {} sse\nbugs\t\t: amx_bf16\n"
 
 

@@ -110,7 +110,8 @@ def training_bytes(
         activation_bytes = inputs_bytes + layer_bytes + copies_bytes // n_layers
     else:
         activation_bytes = n_layers * layer_bytes + copies_bytes
-    logits_bytes = 12 * min(LOGITS_AT_ONCE, n_tokens * model.config.vocab_size)  # logits, log-softmax, gradient
+    # Logits, their gradient, and on a GPU their log-softmax.
+    logits_bytes = (12 if on_gpu else 8) * min(LOGITS_AT_ONCE, n_tokens * model.config.vocab_size)
     # The copy of a training state that is written while training goes on does not count: where the host has no room for
     # one, the state is written without (training/saving.py).
     weights_bytes = frozen_bytes + 16 * n_trained
