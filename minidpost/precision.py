@@ -68,11 +68,11 @@ def name_of(dtype: torch.dtype) -> str:
     return next(name for name, value in DTYPES.items() if value == dtype)
 
 
-def cache_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
-    """The precision of the KV cache of a model with weights of `dtype`: the same, but fp32 for bf16 on a CPU.
+def key_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
+    """The precision of the keys in the cache of a model with weights of `dtype`: the same, but fp32 for bf16 on a CPU.
 
-    There attention of few queries to bf16 keys and values copies them at each step, which takes five times as long as
-    reading them in fp32.
+    There products of few queries and bf16 keys take longer, and round the scores. Values keep the weights' precision:
+    products with bf16 ones take half the time.
     """
     is_bf16_on_cpu = dtype == torch.bfloat16 and torch.device(device).type == "cpu"
     return torch.float32 if is_bf16_on_cpu else dtype

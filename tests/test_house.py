@@ -103,12 +103,12 @@ def test_the_sampler_knows_nothing_of_text_and_models():
     assert {room(name) for name in our_modules(MODULES["minidpost.sampling.sampler"])} == {"precision", "sampling"}
 
 
-@pytest.mark.parametrize(("family", "further"), [("t5", {"dropout"}), ("llama", {"dropped_attention"})])
+@pytest.mark.parametrize(
+    ("family", "further"), [("t5", {"models.dropout"}), ("llama", {"models.dropped_attention", "precision"})]
+)
 def test_models_know_nothing_of_sampling(family, further):
     ours = our_modules(MODULES[f"minidpost.models.{family}"])
-    assert ours == {"minidpost.models.layers", "minidpost.models.kvcache", "minidpost.precision"} | {
-        f"minidpost.models.{name}" for name in further
-    }
+    assert ours == {f"minidpost.{name}" for name in {"models.layers", "models.kvcache"} | further}
 
 
 @each_file

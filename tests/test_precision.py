@@ -7,9 +7,9 @@ from torch import nn
 from minidpost import precision
 from minidpost.precision import (
     autocast,
-    cache_dtype,
     cpu_multiplies_bf16,
     default_device,
+    key_dtype,
     prepare_device,
     sampling_dtype,
     training_dtype,
@@ -70,11 +70,11 @@ def test_a_gpu_that_only_emulates_bf16_computes_in_fp32(monkeypatch, has_it, exp
         assert choose("fp32", "cuda", 1) == torch.float32
 
 
-def test_keys_and_values_are_fp32_beside_bf16_weights_on_a_cpu_alone():
+def test_keys_are_fp32_beside_bf16_weights_on_a_cpu_alone():
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         expected = torch.float32 if dtype == torch.bfloat16 else dtype
-        assert cache_dtype(dtype, "cpu") == expected
-        assert cache_dtype(dtype, torch.device("cuda", 1)) == dtype
+        assert key_dtype(dtype, "cpu") == expected
+        assert key_dtype(dtype, torch.device("cuda", 1)) == dtype
 
 
 def test_cuda_is_the_default_where_there_is_one(monkeypatch):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minidpost.models.layers import attention, mask_bias
-from minidpost.precision import to_device
+from minidpost.precision import key_dtype, to_device
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,9 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ):
+        """Room for so many; `dtype` is that of the model's weights."""
         shape = (n_layers, n_rows, n_heads, max_tokens, d_head)
-        self.keys_LBGSK = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys_LBGSK = torch.zeros(shape, dtype=key_dtype(dtype, device), device=device)
         self.values_LBGSK = torch.zeros(shape, dtype=dtype, device=device)
         self.length_B = torch.zeros(n_rows, dtype=torch.long, device=device)
         self.row_B = torch.arange(n_rows, device=device)
@@ -70,18 +71,17 @@ class KVCache:
 
     def write_prompts(self, layer: int, row_Q: Tensor, k_QTGK: Tensor, v_QTGK: Tensor) -> None:
         """Write the first T positions of some rows; the lengths are declared by `set_lengths`."""
-        dtype, n_written = self.keys_LBGSK.dtype, k_QTGK.shape[1]
-        self.keys_LBGSK[layer, row_Q, :, :n_written] = k_QTGK.transpose(1, 2).to(dtype)
-        self.values_LBGSK[layer, row_Q, :, :n_written] = v_QTGK.transpose(1, 2).to(dtype)
+        n_written = k_QTGK.shape[1]
+        self.keys_LBGSK[layer, row_Q, :, :n_written] = k_QTGK.transpose(1, 2).to(self.keys_LBGSK.dtype)
+        self.values_LBGSK[layer, row_Q, :, :n_written] = v_QTGK.transpose(1, 2)
 
     def append(self, layer: int, plan: StepPlan, k_B1GK: Tensor, v_B1GK: Tensor) -> tuple[Tensor, Tensor]:
         """Write one token to each row of the plan; the rows' keys and values, the new included, twice (B, G, S, K).
 
         Lengths do not change until `advance`, so that every layer of a step writes to the same position.
         """
-        dtype = self.keys_LBGSK.dtype
-        self.keys_LBGSK[layer, plan.row_B, :, plan.position_B] = k_B1GK[:, 0].to(dtype)
-        self.values_LBGSK[layer, plan.row_B, :, plan.position_B] = v_B1GK[:, 0].to(dtype)
+        self.keys_LBGSK[layer, plan.row_B, :, plan.position_B] = k_B1GK[:, 0].to(self.keys_LBGSK.dtype)
+        self.values_LBGSK[layer, plan.row_B, :, plan.position_B] = v_B1GK[:, 0]
         n_rows = len(k_B1GK)
         keys_BGSK = self.keys_LBGSK[layer, :n_rows, :, : plan.n_read]
         values_BGSK = self.values_LBGSK[layer, :n_rows, :, : plan.n_read]

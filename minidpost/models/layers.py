@@ -43,7 +43,7 @@ def attention(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_BGRS: Tensor,
     """softmax(q kᵀ · scale + bias) v for few queries a row, (B, G, R, K).
 
     Each of the G heads of keys and values is read by R queries. The bias is anything that broadcasts to (B, G, R, S),
-    in the precision of keys and values, which may be higher than that of the queries (precision.cache_dtype).
+    in the precision of the keys, which may be higher than that of queries and values (precision.key_dtype).
     """
     dtype = q_BGRK.dtype
     q_BGRK = q_BGRK.to(k_BGSK.dtype)
@@ -55,7 +55,9 @@ def attention(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_BGRS: Tensor,
     if scale != 1.0:
         q_BGRK = q_BGRK * scale
     weight_BGRS = torch.matmul(q_BGRK, k_BGSK.mT).add_(bias_BGRS).softmax(-1)
-    return torch.matmul(weight_BGRS, v_BGSK).to(dtype)
+    # One product for each of the B · G heads: of four-dimensional bf16 values matmul would make a copy first.
+    y_NRK = torch.bmm(weight_BGRS.to(v_BGSK.dtype).flatten(0, 1), v_BGSK.flatten(0, 1))
+    return y_NRK.view(q_BGRK.shape).to(dtype)
 
 
 def linear(x_BTD: Tensor, weight_OD: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from minidpost.models.dropped_attention import dropped_attention
 from minidpost.models.kvcache import CachedTokens, KVCache, StepPlan, indices
 from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, linear
-from minidpost.precision import cache_dtype, to_device
+from minidpost.precision import to_device
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ class Llama(LanguageModel):
             n_heads=self.config.n_kv_heads,
             max_tokens=max_prompt + max_new,
             d_head=self.config.d_head,
-            dtype=cache_dtype(self.embedding.weight.dtype, self.embedding.weight.device),
+            dtype=self.embedding.weight.dtype,
             device=self.embedding.weight.device,
         )
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from minidpost.models.dropout import drop
 from minidpost.models.kvcache import CachedPrompts, CachedTokens, KVCache, SharedPromptCache, T5Cache, T5Plan, indices
 from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, linear, mask_bias
-from minidpost.precision import cache_dtype
 
 
 @dataclass(frozen=True)
@@ -343,7 +342,7 @@ class T5(LanguageModel):
             n_heads=self.config.n_heads,
             max_tokens=max_tokens,
             d_head=self.config.d_kv,
-            dtype=cache_dtype(self.embedding.weight.dtype, self.embedding.weight.device),
+            dtype=self.embedding.weight.dtype,
             device=self.embedding.weight.device,
         )
 

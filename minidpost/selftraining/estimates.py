@@ -36,7 +36,7 @@ from minidpost.models.layers import Linear
 from minidpost.models.lora import n_adapter_parameters
 from minidpost.models.t5 import T5Config
 from minidpost.models.weights import empty_model
-from minidpost.precision import cache_dtype
+from minidpost.precision import key_dtype
 from minidpost.processes import available_memory, processes_of_machine, world_size
 from minidpost.sampling.generate import MAX_PROMPT_TOKENS
 from minidpost.sampling.sampler import cached_tokens, overlaps, prefill_batch
@@ -181,9 +181,12 @@ def sampling_bytes(model: Model, preset: Preset, dtype: torch.dtype, device: str
     max_prompt = min(preset.max_source, MAX_PROMPT_TOKENS)
     n_rows = preset.slots + prefill_batch(preset.slots, device)
     max_new_tokens = cached_tokens(preset.max_new_tokens, overlaps(device))
-    cache = empty_model(model.config).to(cache_dtype(dtype, device)).new_cache(n_rows, max_prompt, max_new_tokens)
+    cache = empty_model(model.config).to(dtype).new_cache(n_rows, max_prompt, max_new_tokens)
+    stores = [cache.own, cache.prompt.store] if isinstance(cache, T5Cache) else [cache]
+    n_keys = sum(store.keys_LBGSK.numel() for store in stores)
+    cache_bytes = tensor_bytes(cache) + n_keys * (key_dtype(dtype, device).itemsize - dtype.itemsize)
     logits_bytes = 12 * preset.slots * model.config.vocab_size
-    return dtype.itemsize * n_parameters(model) + tensor_bytes(cache) + logits_bytes
+    return dtype.itemsize * n_parameters(model) + cache_bytes + logits_bytes
 
 
 def slots_for(model: Model, preset: Preset, dtype: torch.dtype, device: str) -> int:

@@ -238,7 +238,7 @@ def test_decoding_leaves_training_possible():
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_bf16_decoding_follows_its_full_forward(family):
-    """Keys, values and position biases are fp32: a CPU would copy those of bf16 at each step."""
+    """Keys and position biases are fp32, as scores of bf16 keys would be rounded; values are bf16."""
     ids = torch.randint(3, 40, (20,), generator=torch.Generator().manual_seed(0)).tolist()
     prompt, fed = ids[:12], ids[12:]
     if family == "t5":
@@ -254,7 +254,7 @@ def test_bf16_decoding_follows_its_full_forward(family):
         expected_TV = model(*inputs)[0, -len(fed) :].float()
     cache = model.new_cache(1, max_prompt=12, max_new=10)
     for part in [cache] if isinstance(cache, KVCache) else [cache.own, cache.prompt.store]:
-        assert part.keys_LBGSK.dtype == part.values_LBGSK.dtype == torch.float32
+        assert (part.keys_LBGSK.dtype, part.values_LBGSK.dtype) == (torch.float32, torch.bfloat16)
     assert model.prefill(cache, [0], [prompt]) == fed[:1]
     for token, expected_V in zip(fed, expected_TV, strict=True):
         logits_1V = model.decode(cache, torch.tensor([token]))

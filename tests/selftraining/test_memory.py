@@ -173,8 +173,8 @@ def test_sampling_needs_weights_cache_and_logits():
     preset = replace(LLAMA, slots=8, max_source=30, max_new_tokens=20)
     cache = Llama(CONFIG).bfloat16().new_cache(8 + sampler.PREFILL_BATCH, 30, 20)
     n_rows, n_layers, n_kv_heads, n_positions, d_head = 8 + 16, 4, 2, 30 + 20, 16
-    # Four bytes a number on a CPU, two on a GPU.
-    keys_and_values = 4 * 2 * n_rows * n_layers * n_kv_heads * n_positions * d_head
+    # Keys of four bytes on a CPU, two on a GPU; values of two.
+    keys_and_values = (4 + 2) * n_rows * n_layers * n_kv_heads * n_positions * d_head
     lengths_and_indices = 2 * 8 * n_rows
     cache_bytes = keys_and_values + lengths_and_indices
     assert tensor_bytes(cache) == cache_bytes
@@ -183,11 +183,11 @@ def test_sampling_needs_weights_cache_and_logits():
 
 
 def test_on_a_gpu_a_completion_has_room_for_one_token_more():
-    """Steps overlap there, so that a row is decoded once after its last token; keys and values are bf16 too."""
+    """Steps overlap there, so that a row is decoded once after its last token; keys are bf16 too."""
     preset = replace(LLAMA, slots=8, max_source=30, max_new_tokens=20)
     on_cpu, on_gpu = (sampling_bytes(meta(), preset, torch.bfloat16, device) for device in ("cpu", "cuda"))
     numbers_a_position = 2 * (8 + sampler.PREFILL_BATCH) * 4 * 2 * 16
-    assert on_cpu - on_gpu == (4 * (30 + 20) - 2 * (30 + 21)) * numbers_a_position
+    assert on_cpu - on_gpu == (3 * (30 + 20) - 2 * (30 + 21)) * numbers_a_position
 
 
 @pytest.mark.parametrize("name", ["flan-t5-large", "Meta-Llama-3-8B"])
