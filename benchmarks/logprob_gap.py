@@ -12,7 +12,7 @@ default, here on a CPU); bf16 for sampling and fp32 for training (a CPU with `--
 
 The bundled models answer questions of the toy world. A Llama of SmolLM2-135M's shape has random weights and prompts;
 its embedding, which is its output matrix too, is scaled so that its distributions are about as peaked as a trained
-model's, as a nearly uniform one would hide most of a gap.
+model's, as a nearly uniform one would hide most of a gap. With `--checkpoint` real weights answer questions of GSM8K.
 """
 
 import argparse
@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import RESULTS, command_line, instruction_set, machine_line, write_result  # noqa: E402
 from minidpost.data import datasets  # noqa: E402
+from minidpost.data.example import Example  # noqa: E402
 from minidpost.models.hf_config import Model  # noqa: E402
 from minidpost.models.hub import find_model  # noqa: E402
 from minidpost.models.layers import token_log_probabilities  # noqa: E402
@@ -67,12 +68,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--questions", type=int, default=100, help="for a bundled model (default %(default)s)")
     parser.add_argument("--random-questions", type=int, default=8, help="for the random one (default %(default)s)")
+    parser.add_argument("--checkpoint", help="a further model, for the first --random-questions of GSM8K's test set")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where GSM8K lies (default: data)")
     parser.add_argument("--output", type=Path, default=RESULTS / "logprob-gap.md")
     options = parser.parse_args()
     torch.set_num_threads(1)  # with more the sampler may work in processes of its own, where nothing can be noted
 
     tasks = [bundled_task(name, options.questions) for name in BUNDLED]
     tasks.append(random_task(options.random_questions))
+    if options.checkpoint:
+        tasks.append(checkpoint_task(options.checkpoint, options.random_questions, options.data_dir))
     rows = []
     for task in tasks:
         for sampling, training in PRECISIONS:
@@ -91,16 +96,27 @@ def main() -> None:
 
 def bundled_task(name: str, n_questions: int) -> Task:
     """A model of the repository, and questions of the toy world."""
+    settings = SamplingSettings(temperature=0.7, max_new_tokens=160, slots=64)
+    return task_of(name, datasets.load("toy", "test")[:n_questions], settings)
+
+
+def checkpoint_task(name: str, n_questions: int, data_dir: Path) -> Task:
+    """Real weights, and questions of GSM8K."""
+    settings = SamplingSettings(temperature=0.7, max_new_tokens=100, slots=8)
+    return task_of(name, datasets.load("gsm8k", "test", data_dir)[:n_questions], settings)
+
+
+def task_of(name: str, examples: Sequence[Example], settings: SamplingSettings) -> Task:
+    """A model that answers questions, several samples of each."""
     directory = find_model(name)
     template = load_template(directory)
-    questions = [example.question for example in datasets.load("toy", "test")[:n_questions]]
+    questions = [example.question for example in examples]
     requests = [
         Request(tuple(template.prompt_ids(question)), question, sample_index)
         for question in questions
         for sample_index in range(SAMPLES_EACH)
     ]
-    settings = SamplingSettings(temperature=0.7, max_new_tokens=160, slots=64)
-    return Task(name, load_model(directory), requests, settings, template.eos_id)
+    return Task(directory.name, load_model(directory), requests, settings, template.eos_id)
 
 
 def random_task(n_questions: int) -> Task:
