@@ -1,7 +1,8 @@
 """What both families are made of: linear layers, RMS norm, attention of few queries, and what a layer attends to.
 
 Three of these operations are torch's own, computed in another way where decoding on a CPU is faster for it: there a
-step has few rows, and each row has one position.
+step has few rows, and each row has one position. The log-probabilities of labels are computed in another way where
+training on a CPU is faster for it.
 
 Letters of the shapes, here and in the other files of this folder: B rows, T new or target positions, S source or
 cached positions, N packed tokens, Q distinct prompts, R queries that share keys, D model width, F feed-forward width,

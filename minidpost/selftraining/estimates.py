@@ -378,6 +378,11 @@ class Plan:
         """The iterations after the warm-up."""
         return self.preset.iterations_of(METHODS[self.method])
 
+    @property
+    def has_dpo(self) -> bool:
+        """Whether there are iterations that tune by DPO."""
+        return self.n_iterations > 0 and METHODS[self.method].has_dpo
+
 
 def run_flops(plan: Plan, size: ModelSize) -> float:
     """The operations of a whole run, estimated: those of all its stages (`planned_stages`)."""
@@ -392,7 +397,6 @@ def planned_stages(plan: Plan, size: ModelSize) -> dict[str, PlannedStage]:
     taken to make all its steps. How many there really are depends on what the model gets right.
     """
     preset = plan.preset
-    has_dpo = METHODS[plan.method].has_dpo
     labelled = plan.labelled
     n_source, n_target = token_counts(labelled)
     mean_target = n_target // max(1, len(labelled))
@@ -430,7 +434,7 @@ def planned_stages(plan: Plan, size: ModelSize) -> dict[str, PlannedStage]:
     for iteration in range(1, plan.n_iterations + 1):
         path = f"iteration-{iteration}"
         evaluation = evaluation_of_sft
-        if has_dpo:
+        if plan.has_dpo:
             n_pairs = n_questions // 2 * preset.pairs_per_question
             of_pairs = forward_flops(size, 2 * n_pairs * mean_prompt, 2 * n_pairs * mean_target)
             n_sequences = 2 * preset.dpo_steps * preset.dpo_pairs_per_step

@@ -32,7 +32,6 @@ from minidpost.sampling.cuda_graphs import CUDAGraphs
 from minidpost.sampling.sampler import cached_tokens, default_chunk_size, overlaps, prefill_batch
 from minidpost.sampling.token_choice import choose
 from minidpost.selftraining.estimates import Plan, forward_flops, model_size, run_flops, size_text, training_flops
-from minidpost.selftraining.methods import METHODS
 from minidpost.selftraining.presets import n_parameters
 from minidpost.selftraining.steps import less_for_sampling, less_for_training, load_for_training
 from minidpost.training.batching import TokenizedExample, epoch_steps, micro_batches, padded_shape
@@ -57,9 +56,8 @@ def rehearse(plan: Plan, model: Model) -> str | None:
     """
     if not is_worth_it(plan, model):
         return None
-    has_dpo = bool(plan.n_iterations and METHODS[plan.method].has_dpo)
     # Of sampling, a small one, of SFT on the labelled set and with pseudo-labels, of DPO's reference and of DPO.
-    n_batches = 3 + (1 if plan.n_iterations else 0) + (2 if has_dpo else 0)
+    n_batches = 3 + (1 if plan.n_iterations else 0) + (2 if plan.has_dpo else 0)
     progress = Progress(total=n_batches, desc="rehearsal", unit="batch", disable=rank() > 0)
     with unchanged_random_numbers(plan.device), progress:
         with when_memory_runs_out(f"in the rehearsal of sampling {less_for_sampling(plan.preset)}"):
@@ -138,7 +136,7 @@ def rehearse_training(plan: Plan, progress: Progress) -> None:
     preset = plan.preset
     model = load_for_training(plan.base, preset, dtype=plan.training_dtype, device=plan.device, seed=0)
     sft = preset.sft(0, plan.training_dtype)
-    pairs = largest_pairs(plan) if plan.n_iterations and METHODS[plan.method].has_dpo else []
+    pairs = largest_pairs(plan) if plan.has_dpo else []
     if pairs:
         factor = reference_batch_factor(torch.device(plan.device))
         reference_log_probabilities(
