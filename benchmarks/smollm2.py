@@ -2,7 +2,7 @@
 
     python -m benchmarks.smollm2 base   --model FILE.gguf    what the model can before: zero-shot, and with examples
     python -m benchmarks.smollm2 train  --model FILE.gguf    train.py with --method st and --method dpo-st
-    python -m benchmarks.smollm2 rates  --model FILE.gguf    the first DPO step with several learning rates, on dev
+    python -m benchmarks.smollm2 rates  --model FILE.gguf    DPO with several learning rates, on dev
     python -m benchmarks.smollm2 grade  --model FILE.gguf    its models' greedy answers to the test questions
     python -m benchmarks.smollm2 report                      smollm2.md
     python -m benchmarks.smollm2 all    --model FILE.gguf    base, train and grade side by side, for a GPU
@@ -23,8 +23,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +37,19 @@ from minidpost.data import datasets
 from minidpost.data.example import Example
 from minidpost.models.hf_config import Model
 from minidpost.models.hub import find_model
-from minidpost.models.weights import load_model, load_template, open_tensors
-from minidpost.precision import default_device, prepare_device, sampling_dtype
+from minidpost.models.weights import in_memory, load_model, load_template, open_tensors, write_safetensors
+from minidpost.precision import default_device, prepare_device, sampling_dtype, training_dtype
+from minidpost.sampling.generate import Sample
 from minidpost.sampling.sampler import SamplingSettings
 from minidpost.selftraining.evaluation import samples_by_question
 from minidpost.selftraining.presets import Preset
-from minidpost.storage import markdown_table, read_json, read_jsonl, write_json
+from minidpost.selftraining.selection import Candidates, preference_pairs
+from minidpost.storage import markdown_table, read_json, read_jsonl, write_json, write_jsonl
 from minidpost.text.grading import is_correct
 from minidpost.text.templates import LlamaTemplate, Template, Tokenizer
 from minidpost.text.tokenizer import load_tokenizer
 from minidpost.training.batching import TokenizedExample, drop_too_long
-from minidpost.training.dpo import PreferencePair, train_dpo
+from minidpost.training.dpo import PreferencePair, reference_log_probabilities, train_dpo
 from minidpost.training.optim import read_log
 from minidpost.training.state import TrainingState
 
@@ -59,7 +61,7 @@ METHODS = ("st", "dpo-st")
 N_SHOTS = 3
 N_PARAMETERS = 134_515_008  # of SmolLM2-135M
 N_SAMPLES = 10  # a question, for pass@1 … pass@10
-RATES = (7e-7, 2e-6, 5e-6, 1e-5)  # of the first DPO step, for `rates`
+RATES = (3e-6, 1e-5, 1e-6)  # of the first DPO step, for `rates`
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Scale:
     n_other_test: int | None  # of each of the other sets
     n_dev: int | None
     n_base: int | None = None  # of each test set, for the base model
+    n_rate_questions: int | None = None  # of the labelled ones, for `rates`
+    rate_epochs: int = 4  # of DPO, for `rates`
     max_new_tokens: int = 300
 
 
@@ -89,17 +93,21 @@ SCALES = {
     ),
     "part": Scale(
         flags=(
-            *("--template", "chat", "--limit", "400", "--sft-epochs", "2", "--sft-examples-per-step", "16"),
-            # A tenth of the paper's pairs, hence a tenth of its steps: with a rate as many times its 7e-7 the weights
-            # move as far in all.
-            *("--dpo-pairs-per-step", "16", "--dpo-max-epochs", "2", "--dpo-learning-rate", "5e-6"),
-            *("--samples", "5", "--micro-batch-tokens", "4096", "--pass-questions", "50"),
+            # Many questions once rather than few of them three times; what is seen once needs no dropout.
+            *("--template", "chat", "--limit", "2400", "--sft-epochs", "1", "--sft-examples-per-step", "16"),
+            *("--sft-dropout", "0"),
+            # A fifth of the paper's steps: with as many times its 7e-7 the weights move as far in all.
+            *("--dpo-samples", "3", "--dpo-pairs-per-step", "16", "--dpo-max-epochs", "2"),
+            *("--dpo-learning-rate", "3e-6", "--samples", "3"),
+            *("--micro-batch-tokens", "4096", "--pass-questions", "100"),
         ),
         iterations=1,
         n_test=200,
         n_other_test=200,
-        n_dev=200,
+        n_dev=100,
         n_base=200,
+        n_rate_questions=150,
+        rate_epochs=1,
     ),
     "try": Scale(
         flags=(
@@ -112,6 +120,7 @@ SCALES = {
         n_other_test=2,
         n_dev=2,
         n_base=2,
+        n_rate_questions=4,
         max_new_tokens=40,
     ),
 }
@@ -331,36 +340,57 @@ def take_over_warm_up(done: Path, new: Path, method: str) -> None:
 
 
 def measure_rates(seed: int, options: argparse.Namespace) -> None:
-    """The first DPO step of the DPO-ST run, with each of RATES, graded by samples for dev questions.
+    """DPO of a run's warm-up on preference pairs of its first questions, with each of RATES, graded on dev's questions.
 
-    Begun when the run has its pairs and their reference. What there is without a step, the warm-up, stands beside.
+    What there is without it, the warm-up's own samples, stands beside. Samples, reference and grades are kept.
     """
+    scale = SCALES[options.scale]
     path = FOUND / f"{options.scale}-rates-{seed}.json"
     found: dict[str, Any] = read_json(path) if path.is_file() else machine()
-    directory = run_directory("dpo-st", seed, options)
+    warmed_up = [run_directory(method, seed, options) for method in METHODS]
+    directory = next((run for run in warmed_up if has_warmed_up(run)), warmed_up[0])
     preset = Preset(**read_json(directory / "config.json")["settings"]["preset"])
     warm_up = directory / "iteration-0" / "sft"
     template = load_template(warm_up)
-    pairs = drop_too_long([*pairs_of(directory / "iteration-1", template)], preset.max_source, preset.max_target)
-    with open_tensors(directory / "iteration-1" / "reference.safetensors") as file:
-        reference_P2 = file.get_tensor("reference_P2")
-    found["pairs"] = len(pairs)
+    scratch = directory.with_name(f"{options.scale}-rates-{seed}")
+    scratch.mkdir(exist_ok=True)
     sampling_precision = sampling_dtype("auto", options.device, N_PARAMETERS)
+    training_precision = training_dtype("auto", options.device, N_PARAMETERS)
+
+    # 1) What all rates share: the pairs, and what the reference says of them.
+    pairs = pairs_of(warm_up, template, preset, scratch / "samples.jsonl", options)
+    found["pairs"] = len(pairs)
+    reference = scratch / "reference.safetensors"
+    if not reference.exists():
+        policy = load_model(warm_up, torch.float32, options.device)
+        reference_P2 = reference_log_probabilities(
+            policy, pairs, micro_batch_tokens=preset.micro_batch_tokens, dtype=training_precision
+        )
+        write_safetensors(in_memory({"reference_P2": reference_P2}), reference)
+    with open_tensors(reference) as file:
+        reference_P2 = file.get_tensor("reference_P2")
     if "0" not in found:
         model = load_model(warm_up, sampling_precision, options.device)
         found["0"] = {"n_correct": correct_samples(model, template, options, label="without DPO")}
         write_json(path, found)
+
+    # 2) DPO with each, from the warm-up.
     for rate in RATES:
         key = f"{rate:g}"
         if key in found:
             continue
-        scratch = directory.with_name(f"{directory.name}-rate-{key}")
-        scratch.mkdir(exist_ok=True)
         policy = load_model(warm_up, torch.float32, options.device)
-        settings = replace(preset, dpo_learning_rate=rate).dpo(len(pairs), seed)
-        state = TrainingState(scratch / "state.safetensors")
-        log = scratch / "log.jsonl"
-        train_dpo(policy, pairs, reference_P2, settings, log_path=log, stage=f"DPO, rate {key}", state=state)
+        settings = replace(preset, dpo_learning_rate=rate, dpo_max_epochs=scale.rate_epochs)
+        log = scratch / f"log-{key}.jsonl"
+        train_dpo(
+            policy,
+            pairs,
+            reference_P2,
+            settings.dpo(len(pairs), seed, training_precision),
+            log_path=log,
+            stage=f"DPO, rate {key}",
+            state=TrainingState(scratch / "state.safetensors"),
+        )
         steps = [*read_log(log)]
         found[key] = {
             "steps": len(steps),
@@ -368,15 +398,35 @@ def measure_rates(seed: int, options: argparse.Namespace) -> None:
             "n_correct": correct_samples(policy.to(sampling_precision), template, options, label=f"rate {key}"),
         }
         write_json(path, found)
-        shutil.rmtree(scratch)
+        (scratch / "state.safetensors").unlink(missing_ok=True)
+    shutil.rmtree(scratch)
 
 
-def pairs_of(iteration: Path, template: Template) -> Iterator[PreferencePair]:
-    """The preference pairs of an iteration."""
-    for _, record in read_jsonl(iteration / "pairs.jsonl"):
-        prompt = tuple(template.prompt_ids(record["question"]))
-        chosen = TokenizedExample(prompt, tuple(record["chosen_ids"]))
-        yield PreferencePair(chosen, TokenizedExample(prompt, tuple(record["rejected_ids"])))
+def pairs_of(
+    warm_up: Path, template: Template, preset: Preset, path: Path, options: argparse.Namespace
+) -> list[PreferencePair]:
+    """Preference pairs (equation 4) of the first labelled questions, by a model's samples, which are kept at `path`."""
+    scale = SCALES[options.scale]
+    examples = questions("gsm8k", "train", options, scale.n_rate_questions)
+    if not path.exists():
+        model = load_model(warm_up, sampling_dtype("auto", options.device, N_PARAMETERS), options.device)
+        random = settings(options, temperature=preset.temperature, seed=778)
+        n_samples = preset.dpo_samples
+        rows = samples_by_question(
+            model, template, examples, random, n_samples=n_samples, calculator=True, label="samples for DPO"
+        )
+        write_jsonl(path, [asdict(sample) for row in rows for sample in row])
+    known = []
+    for example in examples:
+        prompt_ids = tuple(template.prompt_ids(example.question))
+        gold = TokenizedExample(prompt_ids, tuple(template.target_ids(example.rationale or "")))
+        known.append(Candidates(prompt_ids, gold))
+    for _, record in read_jsonl(path):
+        sample = Sample(**record)
+        known[sample.example_index].add(sample)
+    limits = {"max_similarity": preset.max_similarity, "pairs_per_question": preset.pairs_per_question}
+    pairs = [pair for of_question in known for pair in preference_pairs(of_question, **limits)]
+    return drop_too_long(pairs, preset.max_source, preset.max_target)
 
 
 def grade(method: str, seed: int, options: argparse.Namespace) -> None:

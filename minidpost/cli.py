@@ -284,13 +284,15 @@ def open_model(options: argparse.Namespace) -> tuple[Path, Model, Template]:
     Without --slots as many are noted in `options` as the device has memory for. UserError: no such model, or a broken
     one.
     """
+    template_name = options.template
     if options.checkpoint is not None:
         directory = on_rank_0(lambda: find_model(options.checkpoint))
     else:
-        directory = on_rank_0(default_checkpoint)
+        directory, template_of_run = on_rank_0(default_checkpoint)
+        template_name = template_name or template_of_run
         if rank() == 0:
             print(f"model: {directory}", file=sys.stderr)
-    template = load_template(directory, options.template)  # before the weights, which take longer to read
+    template = load_template(directory, template_name)  # before the weights, which take longer to read
     dtype = sampling_dtype(options.dtype, options.device, n_parameters(empty_model(read_config(directory))))
     model = load_model(directory, dtype, options.device)
     if options.slots is None:
@@ -299,19 +301,26 @@ def open_model(options: argparse.Namespace) -> tuple[Path, Model, Template]:
     return directory, model, template
 
 
-def default_checkpoint() -> Path:
-    """The model of the newest run that was best on dev; without a run, the bundled one that has learnt the task."""
+def default_checkpoint() -> tuple[Path, str | None]:
+    """The model of the newest run that was best on dev; without a run, the bundled one that has learnt the task.
+
+    And the template that it was asked by, where the model does not record it: None for the one that it has.
+    """
     for results in sorted(RUNS.glob("*/results.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             content: Any = read_json(results)
             checkpoint = content["iterations"][content["best_iteration"]]["checkpoint"]
+            template = None
             if checkpoint is None:  # without a warm-up the base itself may be the best one
                 # Older runs do not say what --model was, only what the directory was called that it stood for.
                 directory = find_model(content.get("base", content["model"]))
+                config_path = results.with_name("config.json")
+                config: Any = read_json(config_path) if config_path.is_file() else {"settings": {}}
+                template = config["settings"].get("template")
             else:
                 directory = results.parent / checkpoint
         except (OSError, ValueError, LookupError, TypeError, UserError):
             continue  # of an older format, or not ours
         if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
-            return directory
-    return find_model("tiny-t5-dpo-st")
+            return directory, template
+    return find_model("tiny-t5-dpo-st"), None

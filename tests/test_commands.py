@@ -315,6 +315,9 @@ def test_without_argument_the_base_answers_where_it_is_the_best(call, tiny_model
     write_lines("runs/a/results.json", content | named)
     outcome = call("sample.py", TOM, "--max-new-tokens", 2)
     assert (outcome.status, outcome.complaints) == (0, [f"model: {found}"])
+    write_lines("runs/a/config.json", {"settings": {"template": "chat"}})
+    if base != "unknown":  # asked as the run asked it
+        assert cli.default_checkpoint() == (Path(found), "chat")
 
 
 # -- eval.py ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Llama-3's tokenizer.model as transformers reads it, without the library that it asks for the ranks."""
+"""Tokenizers of transformers for the files in ../shared: Llama-2's and Llama-3's tokenizer.model."""
 
 import base64
 import sys
@@ -29,3 +29,24 @@ def llama3_of_transformers(path: Path):
         patch.setitem(sys.modules, "tiktoken.load", load)
         backend = TikTokenConverter(str(path), extra_special_tokens=names).converted()
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=names[0], eos_token=names[1])
+
+
+def llama2_of_transformers(llama2):
+    """transformers' Llama tokenizer, given the pieces of a SentencePiece model that we have read."""
+    from transformers import LlamaTokenizer
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    pieces = {llama2._model.id_to_piece(i): i for i in range(llama2.vocab_size)}
+    scores = {piece: llama2._model.get_score(i) for piece, i in pieces.items()}
+    return LlamaTokenizer(vocab=pieces, merges=generate_merges(pieces, scores), add_bos_token=True)
+
+
+def with_legacy_normalizer(tokenizer):
+    """The same tokenizer as older files have it: a space before every text between special tokens."""
+    from tokenizers import normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    backend.pre_tokenizer = None
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")

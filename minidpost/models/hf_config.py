@@ -74,6 +74,11 @@ def config_file(directory: Path) -> tuple[Path, dict[str, Any]]:
     found = hf.get("model_type") if isinstance(hf, dict) else None
     if not isinstance(hf, dict) or not isinstance(found, str) or found not in HF_MAPPINGS:
         raise UserError(f"{path}: model_type {found!r} is not known; known: {', '.join(map(repr, HF_MAPPINGS))}")
+    if hf.get("quantization_config") is not None:
+        raise UserError(
+            f"{path}: quantization_config: quantised weights are not read; take the model that they were made of, or "
+            "a GGUF file"
+        )
     return path, hf
 
 
@@ -316,7 +321,6 @@ def read_llama(hf: dict[str, Any]) -> LlamaConfig:
     if not isinstance(rope, dict):
         raise ValueError(f"rope_scaling is {rope!r}, an object is expected")
     max_positions = read_int(hf, "max_position_embeddings", 1, 2**30)
-    check_full_attention(hf, family, max_positions)
     attention_bias = family.has_bias_settings and read_bool(hf, "attention_bias", False)
     return LlamaConfig(
         vocab_size=sizes["vocab_size"],
@@ -330,6 +334,7 @@ def read_llama(hf: dict[str, Any]) -> LlamaConfig:
         rope_theta=float(read_float(hf if "rope_theta" in hf else rope, "rope_theta", 1, 2**60, 10000.0)),
         rope_scaling=read_rope_scaling(rope),
         max_positions=max_positions,
+        window=read_window(hf, family, max_positions),
         qkv_bias=family.has_qkv_bias or attention_bias,
         output_bias=attention_bias,
         qk_norm=family.has_qk_norm,
@@ -352,10 +357,10 @@ def read_eos_id(hf: dict[str, Any], last_id: int) -> int | tuple[int, ...] | Non
     return eos_ids if len(eos_ids) > 1 else eos_ids[0]
 
 
-def check_full_attention(hf: dict[str, Any], family: LlamaFamily, max_positions: int) -> None:
-    """ValueError where a position does not see all before it: a window of attention that slides along is not built.
+def read_window(hf: dict[str, Any], family: LlamaFamily, max_positions: int) -> int | None:
+    """Up to how many positions each sees all before it, None for any number; ValueError where only some layers do so.
 
-    A window as long as the longest sequence is none.
+    A window that slides along is not built. One as long as the longest sequence is none.
     """
     if family.may_have_sliding_window:
         if read_bool(hf, "use_sliding_window", False):
@@ -365,11 +370,8 @@ def check_full_attention(hf: dict[str, Any], family: LlamaFamily, max_positions:
             raise ValueError(f"layer_types is {layer_types!r:.80}, a list of 'full_attention' is expected")
     if family.has_sliding_window and "sliding_window" in hf:
         window = read_int(hf, "sliding_window", 1, 2**30)
-        if window < max_positions:
-            raise ValueError(
-                f"sliding_window {window} is shorter than max_position_embeddings {max_positions}: sliding windows are "
-                "not supported, null is expected, or a max_position_embeddings within the window"
-            )
+        return window if window < max_positions else None
+    return None
 
 
 def read_rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
@@ -434,7 +436,7 @@ def write_llama(config: LlamaConfig) -> dict[str, Any]:
     if family.has_mlp_bias_setting:
         content["mlp_bias"] = config.mlp_bias
     if family.has_sliding_window:
-        content["sliding_window"] = None
+        content["sliding_window"] = config.window
     if family.may_have_sliding_window:
         content["use_sliding_window"] = False
     return content

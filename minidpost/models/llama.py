@@ -3,7 +3,7 @@
 Families of its kind are settings of the same model (`LLAMA_FAMILIES` in hf_config.py): Mistral (arXiv 2310.06825) is a
 Llama with another name, Qwen2 and Qwen2.5 (arXiv 2407.10671, 2412.15115) have biases on queries, keys and values, Qwen3
 (arXiv 2505.09388) an RMS norm over each head of the queries and keys instead. SmolLM2 and TinyLlama are Llamas by name
-too. Attention is full in all of them: sliding windows are refused.
+too. Attention is full in all of them: where a model has a sliding window (Mistral 0.1), sequences must fit in it.
 
 Ids in, logits out. Pre-norm residual layers with RMS norm, rotary positions in Hugging Face's mapping (a head's first
 half rotates against its second), SwiGLU, and query heads that share keys and values in groups. Llama-3.1 stretches the
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidpost.errors import UserError
 from minidpost.models.dropped_attention import dropped_attention
 from minidpost.models.kvcache import CachedTokens, KVCache, StepPlan, indices
 from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, linear
@@ -60,6 +61,7 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     max_positions: int = 2048  # carried from and to config.json; nothing here consults it
+    window: int | None = None  # positions of a sliding window: no longer sequences are computed, see `check_length`
     qkv_bias: bool = False  # of queries, keys and values
     output_bias: bool = False  # of the attention's output
     qk_norm: bool = False  # an RMS norm over each head of queries and keys, before they are turned
@@ -74,6 +76,14 @@ class LlamaConfig:
     def is_encoder_decoder(self) -> Literal[False]:
         """False: prompt and target are one sequence."""
         return False
+
+    def check_length(self, n_positions: int) -> None:
+        """UserError for sequences longer than a sliding window: within it each position sees all before it."""
+        if self.window is not None and n_positions > self.window:
+            raise UserError(
+                f"sequences of {n_positions:,} tokens are longer than this model's sliding window of {self.window:,}; "
+                "longer ones are not supported: lower --max-new-tokens, or --max-source and --max-target"
+            )
 
 
 class Rotation(NamedTuple):
@@ -267,6 +277,7 @@ class Llama(LanguageModel):
         The product right-pads and gives no mask: that branch is here for the contract `llama(ids_BT, mask_BT)`, for
         tests that compare with left-padded rows, and for users of the class.
         """
+        self.config.check_length(ids_BT.shape[1])
         position_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
         mask_B1TT = None
         if mask_BT is not None:
@@ -306,6 +317,7 @@ class Llama(LanguageModel):
     @torch.inference_mode()
     def new_cache(self, n_rows: int, max_prompt: int, max_new: int) -> KVCache:
         """Room for `n_rows` sequences of at most `max_prompt` + `max_new` tokens; eval mode begins."""
+        self.config.check_length(max_prompt + max_new)
         self.eval()
         return KVCache(
             n_layers=self.config.n_layers,

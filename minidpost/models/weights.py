@@ -55,6 +55,7 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
         if not is_finite(stored.tensor):
             not_finite.append(f"{stored.path}: tensor {stored.theirs}")
         set_parameter(model, stored.ours, nn.Parameter(stored.tensor.to(device, dtype)))
+    check_tied_head(Path(directory), model)
     if not_finite:
         warnings.warn(f"{not_finite[0]} holds NaN or infinity ({len(not_finite)} such in all)", stacklevel=2)
     return model.eval()
@@ -105,6 +106,23 @@ def checked_files(directory: Path) -> tuple[Model, dict[Path, dict[str, str]]]:
     if missing:
         raise UserError(f"{directory}: missing tensor {min(missing)} ({len(missing)} missing in all)")
     return model, files
+
+
+def check_tied_head(directory: Path, model: Model) -> None:
+    """UserError where config.json has the embedding as output matrix, and a file an output matrix that is another."""
+    if not model.config.tied:
+        return
+    head_file = next((path for path, names in tensor_files(directory).items() if "lm_head.weight" in names), None)
+    if head_file is None:
+        return
+    with open_tensors(head_file) as tensors:
+        head_VD = read_tensor(tensors, head_file, "lm_head.weight")
+    embedding_VD = model.embedding.weight
+    if head_VD.shape != embedding_VD.shape or not torch.equal(head_VD.to(embedding_VD), embedding_VD):
+        raise UserError(
+            f"{head_file}: lm_head.weight is not the embedding, though tie_word_embeddings in config.json says so; "
+            "set it to false there"
+        )
 
 
 class StoredTensor(NamedTuple):
@@ -162,7 +180,7 @@ def load_template(directory: str | Path, template: str | None = None) -> Templat
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, config.vocab_size, directory)
     if family != "t5" and (template or recorded_template(directory)) == "chat":
-        return ChatTemplate(tokenizer, chat_format_of(directory, tokenizer.special_ids))
+        return ChatTemplate(tokenizer, chat_format_of(directory, tokenizer))
     return template_for(family, tokenizer)
 
 

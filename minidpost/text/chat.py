@@ -1,26 +1,23 @@
 """A checkpoint's own chat format: the question as the user's turn, the rationale as the assistant's.
 
-The formats are written here by hand and recognised by what tokenizer_config.json's `chat_template` (or the file
-chat_template.jinja) holds and by the special tokens of the vocabulary; no template is run. Known are ChatML, as SmolLM2
-and Qwen use it, with the default system prompt that stands in the checkpoint's template, and Llama-3's headers:
+A chat template is a program in Jinja's language, in tokenizer_config.json's `chat_template` or in the file
+chat_template.jinja. It is run once, in Jinja's sandbox, with placeholders for the two texts, which gives the frame of
+all prompts; SmolLM2's is
 
     <|im_start|>system
-    You are a helpful assistant.<|im_end|>
+    You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
     <|im_start|>user
-    How many clips did Natalia sell?<|im_end|>
+    {question}<|im_end|>
     <|im_start|>assistant
-    48/2 = <<48/2=24>>24 clips …<|im_end|>
 
-    <|begin_of_text|><|start_header_id|>user<|end_header_id|>
-
-    How many clips did Natalia sell?<|eot_id|><|start_header_id|>assistant<|end_header_id|>
-
-    48/2 = <<48/2=24>>24 clips …<|eot_id|>
+A target is the canonical rationale and what ends the assistant's turn, there <|im_end|>. A directory that has no
+template is told from its special tokens: ChatML's or Llama-3's.
 
 Departures from transformers' `apply_chat_template`: the marks of the frame are special ids, but their names in a
 question are ordinary text; the question is tidied, as in the Alpaca-style prompt; Qwen3's assistant begins with its
-empty block of thoughts, as in that template's own training text (`enable_thinking=False`); Llama-3.1 and later
-state the day that their template falls back to, not today's: the same question has the same prompt every day.
+empty block of thoughts, as in that template's own training text (`enable_thinking=False`); templates that state the
+day (Llama-3.1 and later) have the one that they fall back to, not today's, so that the same question has the same
+prompt every day; what a template puts between prompt and answer (Llama-2's space) is left out.
 """
 
 import re
@@ -29,128 +26,168 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from minidpost.errors import UserError
 from minidpost.storage import read_json
 from minidpost.text.templates import LlamaTemplate, Tokenizer, tidy
+from minidpost.text.tokenizer import read_special_tokens
 
 CHAT_FILES = ("tokenizer_config.json", "chat_template.jinja")  # of which the latter has the word where both are there
+MAX_TEMPLATE_BYTES = 2**20
+QUESTION, ANSWER = "{question}", "{answer}"
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """The frame around a question, with `{question}` in its place, the marks in it, and what ends a turn."""
+    """The frame around a question, with `{question}` in its place, and the special token that ends a turn.
+
+    `end_of_turn` is None where a turn ends in the tokenizer's own EOS.
+    """
 
     frame: str
-    marks: tuple[str, ...]  # special tokens
-    end_of_turn: str  # one of them
+    end_of_turn: str | None
 
 
-MAX_TEMPLATE_BYTES = 2**20
-
+# What directories have that have lost their template.
 CHATML_MARKS = ("<|im_start|>", "<|im_end|>")
-CHATML = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-THOUGHT_MARKS = ("<think>", "</think>")
-NO_THOUGHTS = "<think>\n\n</think>\n\n"
-# SmolLM2's vocabulary alone has these; its template's system prompt, for directories that have lost the template.
+CHATML = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+# SmolLM2's vocabulary alone has these, and its template this system prompt.
 SMOLLM2_MARKS = ("<repo_name>", "<jupyter_start>", "<empty_output>")
-SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-
+SMOLLM2_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 LLAMA3_MARKS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 LLAMA3 = (
-    "<|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
+    f"{QUESTION}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 )
-LLAMA3_DATES = (
-    "<|start_header_id|>system<|end_header_id|>\n\n"
-    "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>"
-)
-
-# `'<|im_start|>system\nYou are …<|im_end|>\n'` in a template's source, where line breaks are still spelt \n.
-_SYSTEM_PROMPT = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^<>{}'\"\\]+)<\|im_end\|>")
 
 
 class ChatTemplate(LlamaTemplate):
     """A question in the checkpoint's chat format, the canonical rationale as the answer, the end of the turn as EOS."""
 
     def __init__(self, tokenizer: Tokenizer, chat_format: ChatFormat):
-        """Bind a format to a vocabulary; UserError if it lacks the format's marks, or is none of Llama's kind."""
-        missing = [mark for mark in chat_format.marks if mark not in tokenizer.special_ids]
-        if missing:
-            raise UserError(f"{tokenizer.files[0]}: the chat format needs the special token {missing[0]}")
-        super().__init__(tokenizer, tokenizer.special_ids[chat_format.end_of_turn])
+        """Bind a format to a vocabulary; UserError if it is none of Llama's kind."""
+        end = chat_format.end_of_turn
+        super().__init__(tokenizer, None if end is None else tokenizer.special_ids[end])
         self._frame = chat_format.frame
-        self._mark_ids = {mark: tokenizer.special_ids[mark] for mark in chat_format.marks}
-        self._parts = re.split(f"({'|'.join(map(re.escape, chat_format.marks))})", chat_format.frame)
+        # The marks, and the texts between them, which may be empty.
+        self._parts = _split_at(tokenizer.special_ids, chat_format.frame)
 
     def prompt(self, question: str) -> str:
         """The question in its frame, up to where the assistant begins."""
-        return self._frame.replace("{question}", tidy(question))
+        return self._frame.replace(QUESTION, tidy(question))
 
     def prompt_ids(self, question: str) -> list[int]:
         """The ids in front of a completion: those of the marks, and of the text between them."""
+        special_ids = self._tokenizer.special_ids
         ids: list[int] = []
         for part in self._parts:
-            if part in self._mark_ids:
-                ids.append(self._mark_ids[part])
-            else:
-                ids += self._tokenizer.encode(part.replace("{question}", tidy(question)), continued=True)
+            if part in special_ids:
+                ids.append(special_ids[part])
+            elif part:
+                text = part.replace(QUESTION, tidy(question))
+                # After a mark some vocabularies begin a text with a space, as at the very beginning.
+                is_continued = bool(ids) and not self._tokenizer.begins_anew_after_marks
+                ids += self._tokenizer.encode(text, continued=is_continued)
         return ids
 
 
-def chat_format_of(directory: str | Path, special_ids: Mapping[str, int]) -> ChatFormat:
-    """The chat format of a checkpoint with these special tokens; UserError if it is none that is known.
+def chat_format_of(directory: str | Path, tokenizer: Tokenizer) -> ChatFormat:
+    """The chat format of a checkpoint with this tokenizer; UserError if it has none, or a broken one.
 
     Without a template the special tokens alone say which.
     """
-    source = _template_source(Path(directory))
-    if _are_all_in(CHATML_MARKS, special_ids, source):
-        return _chatml(source, special_ids)
-    if _are_all_in(LLAMA3_MARKS[1:], special_ids, source):
-        has_dates = source is not None and "Cutting Knowledge Date" in source
-        frame = LLAMA3_MARKS[0] + (LLAMA3_DATES if has_dates else "") + LLAMA3
-        return ChatFormat(frame, LLAMA3_MARKS, "<|eot_id|>")
+    directory = Path(directory)
+    path, source = _template_source(directory)
+    if source is not None:
+        return _format_of_template(path, source, tokenizer)
+    special_ids = tokenizer.special_ids
+    if special_ids.keys() >= {*CHATML_MARKS}:
+        system = SMOLLM2_SYSTEM if special_ids.keys() >= {*SMOLLM2_MARKS} else ""
+        return ChatFormat(system + CHATML, "<|im_end|>")
+    if special_ids.keys() >= {*LLAMA3_MARKS}:
+        return ChatFormat(LLAMA3, "<|eot_id|>")
     raise UserError(
-        f"{directory}: its chat format is none that is known; known are ChatML (<|im_start|>, as SmolLM2 and Qwen have "
-        "it) and Llama-3's (<|start_header_id|>); the template 'alpaca' needs no chat format"
+        f"{directory}: no chat_template in {' or '.join(CHAT_FILES)}, and no special tokens of a known format "
+        "(ChatML's <|im_start|>, Llama-3's <|start_header_id|>); the template 'alpaca' needs no chat format"
     )
 
 
-def _are_all_in(marks: tuple[str, ...], special_ids: Mapping[str, int], source: str | None) -> bool:
-    """Whether all marks are special tokens, and in the template's source if there is one."""
-    return all(mark in special_ids and (source is None or mark in source) for mark in marks)
+def _format_of_template(path: Path, source: str, tokenizer: Tokenizer) -> ChatFormat:
+    """Run a template: for a question alone, and with an answer to it, which shows what ends a turn."""
+    # Templates name these two by what they are. Of others none is known to.
+    said = read_special_tokens(path.parent)
+    name_of: dict[int | None, str] = {token_id: name for name, token_id in tokenizer.special_ids.items()}
+    names = {
+        "bos_token": said.bos or name_of.get(tokenizer.bos_id, ""),
+        "eos_token": said.eos or name_of.get(tokenizer.eos_id, ""),
+    }
+    user = {"role": "user", "content": QUESTION}
+    assistant = {"role": "assistant", "content": ANSWER}
+    frame = _rendered(path, source, messages=[user], add_generation_prompt=True, **names)
+    both = _rendered(path, source, messages=[user, assistant], add_generation_prompt=False, **names)
+    n_shown = frame.count(QUESTION)
+    if n_shown != 1:
+        raise UserError(f"{path}: not usable as a chat template: it shows the user's message {n_shown} times, not once")
+    marks_after_answer = _split_at(tokenizer.special_ids, both.partition(ANSWER)[2])[1::2]
+    return ChatFormat(frame, next(iter(marks_after_answer), None))
 
 
-def _chatml(source: str | None, special_ids: Mapping[str, int]) -> ChatFormat:
-    """ChatML with the system prompt and the block of thoughts that a template's source has."""
-    if source is not None:
-        found = _SYSTEM_PROMPT.search(source)
-        system = found[1] if found else None
-    else:
-        system = SMOLLM2_SYSTEM if _are_all_in(SMOLLM2_MARKS, special_ids, None) else None
-    frame = CHATML if system is None else f"<|im_start|>system\n{system}<|im_end|>\n{CHATML}"
-    marks: tuple[str, ...] = CHATML_MARKS
-    if source is not None and repr(NO_THOUGHTS)[1:-1] in source and _are_all_in(THOUGHT_MARKS, special_ids, source):
-        frame += NO_THOUGHTS
-        marks += THOUGHT_MARKS
-    return ChatFormat(frame, marks, "<|im_end|>")
+def _split_at(special_ids: Mapping[str, int], text: str) -> list[str]:
+    """Texts and special tokens in turn: text, token, text …; of two tokens at one place the longer one counts."""
+    names = sorted(filter(None, special_ids), key=len, reverse=True)
+    return re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
 
 
-def _template_source(directory: Path) -> str | None:
+class _GenerationBlock(Extension):
+    """`{% generation %} … {% endgeneration %}`, by which templates mark what an assistant wrote: shown as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 – declared by jinja2
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """What is inside the block."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _rendered(path: Path, source: str, **variables: Any) -> str:
+    """What a template makes of its variables; UserError whatever goes wrong in it."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]
+    )
+    environment.globals["raise_exception"] = _raise
+    try:
+        return environment.from_string(source).render(variables, tools=None, documents=None, enable_thinking=False)
+    except Exception as error:  # a template may fail in any way that a program may
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: not usable as a chat template: {reason:.200}") from None
+
+
+def _raise(message: str) -> None:
+    """What templates call where messages are not as they want them."""
+    raise ValueError(message)
+
+
+def _template_source(directory: Path) -> tuple[Path, str | None]:
     """The source of a checkpoint's chat template, None if it has none; UserError where a file is broken."""
     config_path, template_path = (directory / name for name in CHAT_FILES)
+    path = template_path if template_path.is_file() else config_path
     try:
-        if template_path.is_file():
-            with template_path.open("rb") as stream:
+        if path == template_path:
+            with path.open("rb") as stream:
                 content = stream.read(MAX_TEMPLATE_BYTES + 1)
             if len(content) > MAX_TEMPLATE_BYTES:
                 raise ValueError
-            return content.decode("utf-8")
-        config: Any = read_json(config_path) if config_path.is_file() else {}
+            return path, content.decode("utf-8")
+        config: Any = read_json(path) if path.is_file() else {}
         found = config.get("chat_template")
         if isinstance(found, list):  # several, each with a name
             found = {template["name"]: template["template"] for template in found}.get("default")
         if found is not None and not isinstance(found, str):
             raise ValueError
-        return found
+        return path, found
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        broken = template_path if template_path.is_file() else config_path
-        raise UserError(f"{broken}: not readable as a chat template") from None
+        raise UserError(f"{path}: not readable as a chat template") from None

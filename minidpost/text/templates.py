@@ -61,6 +61,10 @@ class Tokenizer(Protocol):
         """The ids of special tokens by their names."""
 
     @property
+    def begins_anew_after_marks(self) -> bool:
+        """Whether a text after a special token begins as one at the very beginning, with a space put in front."""
+
+    @property
     def token_texts(self) -> Sequence[str]:
         """What each id adds to a text."""
 

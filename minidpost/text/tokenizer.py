@@ -14,8 +14,9 @@ cuts or pads texts, or drops merges at random, does so no longer.
 
 Both kinds have `vocab_size`; `bos_id`, what stands in front of every text, None where nothing does; `eos_id`, what ends
 a text that is trained on, None where nothing does; `stop_ids`, any of which ends a completion; `pad_id` and `unk_id`,
-None where the vocabulary has none; `special_ids`, the ids of special tokens by their names; `token_texts`, what each id
-adds to a text; and `files`, what a model directory must contain for `load_tokenizer`.
+None where the vocabulary has none; `special_ids`, the ids of special tokens by their names; `begins_anew_after_marks`,
+whether a text after one of them gets the space in front that the vocabulary puts before a text; `token_texts`, what
+each id adds to a text; and `files`, what a model directory must contain for `load_tokenizer`.
 """
 
 import base64
@@ -88,6 +89,7 @@ class SentencePieceTokenizer:
         self.files = [path]
         self.vocab_size = model.get_piece_size()
         self.special_ids: dict[str, int] = {model.id_to_piece(i): i for i in ids if model.is_control(i)}
+        self.begins_anew_after_marks = True  # each text between special ids is encoded by itself
         self.unk_id = _id_or_none(model.unk_id())
         self.pad_id = _id_or_none(model.pad_id())
         own_bos_id = _id_or_none(model.bos_id())
@@ -157,6 +159,7 @@ class FastTokenizer:
             self.unk_id = _unknown_id(model)
             self.files = [path]
             self._unspeakable = frozenset(self.special_ids.values()) - {self.unk_id}
+            self.begins_anew_after_marks = _puts_spaces_everywhere(content)
             self._lead = ""
             # Whatever a text can do to the library should happen here, not while sampling.
             for text in _PROBES:
@@ -277,6 +280,21 @@ def _unknown_id(model: Any) -> int | None:
     return token_id
 
 
+def _puts_spaces_everywhere(content: Any) -> bool:
+    """Whether a tokenizer.json has a space put before every text between special tokens, not the first one alone."""
+    steps = [content.get("normalizer"), content.get("pre_tokenizer")]
+    for step in steps:
+        if step is None:
+            continue
+        steps += step.get("normalizers", []) + step.get("pretokenizers", [])  # of a Sequence
+        if step["type"] == "Prepend":
+            return True
+        # Metaspace's and ByteLevel's; older files of Metaspace have no scheme.
+        if step.get("prepend_scheme", "always") == "always" and step.get("add_prefix_space", "prepend_scheme" in step):
+            return True
+    return False
+
+
 def _first_of_template(post_processor: Any) -> int | None:
     """The id that a tokenizer.json's post-processor puts in front of a text, if any."""
     if post_processor is None:
@@ -316,17 +334,35 @@ def _begin_and_end(
 
 
 def load_tokenizer(directory: str | Path) -> SentencePieceTokenizer | FastTokenizer:
-    """The tokenizer in a model directory; UserError if there is none or its file is broken."""
-    for name in FILE_NAMES:
-        path = Path(directory) / name
-        if path.is_file():
-            said = read_special_tokens(directory)
-            if path.suffix == ".json":
-                return FastTokenizer(path, _read_object(path), said)
-            with path.open("rb") as stream:
-                is_ranked = _RANKED_PIECE.match(stream.readline())
-            return _from_ranked_pieces(path, said) if is_ranked else SentencePieceTokenizer(path, said)
-    raise UserError(f"{directory}: no tokenizer here, spiece.model, tokenizer.model or tokenizer.json is needed")
+    """The tokenizer in a model directory; UserError if there is none or its file is broken.
+
+    Of several files the first of FILE_NAMES counts, unless a tokenizer.json has tokens that a SentencePiece model
+    lacks: fine-tunes of Llama-2 and Mistral add ChatML's marks to it alone.
+    """
+    directory = Path(directory)
+    path = next((directory / name for name in FILE_NAMES if (directory / name).is_file()), None)
+    if path is None:
+        raise UserError(f"{directory}: no tokenizer here, spiece.model, tokenizer.model or tokenizer.json is needed")
+    said = read_special_tokens(directory)
+    fast_path = directory / "tokenizer.json"
+    if path == fast_path:
+        return FastTokenizer(path, _read_object(path), said)
+    with path.open("rb") as stream:
+        if _RANKED_PIECE.match(stream.readline()):
+            return _from_ranked_pieces(path, said)
+    added = _added_tokens(fast_path)
+    if added and max(added) >= SentencePieceTokenizer(path).vocab_size:
+        return FastTokenizer(fast_path, _read_object(fast_path), said)
+    return SentencePieceTokenizer(path, said)
+
+
+def _added_tokens(path: Path) -> list[int]:
+    """The ids that a tokenizer.json lists as added, T5's `<extra_id_0>` and so on left out; none where it is broken."""
+    try:
+        tokens = _read_object(path)["added_tokens"]
+        return [int(token["id"]) for token in tokens if not token["content"].startswith("<extra_id_")]
+    except (UserError, LookupError, TypeError, ValueError, AttributeError):
+        return []
 
 
 def add_end_id(directory: Path, eos_id: int) -> None:

@@ -15,7 +15,7 @@ from t5_oracle import SHAPES, assert_same_model, random_t5
 from minidpost.errors import UserError
 from minidpost.models import weights
 from minidpost.models.hf_config import HF_MAPPINGS, llama_names, model_type, read_config
-from minidpost.models.llama import LlamaConfig, RopeScaling
+from minidpost.models.llama import Llama, LlamaConfig, RopeScaling
 from minidpost.models.weights import WEIGHTS, check_weights, load_model, load_template, save_model, tokenizer_files
 
 
@@ -159,8 +159,6 @@ def test_absent_settings_have_the_defaults_of_the_family(tmp_path, family):
 @pytest.mark.parametrize(
     ("family", "settings", "words"),
     [
-        ("mistral", {"max_position_embeddings": 32768, "sliding_window": 4096}, ("sliding_window 4096", "32768")),
-        ("mistral", {}, ("sliding_window 4096", "131072")),
         ("mistral", {"sliding_window": 0}, ("sliding_window is 0",)),
         ("mistral", {"sliding_window": "4096"}, ("sliding_window is '4096'",)),
         ("qwen2", {"use_sliding_window": True}, ("use_sliding_window",)),
@@ -177,6 +175,40 @@ def test_sliding_windows_are_refused(tmp_path, family, settings, words):
     for word in (str(tmp_path / "config.json"), *words):
         assert word in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_window_bounds_the_lengths_that_are_computed(tmp_path):
+    """Mistral 0.1's: within it attention is full, as transformers' is there; it comes back in config.json."""
+    hf = {"model_type": "mistral", **SIZES, "max_position_embeddings": 64, "sliding_window": 8}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    model = Llama(read_config(tmp_path)).initialise().eval()
+    save_model(model, tmp_path / "saved", [])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert theirs.config.sliding_window == 8
+    ids_BT = torch.randint(0, SIZES["vocab_size"], (2, 8))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids_BT), theirs(ids_BT).logits, rtol=1e-4, atol=1e-5)
+        with pytest.raises(UserError, match=r"9 tokens are longer than this model's sliding window of 8; .*--max-new"):
+            model(torch.zeros(1, 9, dtype=torch.long))
+    model.new_cache(1, 3, 5)
+    with pytest.raises(UserError, match="sliding window of 8"):
+        model.new_cache(1, 4, 5)
+
+
+def test_a_tied_head_of_its_own_on_the_disk_is_refused(tmp_path):
+    save_model(random_llama(replace(LLAMA_SHAPES["llama3-rope"], tied=True)), tmp_path, [])
+    rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    load_model(tmp_path)  # a copy of the embedding
+    rewrite(tmp_path, lambda tensors: tensors["lm_head.weight"][0].add_(1))
+    with pytest.raises(UserError, match=r"lm_head\.weight is not the embedding, though tie_word_embeddings"):
+        load_model(tmp_path)
+
+
+def test_quantised_weights_are_refused_by_their_config(tmp_path):
+    hf = {"model_type": "llama", **SIZES, "max_position_embeddings": 64, "quantization_config": {"quant_method": "awq"}}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(UserError, match=r"quantization_config: quantised weights are not read; .* a GGUF file"):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize(

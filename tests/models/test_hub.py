@@ -463,14 +463,14 @@ def test_any_readable_tokenizer_file_will_do(tmp_path):
     (tmp_path / "llama-3-8b/original/tokenizer.model").rename(tmp_path / "llama-3-8b/tokenizer.json")
     assert hub.find_model("llama-3-8b", tmp_path) == tmp_path / "llama-3-8b"
     (tmp_path / "llama-3-8b/tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"lacks original/tokenizer\.model; put it there"):
+    with pytest.raises(UserError, match=r"lacks tokenizer\.json; put it there"):
         hub.find_model("llama-3-8b", tmp_path)
 
 
 def test_a_repository_with_a_licence_says_so(server, tmp_path):
     line = user_error(find_in_new_process(address(server), tmp_path, "llama-3.2-1b"))
     assert "accept its licence there and set HF_TOKEN, then run the command again" in line
-    assert "download config.json, original/tokenizer.model, *.safetensors" in line
+    assert "download config.json, tokenizer.json, *.safetensors" in line
 
 
 def test_weights_lie_in_the_repository():

@@ -3,14 +3,15 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
-from tokenizer_oracle import llama3_of_transformers
+from tokenizer_oracle import llama2_of_transformers, llama3_of_transformers, with_legacy_normalizer
 
 from minidpost.errors import UserError
 from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.weights import load_template, recorded_template, save_model, tokenizer_files
-from minidpost.text.chat import CHATML, NO_THOUGHTS, ChatTemplate, chat_format_of
+from minidpost.text.chat import CHATML, ChatTemplate, chat_format_of
 from minidpost.text.templates import LlamaTemplate
 from minidpost.text.tokenizer import load_tokenizer
 
@@ -32,7 +33,44 @@ LLAMA31 = (
     "{{- bos_token }}{{- '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n' }}"
     "{{- 'Today Date: 26 Jul 2024\n\n<|eot_id|>' }}" + LLAMA3.replace("bos_token + content", "content")
 )
-FORMATS = {"smollm2": SMOLLM2, "smollm2-other": QWEN2, "llama3": LLAMA3, "llama3.1": LLAMA31, "qwen3": None}
+# Backslashes and braces in a system prompt, and one with an apostrophe.
+MATH = (
+    "{%- if messages[0]['role'] != 'system' %}{{- '<|im_start|>system\\nPlease reason step by step, and put your final "
+    "answer within \\\\boxed{}.<|im_end|>\\n' }}{%- endif %}{% for message in messages %}"
+    + SMOLLM2.partition("{% endif %}")[2]
+)
+APOSTROPHE = SMOLLM2.replace("You are a helpful AI assistant named SmolLM", "You\\'re Bob\\'s assistant")
+HERMES = "{{bos_token}}{% for message in messages %}" + SMOLLM2.partition("{% endif %}")[2]
+THINKING = SMOLLM2.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
+# Marks that are ordinary text, sentences that end in EOS, a block that says what an assistant wrote.
+ZEPHYR = (
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
+    "eos_token }}\n{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n' }}{% generation %}"
+    "{{ message['content'] + eos_token }}{% endgeneration %}\n{% endif %}\n{% if loop.last and add_generation_prompt %}"
+    "\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+INST = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+FORMATS = {
+    "smollm2": SMOLLM2,
+    "smollm2-other": QWEN2,
+    "smollm2-math": MATH,
+    "smollm2-apostrophe": APOSTROPHE,
+    "llama3": LLAMA3,
+    "llama3.1": LLAMA31,
+    "llama3-hermes": HERMES.replace("<|im_end|>", "<|eot_id|>"),
+    "qwen3": None,
+    "qwen3-thinking": THINKING,
+    "qwen3-inst": INST.replace("bos_token", "'<|im_start|>'").replace("eos_token", "'<|im_end|>'"),
+    "llama2-zephyr": ZEPHYR,
+    "llama2-inst": INST,
+    "llama2.legacy-inst": INST,  # whose vocabulary puts a space before every text between marks
+    "llama2.legacy-zephyr": ZEPHYR,
+}
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -44,19 +82,26 @@ def chat(request, shared, tmp_path_factory):
     name = re.split(r"[-.]", request.param)[0]
     source = shared / "tokenizers" / name
     directory = tmp_path_factory.mktemp(request.param)
-    for path in source.iterdir():
-        shutil.copy(path, directory)
-    if template is not None:
-        (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    tokenizer = load_tokenizer(directory)
-    ours = ChatTemplate(tokenizer, chat_format_of(directory, tokenizer.special_ids))
-    if name == "llama3":
-        theirs = llama3_of_transformers(source / "tokenizer.model")
+    if name == "llama2":
+        theirs = llama2_of_transformers(load_tokenizer(source))
+        if "legacy" in request.param:
+            theirs = with_legacy_normalizer(theirs)
+        theirs.backend_tokenizer.save(str(directory / "tokenizer.json"))
     else:
-        theirs = AutoTokenizer.from_pretrained(source)
+        for path in source.iterdir():
+            shutil.copy(path, directory)
+        is_llama3 = name == "llama3"
+        theirs = (
+            llama3_of_transformers(source / "tokenizer.model") if is_llama3 else AutoTokenizer.from_pretrained(source)
+        )
     if template is not None:
         theirs.chat_template = template
-    return directory, ours, theirs
+        said = {"chat_template": template}
+        if name == "smollm2":
+            said["eos_token"] = theirs.eos_token
+        (directory / "tokenizer_config.json").write_text(json.dumps(said))
+    tokenizer = load_tokenizer(directory)
+    return directory, ChatTemplate(tokenizer, chat_format_of(directory, tokenizer)), theirs
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +122,10 @@ def test_ids_equal_those_of_apply_chat_template(chat, gsm8k, rows):
         assert ours.prompt(question) == theirs.apply_chat_template(
             [user], add_generation_prompt=True, tokenize=False, **options
         )
-        if not re.search(r"<<[^<>=]*=[-.][^<>]*>>", target):
+        # What does not end in a line break is parted from the answer, which without the cut might begin with it; and a
+        # template may leave the thoughts out that it has an assistant begin with.
+        ends_in_line = ours.prompt("").endswith("\n") and not ours.prompt("").endswith("<think>\n")
+        if ends_in_line and not re.search(r"<<[^<>=]*=[-.][^<>]*>>", target):
             both = theirs.apply_chat_template([user, {"role": "assistant", "content": target}], **options)
             ids = [*prompt_ids, *ours.target_ids(row["answer"])]
             assert ids == both[: len(ids)]
@@ -86,8 +134,8 @@ def test_ids_equal_those_of_apply_chat_template(chat, gsm8k, rows):
 
 def test_targets_end_the_turn_and_come_back(chat, gsm8k):
     _, ours, theirs = chat
-    end = "<|eot_id|>" if "<|eot_id|>" in ours.prompt("") else "<|im_end|>"
-    assert ours.eos_id == theirs.convert_tokens_to_ids(end)
+    ends = [end for end in ("<|eot_id|>", "<|im_end|>", "</s>") if end in theirs.chat_template]
+    assert ours.eos_id == theirs.convert_tokens_to_ids(ends[0] if ends else theirs.eos_token)
     assert ours.eos_id in ours.stop_ids
     for row in gsm8k[:100]:
         ids = ours.target_ids(row["answer"])
@@ -117,10 +165,16 @@ def test_the_calculator_forces_the_training_ids_in_a_chat_too(chat):
 
 def test_qwen3_begins_after_an_empty_block_of_thoughts(shared):
     tokenizer = load_tokenizer(shared / "tokenizers" / "qwen3")
-    assert chat_format_of(shared / "tokenizers" / "qwen3", tokenizer.special_ids).frame == CHATML + NO_THOUGHTS
+    frame = chat_format_of(shared / "tokenizers" / "qwen3", tokenizer).frame
+    assert frame == CHATML + "<think>\n\n</think>\n\n"
 
 
 CHATML_IDS = {"<|im_start|>": 1, "<|im_end|>": 2}
+
+
+def format_of(directory, special_ids):
+    """The chat format of a directory whose tokenizer has these special tokens."""
+    return chat_format_of(directory, SimpleNamespace(special_ids=special_ids, bos_id=None, eos_id=None))
 
 
 @pytest.mark.parametrize(
@@ -136,39 +190,58 @@ CHATML_IDS = {"<|im_start|>": 1, "<|im_end|>": 2}
             CHATML_IDS,
             "You",
         ),
-        ({"chat_template": "{{'<|im_start|>' + '<|im_end|>'}}"}, CHATML_IDS, None),
     ],
 )
 def test_the_system_prompt_is_the_templates_own(tmp_path, content, special_ids, system):
     if content is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
-    frame = chat_format_of(tmp_path, special_ids).frame
-    assert frame.endswith(CHATML)
-    assert ("<|im_start|>system\n" in frame) == (system is not None)
-    assert system is None or system in frame.split("<|im_end|>")[0]
+    found = format_of(tmp_path, special_ids)
+    assert found.frame.endswith(CHATML) and found.end_of_turn == "<|im_end|>"
+    assert ("<|im_start|>system\n" in found.frame) == (system is not None)
+    assert system is None or system in found.frame.split("<|im_end|>")[0]
+
+
+def test_without_a_template_llama3_is_told_by_its_marks(tmp_path):
+    marks = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    found = format_of(tmp_path, {mark: i for i, mark in enumerate(marks)})
+    assert found.frame.startswith("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>")
+    assert found.end_of_turn == "<|eot_id|>"
 
 
 def test_a_template_in_a_file_of_its_own_goes_first(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": SMOLLM2}))
     (tmp_path / "chat_template.jinja").write_text(QWEN2)
-    assert "You are helpful." in chat_format_of(tmp_path, CHATML_IDS).frame
+    assert "You are helpful." in format_of(tmp_path, CHATML_IDS).frame
+
+
+@pytest.mark.parametrize("content", [None, {}, {"chat_template": [{"name": "tools", "template": SMOLLM2}]}])
+def test_without_a_template_or_known_marks_there_is_no_format(tmp_path, content):
+    if content is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"no chat_template in .* 'alpaca' needs no chat format") as error:
+        format_of(tmp_path, {"</s>": 2})
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "special_ids"),
+    ("template", "reason"),
     [
-        (None, {"</s>": 2}),
-        ({"chat_template": "[INST] {{ message }} [/INST]"}, {"[INST]": 3, "</s>": 2, **CHATML_IDS}),
-        ({"chat_template": SMOLLM2}, {"<|im_start|>": 1}),
-        ({"chat_template": [{"name": "tools", "template": SMOLLM2}]}, {}),
+        ("[INST] {{ message }} [/INST]", "0 times, not once"),
+        ("{{ messages[0].content }} {{ messages[0].content }}", "2 times, not once"),
+        ("{% for message in messages %}", "Unexpected end of template"),
+        ("{{ raise_exception('first say\nsystem') }}", "first say system"),
+        ("{{ messages[5].content.x }}", "has no element 5"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ range(10 ** 9) | list }}", "Range too big"),
+        ("{% include '/etc/passwd' %}", "no loader"),
     ],
 )
-def test_other_formats_are_refused_with_those_that_work(tmp_path, content, special_ids):
-    if content is not None:
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"known are ChatML .* and Llama-3's .*'alpaca'") as error:
-        chat_format_of(tmp_path, special_ids)
-    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+def test_a_template_that_fails_is_one_line(tmp_path, template, reason):
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=rf"chat_template\.jinja: not usable as a chat template: .*{reason}") as error:
+        format_of(tmp_path, CHATML_IDS)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +257,7 @@ def test_other_formats_are_refused_with_those_that_work(tmp_path, content, speci
 def test_a_broken_chat_template_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"{name}: not readable as a chat template"):
-        chat_format_of(tmp_path, CHATML_IDS)
+        format_of(tmp_path, CHATML_IDS)
 
 
 # -- directories ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_oracle import llama3_of_transformers, ranks_of_llama3
+from tokenizer_oracle import llama2_of_transformers, llama3_of_transformers, ranks_of_llama3
 
 from minidpost.errors import UserError
 from minidpost.text.templates import T5Template, template_for
@@ -180,13 +180,7 @@ def test_llama3_is_read_from_tokenizer_json_too(llama3, transformers_llama3, gsm
 
 @pytest.fixture(scope="module")
 def llama2_oracle(llama2):
-    """transformers' Llama tokenizer, given the pieces of the SentencePiece model."""
-    from transformers import LlamaTokenizer
-    from transformers.convert_slow_tokenizer import generate_merges
-
-    pieces = {llama2._model.id_to_piece(i): i for i in range(llama2.vocab_size)}
-    scores = {piece: llama2._model.get_score(i) for piece, i in pieces.items()}
-    return LlamaTokenizer(vocab=pieces, merges=generate_merges(pieces, scores), add_bos_token=True)
+    return llama2_of_transformers(llama2)
 
 
 def test_llama2_from_tokenizer_json_equals_its_sentencepiece_model(llama2, llama2_oracle, gsm8k, tmp_path):
@@ -609,3 +603,25 @@ def protobuf_field(message: bytes, field_number: int) -> bytes:
         else:
             position += 4 if key & 7 == 5 else 8
     raise AssertionError(f"no field {field_number}")
+
+
+def test_added_tokens_of_tokenizer_json_count_beside_a_sentencepiece_model(llama2, llama2_oracle, shared, tmp_path):
+    """ChatML fine-tunes of Llama-2 and Mistral have both files, and the marks in the JSON alone."""
+    shutil.copy(shared / "tokenizers" / "llama2" / "tokenizer.model", tmp_path)
+    llama2_oracle.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).files == [tmp_path / "tokenizer.model"]
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["added_tokens"] += [
+        content["added_tokens"][0] | {"id": 32_000 + i, "content": name}
+        for i, name in enumerate(["<|im_end|>", "<|im_start|>"])
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    found = load_tokenizer(tmp_path)
+    assert (found.files, found.eos_id, found.vocab_size) == ([tmp_path / "tokenizer.json"], 32_000, 32_002)
+    assert found.encode("two apples") == llama2.encode("two apples")
+    # A broken JSON is no reason to refuse what the model alone can read.
+    (tmp_path / "tokenizer_config.json").unlink()
+    for broken in ("{", "[]", '{"added_tokens": [5]}'):
+        (tmp_path / "tokenizer.json").write_text(broken)
+        assert load_tokenizer(tmp_path).files == [tmp_path / "tokenizer.model"]
