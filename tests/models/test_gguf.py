@@ -32,6 +32,7 @@ from minidpost.errors import UserError
 from minidpost.models import gguf as ours
 from minidpost.models import hub
 from minidpost.models.gguf import convert_gguf, source_of
+from minidpost.models.gguf_tokenizer import tokenizer_from
 from minidpost.models.hf_config import read_config
 from minidpost.models.llama import LlamaConfig, RopeScaling
 from minidpost.models.weights import load_model
@@ -404,7 +405,7 @@ def test_ids_are_those_of_the_published_tokenizer(shared, name, pre, n_tokens, b
     file = shared / "tokenizers" / name / "tokenizer.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     metadata = metadata_of_tokenizer(content, pre, n_tokens, bos_token_id=bos_id, eos_token_id=eos_id)
-    made, settings = ours.tokenizer_from(metadata)
+    made, settings = tokenizer_from(metadata)
     for key in ("added_tokens", "normalizer"):
         assert made[key] == content[key]
     for key in ("vocab", "merges", "ignore_merges"):
@@ -432,7 +433,7 @@ def test_ids_of_llama3_are_those_of_its_own_file(shared):
     added = [{"id": 128000 + n, "content": name, "special": True} for n, name in enumerate(names)]
     content = {"model": {"vocab": vocabulary, "merges": merges}, "added_tokens": added}
     metadata = metadata_of_tokenizer(content, "llama-bpe", 128256, bos_token_id=128000, eos_token_id=128001)
-    made, settings = ours.tokenizer_from(metadata)
+    made, settings = tokenizer_from(metadata)
     assert (settings["add_bos_token"], settings["bos_token"]) == (True, "<|begin_of_text|>")
     theirs = load_tokenizer(directory)
     found = tokenizers.Tokenizer.from_str(json.dumps(made))
@@ -523,6 +524,7 @@ def refusal(path: Path, directory: Path) -> str:
         ({"tokenizer__ggml__tokens": TOKENS[:-1]}, "tokenizer.ggml.token_type has 264 items for 263 tokens"),
         ({"tokenizer__ggml__tokens": [*TOKENS[:-1], "he"]}, "tokenizer.ggml.tokens has 'he' twice"),
         ({"tokenizer__ggml__token_type": "none"}, "tokenizer.ggml.token_type is no list of int"),
+        ({"tokenizer__ggml__token_type": [*KINDS[:-1], 7]}, "tokenizer.ggml.token_type has 7, 1 to 6 are expected"),
         ({"tokenizer__ggml__merges": ["Ġ the"]}, "tokenizer.ggml.merges has 'Ġ the', which does not join two tokens"),
         ({"tokenizer__ggml__merges": ["the"]}, "tokenizer.ggml.merges has 'the', which does not join two tokens"),
         ({"tokenizer__ggml__eos_token_id": None}, "metadata tokenizer.ggml.eos_token_id is missing"),
