@@ -16,6 +16,7 @@ MAX_TOKENS = 2**20  # as hf_config.py has it
 BYTE_LEVEL = "gpt2"  # what tokenizer.ggml.model calls it
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = KINDS = range(1, 7)  # of tokens
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # Hugging Face's name: GGUF's
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>")
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,13 @@ def read_vocabulary(metadata: dict[str, Any]) -> Vocabulary:
         if f"tokenizer.ggml.{theirs}_token_id" in metadata
     }
 
-    # 3) What ends a text: EOS, and where chats have another one, the end of a turn.
+    # 3) What ends a text: EOS, where chats have another one the end of a turn, and what llama.cpp knows by name. An
+    # instruct model's file may name the end of its turns alone, and yet the model may end a text as its base model did.
     eos_ids = [read_int(metadata, "tokenizer.ggml.eos_token_id", 0, last_id)]
     if "tokenizer.ggml.eot_token_id" in metadata:
         eos_ids.append(read_int(metadata, "tokenizer.ggml.eot_token_id", 0, last_id))
+    control_ids = {tokens[token_id]: token_id for token_id, kind in enumerate(kinds) if kind == CONTROL}
+    eos_ids += [control_ids[name] for name in END_TOKENS if name in control_ids]
     return Vocabulary(tokens, kinds, named_ids, [*dict.fromkeys(eos_ids)])
 
 

@@ -32,7 +32,7 @@ from minidpost.errors import UserError
 from minidpost.models import gguf as ours
 from minidpost.models import hub
 from minidpost.models.gguf import convert_gguf, source_of
-from minidpost.models.gguf_tokenizer import tokenizer_from
+from minidpost.models.gguf_tokenizer import read_vocabulary, tokenizer_from
 from minidpost.models.hf_config import read_config
 from minidpost.models.llama import LlamaConfig, RopeScaling
 from minidpost.models.weights import load_model
@@ -296,7 +296,7 @@ def test_every_number_of_the_metadata_arrives(llama_file, tmp_path):
         max_positions=512,
         tied=True,
         bos_id=1,
-        eos_id=0,
+        eos_id=(0, TOKENS.index("<|im_end|>")),
     )
     untied = convert(model_file(tmp_path / "untied.gguf", "llama-untied"), tmp_path / "untied")
     assert read_config(untied) == replace(config, tied=False, d_head=32, rope_theta=1e4)
@@ -308,7 +308,7 @@ def test_every_number_of_the_metadata_arrives(llama_file, tmp_path):
 def test_configs_of_qwen_read_as_theirs(tmp_path, family):
     directory = convert(model_file(tmp_path / "model.gguf", family), tmp_path / "model")
     found = transformers.AutoConfig.from_pretrained(directory).to_dict()
-    expected = FAMILIES[family].to_dict() | {"bos_token_id": 1, "eos_token_id": 0}
+    expected = FAMILIES[family].to_dict() | {"bos_token_id": 1, "eos_token_id": [0, TOKENS.index("<|im_end|>")]}
     if family == "qwen2":
         expected["head_dim"] = 16  # which it would compute by itself
     for key in ("_name_or_path", "architectures", "dtype"):  # where it lies, and what random models lack
@@ -473,9 +473,21 @@ def test_bos_is_added_where_the_metadata_say_so(tmp_path):
 
 
 def test_end_of_turn_ends_a_text_too(tmp_path):
-    eot_id = TOKENS.index("<|im_end|>")
-    path = model_file(tmp_path / "a.gguf", tokenizer__ggml__eot_token_id=eot_id)
-    assert read_config(convert(path, tmp_path / "a")).eos_id == (0, eot_id)
+    kinds = [*KINDS]
+    kinds[TOKENS.index("<|im_end|>")] = 4  # which by its name alone ends nothing
+    path = model_file(tmp_path / "a.gguf", tokenizer__ggml__token_type=kinds)
+    assert read_config(convert(path, tmp_path / "a")).eos_id == 0
+    path = model_file(tmp_path / "b.gguf", tokenizer__ggml__token_type=kinds, tokenizer__ggml__eot_token_id=1)
+    directory = convert(path, tmp_path / "b")
+    assert read_config(directory).eos_id == (0, 1)
+    assert load_tokenizer(directory).stop_ids == {0, 1}
+
+
+@pytest.mark.parametrize(("eos_id", "eos_ids"), [(151645, [151645, 151643]), (151643, [151643, 151645])])
+def test_qwen_ends_at_ends_of_texts_and_turns(shared, eos_id, eos_ids):
+    content = json.loads((shared / "tokenizers/qwen3/tokenizer.json").read_text(encoding="utf-8"))
+    metadata = metadata_of_tokenizer(content, "qwen2", 151936, eos_token_id=eos_id)
+    assert read_vocabulary(metadata).eos_ids == eos_ids
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
