@@ -5,8 +5,9 @@ quantised in blocks of 32 or 256 values. The format and its names are those of g
 here, every count checked against the file's length before anything is made of it; the blocks are turned into numbers by
 the `gguf` package of llama.cpp's authors, an optional requirement.
 
-Departures from the files that llama.cpp reads: architectures llama, qwen2 and qwen3 only; byte-level BPE vocabularies
-only, of those whose split into words is known here; no files in parts, no mixtures of experts, no adapters.
+Departures from the files that llama.cpp reads: architectures llama (which Mistral's files say, too), qwen2 and qwen3
+only; of byte-level BPE vocabularies, those whose split into words is known here; no files in parts, no mixtures of
+experts, no adapters.
 
 Weights are written in fp32 unless asked otherwise. A block's values are an fp16 scale times a small integer, often plus
 an fp16 minimum, and every reader computes them in fp32: a directory in fp32 has exactly these, so that logits can be
