@@ -5,8 +5,9 @@ quantised in blocks of 32 or 256 values. The format and its names are those of g
 here, every count checked against the file's length before anything is made of it; the blocks are turned into numbers by
 the `gguf` package of llama.cpp's authors, an optional requirement.
 
-Departures from the files that llama.cpp reads: architectures llama, qwen2 and qwen3 only; byte-level BPE vocabularies
-only, of those whose split into words is known here; no files in parts, no mixtures of experts, no adapters.
+Departures from the files that llama.cpp reads: architectures llama (which Mistral's files say, too), qwen2 and qwen3
+only; of byte-level BPE vocabularies, those whose split into words is known here; no files in parts, no mixtures of
+experts, no adapters.
 
 Weights are written in fp32 unless asked otherwise. A block's values are an fp16 scale times a small integer, often plus
 an fp16 minimum, and every reader computes them in fp32: a directory in fp32 has exactly these, so that logits can be
@@ -31,12 +32,12 @@ import numpy.typing as npt
 import torch
 
 from minidpost.errors import UserError
-from minidpost.models.hf_config import LLAMA_FAMILIES, llama_names, read_bool, read_float, read_int, read_llama
+from minidpost.models.gguf_tokenizer import read_vocabulary, tokenizer_from
+from minidpost.models.hf_config import LLAMA_FAMILIES, llama_names, read_float, read_int, read_llama, read_text
 from minidpost.models.llama import RopeScaling, scaled_frequencies
 from minidpost.models.weights import empty_model
 from minidpost.progress import Progress
 from minidpost.storage import read_json, staged_directory, write_json
-from minidpost.text.tokenizer import LLAMA3_DIGITS, byte_level_step, split_step
 
 Bytes = npt.NDArray[np.uint8]
 RowIndices = npt.NDArray[np.int64]
@@ -241,7 +242,7 @@ def config_from(metadata: dict[str, Any], names: Iterable[str]) -> dict[str, Any
     KeyError: metadata that is missing. ValueError: a value that is out of bounds, or a model that we do not have.
     """
     # 1) What would be another kind of model, and where nothing further down would notice.
-    architecture = _text(metadata, "general.architecture")
+    architecture = read_text(metadata, "general.architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture {architecture!r:.80} is not known; known: {', '.join(ARCHITECTURES)}")
     kind = metadata.get("general.type", "model")
@@ -279,13 +280,13 @@ def config_from(metadata: dict[str, Any], names: Iterable[str]) -> dict[str, Any
 
     # 4) The rest, under Hugging Face's names.
     names = set(names)
-    last_id = len(read_tokens(metadata)) - 1
-    eos_ids = read_eos_ids(metadata, last_id)
+    vocabulary = read_vocabulary(metadata)
+    eos_ids = vocabulary.eos_ids
     epsilon = f"{prefix}attention.layer_norm_rms_epsilon"
     config = {
         "architectures": [LLAMA_FAMILIES[architecture].architecture],
         "model_type": architecture,
-        "vocab_size": last_id + 1,
+        "vocab_size": len(vocabulary.tokens),
         "hidden_size": d_model,
         "intermediate_size": read_int(values, f"{prefix}feed_forward_length", 1, MAX_SIZE),
         "num_hidden_layers": read_int(values, f"{prefix}block_count", 1, MAX_LAYERS),
@@ -300,9 +301,9 @@ def config_from(metadata: dict[str, Any], names: Iterable[str]) -> dict[str, Any
         "tie_word_embeddings": "output.weight" not in names,
         "eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0],
     }
-    for ours, theirs in (("bos_token_id", "bos"), ("pad_token_id", "padding")):
-        if f"tokenizer.ggml.{theirs}_token_id" in metadata:
-            config[ours] = read_int(metadata, f"tokenizer.ggml.{theirs}_token_id", 0, last_id)
+    for role in ("bos", "pad"):
+        if role in vocabulary.named_ids:
+            config[f"{role}_token_id"] = vocabulary.named_ids[role]
 
     # 5) What a family has of its own: biases of a Llama show in its tensors, those of Qwen follow from its name.
     if architecture == "llama":
@@ -313,14 +314,6 @@ def config_from(metadata: dict[str, Any], names: Iterable[str]) -> dict[str, Any
     if architecture == "qwen3":
         config["attention_bias"] = False
     return config
-
-
-def _text(metadata: dict[str, Any], key: str) -> str:
-    """A string of the metadata; KeyError: it is missing, ValueError: something else is there."""
-    text = metadata[key]
-    if not isinstance(text, str):
-        raise ValueError(f"{key} is {text!r:.80}, a string is expected")
-    return text
 
 
 def _of_all_layers(key: str, value: Any) -> Any:
@@ -483,166 +476,6 @@ def write_safetensors(
         for values in chunks:
             tensor = torch.from_numpy(values).to(dtype).contiguous()
             stream.write(tensor.view(torch.uint8).numpy().data)
-
-
-# -- tokenizer.json ----------------------------------------------------------------------------------------------------
-
-MAX_TOKENS = 2**20  # as hf_config.py has it
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # kinds of tokens that are no piece of a word
-
-
-@dataclass(frozen=True)
-class PreTokenizer:
-    """How a byte-level BPE vocabulary splits text into words: what tokenizer.json says about it.
-
-    `ignore_merges`: a word that is a piece is taken whole, whatever the merges are. `adds_bos`: where the metadata do
-    not say, whether a text begins with the BOS id.
-    """
-
-    steps: list[dict[str, Any]]
-    normalizer: dict[str, str] | None = None
-    ignore_merges: bool = False
-    adds_bos: bool = False
-
-
-PRE_TOKENIZERS = {  # by tokenizer.ggml.pre; what the published tokenizer.json of these models has
-    "smollm": PreTokenizer([{"type": "Digits", "individual_digits": True}, byte_level_step(use_regex=True)]),
-    "llama-bpe": PreTokenizer(
-        [split_step(LLAMA3_DIGITS), byte_level_step(use_regex=False)], ignore_merges=True, adds_bos=True
-    ),
-    "qwen2": PreTokenizer([split_step(r"\p{N}"), byte_level_step(use_regex=False)], normalizer={"type": "NFC"}),
-}
-
-
-def read_tokens(metadata: dict[str, Any]) -> list[str]:
-    """The vocabulary; KeyError, ValueError: none, one of another kind, or one that is broken."""
-    model = metadata["tokenizer.ggml.model"]
-    if model != "gpt2":
-        raise ValueError(
-            f"tokenizer.ggml.model {model!r:.80} is not known, only byte-level BPE (gpt2); take the original model, of "
-            "safetensors and with its own tokenizer file"
-        )
-    tokens: list[str] = _array(metadata, "tokenizer.ggml.tokens", str)
-    if not 2 <= len(tokens) <= MAX_TOKENS:
-        raise ValueError(f"tokenizer.ggml.tokens has {len(tokens):,} items, 2 to {MAX_TOKENS:,} are expected")
-    token, count = Counter(tokens).most_common(1)[0]
-    if count > 1 or "" in tokens:
-        raise ValueError(f"tokenizer.ggml.tokens has {token!r:.80} twice, or an empty token")
-    return tokens
-
-
-def _array(metadata: dict[str, Any], key: str, kind: type) -> list[Any]:
-    """A list whose items are all of one type; KeyError, ValueError: there is none, or it is none."""
-    items = metadata[key]
-    if not isinstance(items, list) or any(type(item) is not kind for item in items):
-        raise ValueError(f"{key} is no list of {kind.__name__}")
-    return items
-
-
-def read_eos_ids(metadata: dict[str, Any], last_id: int) -> list[int]:
-    """The ids that end a text: EOS, and where chats have another one, the end of a turn."""
-    ids = [read_int(metadata, "tokenizer.ggml.eos_token_id", 0, last_id)]
-    if "tokenizer.ggml.eot_token_id" in metadata:
-        ids.append(read_int(metadata, "tokenizer.ggml.eot_token_id", 0, last_id))
-    return list(dict.fromkeys(ids))
-
-
-def tokenizer_from(metadata: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The contents of tokenizer.json and of tokenizer_config.json.
-
-    KeyError: metadata that is missing. ValueError: a vocabulary that is broken, or whose split into words is not known.
-    """
-    # 1) The vocabulary, and which of its tokens are no pieces of words.
-    tokens = read_tokens(metadata)
-    last_id = len(tokens) - 1
-    name = _text(metadata, "tokenizer.ggml.pre")
-    if name not in PRE_TOKENIZERS:
-        raise ValueError(f"tokenizer.ggml.pre {name!r:.80} is not known; known: {', '.join(PRE_TOKENIZERS)}")
-    pre_tokenizer = PRE_TOKENIZERS[name]
-    kinds = _array(metadata, "tokenizer.ggml.token_type", int)
-    if len(kinds) != len(tokens):
-        raise ValueError(f"tokenizer.ggml.token_type has {len(kinds):,} items for {len(tokens):,} tokens")
-    special_ids = {
-        ours: read_int(metadata, f"tokenizer.ggml.{theirs}_token_id", 0, last_id)
-        for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if f"tokenizer.ggml.{theirs}_token_id" in metadata
-    }
-    control_ids = {*special_ids.values(), *read_eos_ids(metadata, last_id)}
-    control_ids |= {token_id for token_id, kind in enumerate(kinds) if kind == CONTROL}
-    added_ids = control_ids | {token_id for token_id, kind in enumerate(kinds) if kind == USER_DEFINED}
-
-    # 2) As in published files: added tokens behind the pieces are only listed as added, the others are pieces too, so
-    # that every token has its id; unused ids at the end, which fill an embedding up to a round number, are left out.
-    n_used = 1 + max(token_id for token_id, kind in enumerate(kinds) if kind != UNUSED or token_id in added_ids)
-    n_pieces = 1 + max((token_id for token_id in range(n_used) if token_id not in added_ids), default=-1)
-    vocabulary = {token: token_id for token_id, token in enumerate(tokens[:n_pieces])}
-    merges = []
-    for merge in _array(metadata, "tokenizer.ggml.merges", str):
-        parts = merge.split(" ")
-        if len(parts) != 2 or not vocabulary.keys() >= {*parts, "".join(parts)}:
-            raise ValueError(f"tokenizer.ggml.merges has {merge!r:.80}, which does not join two tokens to a third")
-        merges.append(parts)
-
-    # 3) The two files.
-    adds_bos = read_bool(metadata, "tokenizer.ggml.add_bos_token", pre_tokenizer.adds_bos)
-    if adds_bos and "bos" not in special_ids:
-        raise KeyError("tokenizer.ggml.bos_token_id")
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": token_id,
-                "content": tokens[token_id],
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": token_id in control_ids,
-            }
-            for token_id in sorted(added_ids)
-        ],
-        "normalizer": pre_tokenizer.normalizer,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizer.steps},
-        "post_processor": _begin_with(tokens[special_ids["bos"]], special_ids["bos"]) if adds_bos else None,
-        "decoder": byte_level_step(use_regex=True),
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": pre_tokenizer.ignore_merges,
-            "vocab": vocabulary,
-            "merges": merges,
-        },
-    }
-    settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "add_bos_token": adds_bos,
-        "add_eos_token": read_bool(metadata, "tokenizer.ggml.add_eos_token", False),
-        **{f"{role}_token": tokens[token_id] for role, token_id in special_ids.items()},
-    }
-    template = metadata.get("tokenizer.chat_template")
-    if isinstance(template, str):
-        settings["chat_template"] = template
-    return tokenizer, settings
-
-
-def _begin_with(token: str, token_id: int) -> dict[str, Any]:
-    """The post-processor that puts one token in front of every text."""
-    begin = {"SpecialToken": {"id": token, "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B"))
-    return {
-        "type": "TemplateProcessing",
-        "single": [begin, first],
-        "pair": [begin, first, begin, second],
-        "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
-    }
 
 
 # -- the conversion ----------------------------------------------------------------------------------------------------

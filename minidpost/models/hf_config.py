@@ -120,6 +120,14 @@ def read_bool(hf: dict[str, Any], key: str, default: bool) -> bool:
     return value
 
 
+def read_text(hf: dict[str, Any], key: str) -> str:
+    """A string; ValueError where something else is there, KeyError where it is missing."""
+    text = hf[key]
+    if not isinstance(text, str):
+        raise ValueError(f"{key} is {text!r:.80}, a string is expected")
+    return text
+
+
 def read_sizes(hf: dict[str, Any], table: dict[str, tuple[str, int, int]]) -> dict[str, int]:
     """The sizes of a table, by our names; a row of it is our name: (their name, lowest, highest)."""
     return {ours: read_int(hf, theirs, low, high) for ours, (theirs, low, high) in table.items()}

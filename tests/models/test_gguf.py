@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 import transformers
@@ -32,11 +33,17 @@ from minidpost.errors import UserError
 from minidpost.models import gguf as ours
 from minidpost.models import hub
 from minidpost.models.gguf import convert_gguf, source_of
+from minidpost.models.gguf_tokenizer import read_vocabulary, sentencepiece_merges, tokenizer_from
 from minidpost.models.hf_config import read_config
 from minidpost.models.llama import LlamaConfig, RopeScaling
-from minidpost.models.weights import load_model
+from minidpost.models.weights import load_model, load_template, save_model, tokenizer_files
+from minidpost.sampling.generate import generate
+from minidpost.sampling.sampler import SamplingSettings
 from minidpost.storage import sha256_of
 from minidpost.text.tokenizer import load_tokenizer
+from minidpost.training.batching import TokenizedExample
+from minidpost.training.optim import Schedule
+from minidpost.training.sft import SFTSettings, train_sft
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools/from_gguf.py"
@@ -295,7 +302,7 @@ def test_every_number_of_the_metadata_arrives(llama_file, tmp_path):
         max_positions=512,
         tied=True,
         bos_id=1,
-        eos_id=0,
+        eos_id=(0, TOKENS.index("<|im_end|>")),
     )
     untied = convert(model_file(tmp_path / "untied.gguf", "llama-untied"), tmp_path / "untied")
     assert read_config(untied) == replace(config, tied=False, d_head=32, rope_theta=1e4)
@@ -307,7 +314,7 @@ def test_every_number_of_the_metadata_arrives(llama_file, tmp_path):
 def test_configs_of_qwen_read_as_theirs(tmp_path, family):
     directory = convert(model_file(tmp_path / "model.gguf", family), tmp_path / "model")
     found = transformers.AutoConfig.from_pretrained(directory).to_dict()
-    expected = FAMILIES[family].to_dict() | {"bos_token_id": 1, "eos_token_id": 0}
+    expected = FAMILIES[family].to_dict() | {"bos_token_id": 1, "eos_token_id": [0, TOKENS.index("<|im_end|>")]}
     if family == "qwen2":
         expected["head_dim"] = 16  # which it would compute by itself
     for key in ("_name_or_path", "architectures", "dtype"):  # where it lies, and what random models lack
@@ -404,7 +411,7 @@ def test_ids_are_those_of_the_published_tokenizer(shared, name, pre, n_tokens, b
     file = shared / "tokenizers" / name / "tokenizer.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     metadata = metadata_of_tokenizer(content, pre, n_tokens, bos_token_id=bos_id, eos_token_id=eos_id)
-    made, settings = ours.tokenizer_from(metadata)
+    made, settings = tokenizer_from(metadata)
     for key in ("added_tokens", "normalizer"):
         assert made[key] == content[key]
     for key in ("vocab", "merges", "ignore_merges"):
@@ -432,7 +439,7 @@ def test_ids_of_llama3_are_those_of_its_own_file(shared):
     added = [{"id": 128000 + n, "content": name, "special": True} for n, name in enumerate(names)]
     content = {"model": {"vocab": vocabulary, "merges": merges}, "added_tokens": added}
     metadata = metadata_of_tokenizer(content, "llama-bpe", 128256, bos_token_id=128000, eos_token_id=128001)
-    made, settings = ours.tokenizer_from(metadata)
+    made, settings = tokenizer_from(metadata)
     assert (settings["add_bos_token"], settings["bos_token"]) == (True, "<|begin_of_text|>")
     theirs = load_tokenizer(directory)
     found = tokenizers.Tokenizer.from_str(json.dumps(made))
@@ -472,9 +479,221 @@ def test_bos_is_added_where_the_metadata_say_so(tmp_path):
 
 
 def test_end_of_turn_ends_a_text_too(tmp_path):
-    eot_id = TOKENS.index("<|im_end|>")
-    path = model_file(tmp_path / "a.gguf", tokenizer__ggml__eot_token_id=eot_id)
-    assert read_config(convert(path, tmp_path / "a")).eos_id == (0, eot_id)
+    kinds = [*KINDS]
+    kinds[TOKENS.index("<|im_end|>")] = 4  # which by its name alone ends nothing
+    path = model_file(tmp_path / "a.gguf", tokenizer__ggml__token_type=kinds)
+    assert read_config(convert(path, tmp_path / "a")).eos_id == 0
+    path = model_file(tmp_path / "b.gguf", tokenizer__ggml__token_type=kinds, tokenizer__ggml__eot_token_id=1)
+    directory = convert(path, tmp_path / "b")
+    assert read_config(directory).eos_id == (0, 1)
+    assert load_tokenizer(directory).stop_ids == {0, 1}
+
+
+@pytest.mark.parametrize(("eos_id", "eos_ids"), [(151645, [151645, 151643]), (151643, [151643, 151645])])
+def test_qwen_ends_at_ends_of_texts_and_turns(shared, eos_id, eos_ids):
+    content = json.loads((shared / "tokenizers/qwen3/tokenizer.json").read_text(encoding="utf-8"))
+    metadata = metadata_of_tokenizer(content, "qwen2", 151936, eos_token_id=eos_id)
+    assert read_vocabulary(metadata).eos_ids == eos_ids
+
+
+# -- SentencePiece's vocabularies --------------------------------------------------------------------------------------
+
+ODD_TEXTS = [
+    "",
+    " ",
+    "  ",
+    " a",
+    "  two  spaces\n\n\tand tabs ",
+    "\n",
+    "\n\n a",
+    "    if x:\n        y\n",
+    "▁ ▁▁a",
+    "\x00",
+]
+ODD_TEXTS += [
+    "猫🦜 日本語 e\u0301 ½",
+    "\ufffd\U0010ffff",
+    "a</s> <s>b<unk><0x0A>",
+    "aaaaabababab",
+    " " * 40 + "a" + " " * 17,
+]
+
+
+def sentencepiece_metadata(path: Path) -> dict[str, object]:
+    """The metadata that llama.cpp's converter makes of a tokenizer.model."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ids = [*range(model.get_piece_size())]
+    of_kind = {2: model.is_unknown, 3: model.is_control, 5: model.is_unused, 6: model.is_byte}
+    kinds = [next((kind for kind, is_it in of_kind.items() if is_it(i)), 1) for i in ids]
+    vocabulary = {
+        "model": "llama",
+        "pre": "default",
+        "tokens": model.id_to_piece(ids),
+        "scores": model.get_score(ids),
+        "token_type": kinds,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+        "padding_token_id": 2,  # as TinyLlama's has it
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
+
+
+def tokenizer_of(metadata: dict[str, object], directory: Path):
+    """What load_tokenizer reads in a directory made of these metadata."""
+    tokenizer, settings = tokenizer_from(metadata)
+    directory.mkdir()
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return load_tokenizer(directory)
+
+
+@pytest.fixture(scope="module")
+def llama2_metadata(shared) -> dict[str, object]:
+    return sentencepiece_metadata(shared / "tokenizers/llama2/tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def llama2_directory(llama2_metadata, tmp_path_factory) -> Path:
+    """A random model with Llama-2's vocabulary and an output of its own, as converted by its path."""
+    folder = tmp_path_factory.mktemp("llama2")
+    sizes = {"vocab_size": 32000, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**SIZES | sizes, tie_word_embeddings=False)
+    tensors = {name: (values, "F32") for name, values in stored_tensors(random_twin(config)).items()}
+    metadata = metadata_of(config)
+    del metadata["tokenizer.ggml.merges"], metadata["tokenizer.ggml.add_bos_token"]
+    metadata |= {"llama.vocab_size": 32000, **llama2_metadata}
+    path = write_gguf(folder / "a.gguf", metadata, tensors)
+    return hub.find_model(str(path), folder)
+
+
+@pytest.fixture(scope="module")
+def llama2(shared):
+    return load_tokenizer(shared / "tokenizers/llama2")
+
+
+def assert_writes_alike(found, expected, texts: list[str]) -> None:
+    """The same ids at the beginning of a text and within one, which come back as the text."""
+    for text in texts:
+        ids = expected.encode(text)
+        assert found.encode(text) == ids
+        assert found.encode(text, continued=True) == expected.encode(text, continued=True)
+        assert found.decode([1, *ids, 2]) == expected.decode(ids) == text.replace("▁", " ")  # which is its space
+
+
+def test_sentencepiece_ids_are_those_of_its_own_file(llama2_directory, llama2, shared):
+    found = load_tokenizer(llama2_directory)
+    assert_writes_alike(found, llama2, [*ODD_TEXTS, *gsm8k_texts(shared, 300)])
+    assert found.token_texts == llama2.token_texts
+    assert (found.bos_id, found.eos_id, found.stop_ids, found.unk_id) == (1, 2, {2}, 0)
+    assert (found.pad_id, found.vocab_size) == (2, 32000)
+    assert found.special_ids == {"<unk>": 0, "<s>": 1, "</s>": 2}
+    assert json.loads((llama2_directory / "config.json").read_text())["eos_token_id"] == 2
+
+
+@pytest.mark.slow
+def test_sentencepiece_ids_on_all_of_gsm8k(llama2_directory, llama2, shared):
+    lines = [line for split in ("train", "test") for line in open(shared / f"data/gsm8k/{split}.jsonl")]
+    texts = [json.loads(line)[key] for line in lines for key in ("question", "answer")]
+    assert len(texts) == 2 * 8792
+    assert_writes_alike(load_tokenizer(llama2_directory), llama2, texts)
+
+
+def test_lost_scores_are_those_of_the_order(llama2_metadata, llama2, shared, tmp_path):
+    metadata = llama2_metadata | {"tokenizer.ggml.scores": [-1000.0] * 32000}
+    assert_writes_alike(tokenizer_of(metadata, tmp_path / "a"), llama2, [*ODD_TEXTS, *gsm8k_texts(shared, 50)])
+
+
+def test_transformers_begins_sentencepiece_texts_with_bos(llama2_directory, llama2):
+    theirs = transformers.AutoTokenizer.from_pretrained(llama2_directory)
+    assert theirs("Tom’s  3 + 4\n🦜").input_ids == [1, *llama2.encode("Tom’s  3 + 4\n🦜")]
+    assert theirs.decode(theirs("Tom’s  3").input_ids, skip_special_tokens=True) == "Tom’s  3"
+
+
+def test_a_model_with_sentencepiece_trains_and_samples(llama2_directory, llama2, tmp_path):
+    # 1) It learns an answer by heart.
+    question, rationale = "What is 2 plus 3?", "2+3=<<2+3=5>>5\n#### 5"
+    template = load_template(llama2_directory)
+    target_ids = template.target_ids(rationale)
+    assert template.prompt_ids(question) == [1, *llama2.encode(template.prompt(question))] and target_ids[-1] == 2
+    model = load_model(llama2_directory)
+    example = TokenizedExample(tuple(template.prompt_ids(question)), tuple(target_ids))
+    train_sft(model, [example], SFTSettings(epochs=60, examples_per_step=1, schedule=Schedule(1e-2), dropout=0.0))
+
+    # 2) Saved and read again, it writes the answer and ends.
+    save_model(model, tmp_path / "trained", tokenizer_files(llama2_directory))
+    trained, template = load_model(tmp_path / "trained"), load_template(tmp_path / "trained")
+    (sampled,) = generate(trained, template, [question], SamplingSettings(max_new_tokens=40), answers=["5"])
+    assert (sampled.completion, sampled.is_correct, sampled.finish_reason) == (rationale, True, "stop")
+    assert sampled.token_ids == target_ids
+
+
+SMALL = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "ab", "▁ab"]
+SMALL_SCORES = [0.0] * 259 + [-4.0, -5.0, -6.0, -1.0, -2.0]
+SMALL_METADATA = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": SMALL,
+    "tokenizer.ggml.scores": SMALL_SCORES,
+    "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * 5],
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+}
+
+
+def pieces_of(text: str, **changes: object) -> list[str]:
+    """The pieces of a text in the small SentencePiece vocabulary; `changes` as `model_file` has them."""
+    metadata = SMALL_METADATA | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    return tokenizers.Tokenizer.from_str(json.dumps(tokenizer_from(metadata)[0])).encode(text).tokens
+
+
+def test_what_is_added_to_a_text_of_sentencepiece():
+    assert pieces_of("ab") == ["<s>", "▁ab"]
+    assert pieces_of("ab", add_bos_token=False) == ["▁ab"]
+    assert pieces_of("ab", add_eos_token=True) == ["<s>", "▁ab", "</s>"]
+    assert pieces_of("ab b", add_bos_token=False, add_eos_token=True) == ["▁ab", "▁", "b", "</s>"]
+    assert pieces_of(" ab", add_space_prefix=False) == ["<s>", "▁ab"]
+    assert pieces_of("abc", add_space_prefix=False) == ["<s>", "ab", "<0x63>"]
+
+
+def test_without_a_space_in_front_decoding_keeps_spaces(tmp_path):
+    found = tokenizer_of(SMALL_METADATA | {"tokenizer.ggml.add_space_prefix": False}, tmp_path / "a")
+    for text in ("ab", " ab", "\n", ""):
+        assert found.decode(found.encode(text)) == text
+    assert found.encode("ab", continued=True) == found.encode("ab") == [SMALL.index("ab")]
+
+
+@pytest.mark.parametrize("kind", [2, 3, 5])
+def test_only_normal_pieces_join(kind):
+    kinds = [*SMALL_METADATA["tokenizer.ggml.token_type"]]
+    kinds[SMALL.index("▁ab")] = kind
+    assert pieces_of("ab", token_type=kinds) == ["<s>", "▁", "ab"]
+
+
+def test_added_pieces_of_sentencepiece_are_kept_whole():
+    tokens = [*SMALL, "<|im_end|>", "[PAD265]"]
+    kinds = [*SMALL_METADATA["tokenizer.ggml.token_type"], 4, 5]
+    scores = [*SMALL_SCORES, -1000.0, -10000.0]
+    changes = {"tokens": tokens, "token_type": kinds, "scores": scores}
+    assert pieces_of("ab<|im_end|>", **changes) == ["<s>", "▁ab", "<|im_end|>"]
+    made, settings = tokenizer_from(SMALL_METADATA | {f"tokenizer.ggml.{key}": changes[key] for key in changes})
+    assert [token["content"] for token in made["added_tokens"] if token["special"]] == ["<unk>", "<s>", "</s>"]
+    assert len(made["model"]["vocab"]) == 264 and settings["unk_token"] == "<unk>"
+
+
+def test_unknown_characters_without_bytes_are_one_unknown_id():
+    metadata = {
+        "tokens": ["<unk>", "<s>", "</s>", "▁", "a"],
+        "token_type": [2, 3, 3, 1, 1],
+        "scores": [0.0, 0.0, 0.0, -1.0, -2.0],
+    }
+    assert pieces_of("aééa", **metadata) == ["<s>", "▁", "a", "<unk>", "a"]
+
+
+def test_equal_scores_join_from_the_left():
+    pieces = ["▁" * n for n in (1, 2, 4, 3)]
+    id_of = {piece: n for n, piece in enumerate([*pieces, "a"])}
+    merges = sentencepiece_merges(id_of, dict.fromkeys(pieces, -9.0) | {"a": -1.0})
+    assert [(len(left), len(right)) for left, right in merges] == [(3, 1), (2, 2), (2, 1), (1, 3), (1, 2), (1, 1)]
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -515,7 +734,11 @@ def refusal(path: Path, directory: Path) -> str:
         ({"llama__attention__sliding_window": 256}, "llama.attention.sliding_window is 256; only attention to all"),
         ({"llama__expert_count": 8}, "a mixture of experts; only dense models are known"),
         ({"llama__attention__scale": 0.1}, "metadata llama.attention.scale is not known here"),
-        ({"tokenizer__ggml__model": "llama"}, "tokenizer.ggml.model 'llama' is not known, only byte-level BPE (gpt2)"),
+        (
+            {"tokenizer__ggml__model": "bert"},
+            "tokenizer.ggml.model 'bert' is not known, only byte-level BPE (gpt2) and",
+        ),
+        ({"tokenizer__ggml__model": ["gpt2"]}, "tokenizer.ggml.model ['gpt2'] is not known"),
         ({"tokenizer__ggml__pre": "tekken"}, "tokenizer.ggml.pre 'tekken' is not known; known: smollm, llama-bpe, qwe"),
         ({"tokenizer__ggml__pre": ["smollm"]}, "tokenizer.ggml.pre is ['smollm'], a string is expected"),
         ({"tokenizer__ggml__tokens": None}, "metadata tokenizer.ggml.tokens is missing"),
@@ -523,6 +746,7 @@ def refusal(path: Path, directory: Path) -> str:
         ({"tokenizer__ggml__tokens": TOKENS[:-1]}, "tokenizer.ggml.token_type has 264 items for 263 tokens"),
         ({"tokenizer__ggml__tokens": [*TOKENS[:-1], "he"]}, "tokenizer.ggml.tokens has 'he' twice"),
         ({"tokenizer__ggml__token_type": "none"}, "tokenizer.ggml.token_type is no list of int"),
+        ({"tokenizer__ggml__token_type": [*KINDS[:-1], 7]}, "tokenizer.ggml.token_type has 7, 1 to 6 are expected"),
         ({"tokenizer__ggml__merges": ["Ġ the"]}, "tokenizer.ggml.merges has 'Ġ the', which does not join two tokens"),
         ({"tokenizer__ggml__merges": ["the"]}, "tokenizer.ggml.merges has 'the', which does not join two tokens"),
         ({"tokenizer__ggml__eos_token_id": None}, "metadata tokenizer.ggml.eos_token_id is missing"),
@@ -537,6 +761,44 @@ def refusal(path: Path, directory: Path) -> str:
 )
 def test_metadata_that_are_refused(tmp_path, changes, complaint):
     assert complaint in refusal(model_file(tmp_path / "a.gguf", **changes), tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"scores": None}, "metadata tokenizer.ggml.scores is missing"),
+        ({"scores": SMALL_SCORES[:-1]}, "tokenizer.ggml.scores has 263 items for 264 tokens"),
+        ({"scores": [0] * 264}, "tokenizer.ggml.scores is no list of float"),
+        ({"scores": [*SMALL_SCORES[:-1], float("nan")]}, "tokenizer.ggml.scores holds NaN or infinity; it is broken"),
+        ({"scores": [*SMALL_SCORES[:-1], float("-inf")]}, "tokenizer.ggml.scores holds NaN or infinity; it is broken"),
+        ({"token_type": [1] * 263}, "tokenizer.ggml.token_type has 263 items for 264 tokens"),
+        (
+            {"tokens": [*SMALL[:-1], "<0xff>"], "token_type": [6] * 264},
+            "tokens has '<unk>' for a byte, <0x41> would be",
+        ),
+        (
+            {"tokens": [*SMALL[:99], "x", *SMALL[100:]], "token_type": [1] * 264},
+            "has neither all 256 bytes nor an unkn",
+        ),
+        ({"pre": "llama-bpe"}, "tokenizer.ggml.pre 'llama-bpe' is not known for SentencePiece; known: default"),
+        ({"bos_token_id": None}, "metadata tokenizer.ggml.bos_token_id is missing"),
+        ({"bos_token_id": 264}, "tokenizer.ggml.bos_token_id is 264, a number from 0 to 263 is expected"),
+        ({"eos_token_id": None}, "metadata tokenizer.ggml.eos_token_id is missing"),
+        ({"unknown_token_id": 264}, "tokenizer.ggml.unknown_token_id is 264, a number from 0 to 263 is expected"),
+        ({"unknown_token_id": "<unk>"}, "tokenizer.ggml.unknown_token_id is '<unk>', a number from 0 to 263"),
+        ({"add_eos_token": 1}, "tokenizer.ggml.add_eos_token is 1, true or false is expected"),
+        ({"add_space_prefix": "no"}, "tokenizer.ggml.add_space_prefix is 'no', true or false is expected"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+)
+def test_vocabularies_of_sentencepiece_that_are_refused(tmp_path, changes, complaint):
+    whole = {**SMALL_METADATA, "tokenizer.ggml.merges": None, "tokenizer.ggml.pre": None}
+    whole |= {
+        "tokenizer.ggml.add_bos_token": None,
+        **{f"tokenizer.ggml.{key}": value for key, value in changes.items()},
+    }
+    path = model_file(tmp_path / "a.gguf", **{key.replace(".", "__"): value for key, value in whole.items()})
+    assert complaint in refusal(path, tmp_path / "new")
 
 
 def test_other_architectures_are_refused_with_the_list(tmp_path):
