@@ -157,6 +157,7 @@ class FastTokenizer:
             if own_bos_id is not None and own_bos_id not in ids:
                 raise ValueError
             self.unk_id = _unknown_id(model)
+            self._unknown_text = next((_hidden(name) for name, i in self.special_ids.items() if i == self.unk_id), None)
             self.files = [path]
             self._unspeakable = frozenset(self.special_ids.values()) - {self.unk_id}
             self.begins_anew_after_marks = _puts_spaces_everywhere(content)
@@ -194,7 +195,8 @@ class FastTokenizer:
         """The text of `ids`, U+FFFD for bytes that are no character; ids that stand for no text contribute nothing."""
         special_ids = self._unspeakable
         shown = [int(i) for i in ids if 0 <= i < self.vocab_size and i not in special_ids]
-        return self._backend.decode(shown, skip_special_tokens=False)
+        text = self._backend.decode(shown, skip_special_tokens=False)
+        return text if self._unknown_text is None else text.replace(self._unknown_text, "\ufffd")
 
     def _read_token_texts(self) -> list[str]:
         """Each id's text: what it adds to that of an `a` in front of it."""

@@ -625,3 +625,13 @@ def test_added_tokens_of_tokenizer_json_count_beside_a_sentencepiece_model(llama
     for broken in ("{", "[]", '{"added_tokens": [5]}'):
         (tmp_path / "tokenizer.json").write_text(broken)
         assert load_tokenizer(tmp_path).files == [tmp_path / "tokenizer.model"]
+
+
+def test_what_no_piece_can_write_is_shown_as_such(llama2_oracle, tmp_path):
+    content = json.loads(llama2_oracle.backend_tokenizer.to_str())
+    content["model"]["unk_token"] = "<unk>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    found = load_tokenizer(tmp_path)
+    ids = found.encode("two apples")
+    assert (found.unk_id, found.token_texts[0]) == (0, "\ufffd")
+    assert found.decode([*ids, found.unk_id, *found.encode("!", continued=True)]) == "two apples\ufffd!"
