@@ -11,8 +11,10 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -83,7 +85,14 @@ def _run_process(main: Callable[[], None], if_interrupted: str) -> None:
             status = common_exit_status(status)
         elif message is not None:
             print(message, file=sys.stderr)
-        sys.exit(status)
+        if world_size() == 1:
+            sys.exit(status)
+        # At once: what Python and torch do at the end may wait for ranks that are waiting for this one, and torchrun
+        # ends those when this one has ended.
+        sys.stderr.flush()
+        with suppress(OSError):  # a full disk
+            sys.stdout.flush()
+        os._exit(status)
 
     # What the handler raises may come out of a library's C code as another error, such as a ValueError.
     was_terminated = threading.Event()
@@ -126,9 +135,9 @@ def _run_process(main: Callable[[], None], if_interrupted: str) -> None:
             fail(2, f"{name}: {one_line(f'{error.filename}: {error.strerror}')}")
         if is_lost_connection(error):
             fail(1, f"{name}: another process has ended ({one_line(error):.200}); {ending(error)}")
-        if is_first_to_fail(1):
+        if world_size() == 1:
             raise
-        fail(1)
+        fail(1, traceback.format_exc().rstrip())
     finally:
         signal.signal(signal.SIGTERM, sigterm_at_the_end)
 

@@ -102,7 +102,10 @@ def own_device(device: str) -> str:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the other processes, where there are any, until the block ends: by nccl among GPUs, by gloo among CPUs."""
+    """Join the other processes, where there are any, until the block ends: by nccl among GPUs, by gloo among CPUs.
+
+    A process that fails does not leave the group, but has to end.
+    """
     if not started_by_torchrun():
         yield
         return
@@ -111,10 +114,9 @@ def process_group() -> Iterator[None]:
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
     else:
         dist.init_process_group("gloo", timeout=PATIENCE)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    # Not after an error: nccl would wait for the other ranks, which may be waiting for this one.
+    dist.destroy_process_group()
 
 
 # -- one value for all ------------------------------------------------------------------------------------------------

@@ -18,13 +18,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from llama_oracle import LLAMA_SHAPES, random_llama
-from ranks import on_ranks, wait_for_all
+from ranks import PATIENCE, on_ranks, wait_for_all
 from safetensors.torch import load_file
 from t5_oracle import SHAPES, random_t5
 
 from minidpost import processes
+from minidpost.cli import run_command
 from minidpost.data import toy
+from minidpost.errors import UserError
 from minidpost.models.weights import load_model, load_template, save_model
 from minidpost.processes import Counts, SharedWork, is_first_to_fail, on_rank_0, rank
 from minidpost.sampling import sampler
@@ -319,6 +322,33 @@ def test_a_mistake_is_told_once_and_ends_all(mine, changes, complaint):
     assert statuses == [2, 2]
     told = [line for number in range(2) for line in Path(f"shown/{number}.err").read_text().splitlines()]
     assert len(told) == 1 and told[0].startswith(complaint), told
+
+
+def fail_on_one(out: Path, error: Exception) -> None:
+    """A command of which rank 1 fails while the others wait for it; whoever leaves the group waits for them, as nccl's.
+
+    What each shows on standard error goes to a file.
+    """
+
+    def main() -> None:
+        if rank() == 1:
+            raise error
+        wait_for_all()
+
+    dist.destroy_process_group = lambda: time.sleep(PATIENCE)
+    with open(out / f"{os.environ['RANK']}.err", "w") as stream:
+        os.dup2(stream.fileno(), 2)
+    sys.stderr = open(2, "w", closefd=False)
+    run_command(main)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"), [(UserError("a mistake"), 2, "a mistake"), (ValueError("a fault"), 1, "Traceback")]
+)
+def test_a_failing_process_ends_without_the_others(tmp_path, error, status, told):
+    assert on_ranks(2, fail_on_one, tmp_path, error, are_joined=False) == [status] * 2
+    assert told in (tmp_path / "1.err").read_text()
+    assert (tmp_path / "0.err").read_text() == ""
 
 
 def test_sample_and_eval_write_what_one_process_writes(tmp_path, monkeypatch):
