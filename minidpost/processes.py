@@ -30,7 +30,8 @@ Value = TypeVar("Value")
 # is noticed at once.
 PATIENCE = timedelta(hours=6)
 MEMORY = Path("/proc/meminfo")
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+OWN_GROUPS = Path("/proc/self/cgroup")  # a line for each tree of control groups: number, controllers, path
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 SECONDS_BETWEEN_COUNTS = 1.0  # in which the counts of other ranks may be out of date
 PIECE_BYTES = 2**22  # of what is handed in; the store refuses values from twice this size on
 
@@ -51,26 +52,44 @@ def processes_of_machine() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that the processes of this machine could still take of its memory, those of a container of its limit."""
-    limits = []
+    """Bytes that the processes of this machine could still take: of its memory, and of a container's or job's limit."""
     if MEMORY.is_file():
-        limits.append(1024 * numbers_in(MEMORY, ":")["MemAvailable"])
+        free = 1024 * numbers_in(MEMORY, ":")["MemAvailable"]
     else:
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    if CGROUP_LIMIT.is_file():
-        limit = CGROUP_LIMIT.read_text(encoding="ascii").strip()
-        if limit != "max":
-            limits.append(max(0, int(limit) - memory_of_container()))
-    return min(limits)
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([free, *room_in_groups()])
 
 
-def memory_of_container() -> int:
-    """Bytes that a container has taken, but for copies of files, which are let go of when memory is needed."""
-    used = CGROUP_LIMIT.with_name("memory.current")
-    if not used.is_file():
-        return 0
-    of_files = numbers_in(CGROUP_LIMIT.with_name("memory.stat"), " ")
-    return int(used.read_text(encoding="ascii")) - of_files["inactive_file"] - of_files["active_file"]
+def room_in_groups() -> Iterator[int]:
+    """Bytes that are left in each control group around this process that has a limit: a job's, a container's."""
+    if not OWN_GROUPS.is_file():
+        return
+    for line in os.fsdecode(OWN_GROUPS.read_bytes()).splitlines():
+        _, controllers, path = line.split(":", 2)
+        # In a container the path may be the host's, of which nothing but the root is seen.
+        own = Path(path.lstrip("/"))
+        for group in (own, *own.parents):
+            if not controllers:  # version 2, which has one tree
+                yield from room_in_group(CONTROL_GROUPS / group, "memory.max", "memory.current")
+            elif "memory" in controllers.split(","):  # version 1; "total_" is with the groups within
+                of_version_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+                yield from room_in_group(CONTROL_GROUPS / "memory" / group, *of_version_1)
+
+
+def room_in_group(group: Path, limit_name: str, used_name: str, prefix: str = "") -> Iterator[int]:
+    """The bytes that are left in one control group, or nothing where it has no limit.
+
+    Copies of files count as left: they are let go of when memory is needed. `prefix` is of their names in memory.stat.
+    """
+    limit = (group / limit_name).read_text(encoding="ascii").strip() if (group / limit_name).is_file() else "max"
+    if limit == "max":
+        return
+    used = 0
+    if (group / used_name).is_file():
+        of_files = numbers_in(group / "memory.stat", " ")
+        used = int((group / used_name).read_text(encoding="ascii"))
+        used -= of_files[f"{prefix}inactive_file"] + of_files[f"{prefix}active_file"]
+    yield max(0, int(limit) - used)
 
 
 def numbers_in(path: Path, separator: str) -> dict[str, int]:
