@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minidpost.errors import UserError
+
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
@@ -32,6 +34,7 @@ PATIENCE = timedelta(hours=6)
 MEMORY = Path("/proc/meminfo")
 OWN_GROUPS = Path("/proc/self/cgroup")  # a line for each tree of control groups: number, controllers, path
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
+VARIABLES = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE
 SECONDS_BETWEEN_COUNTS = 1.0  # in which the counts of other ranks may be out of date
 PIECE_BYTES = 2**22  # of what is handed in; the store refuses values from twice this size on
 
@@ -113,9 +116,9 @@ def started_by_torchrun() -> bool:
 
 
 def own_device(device: str) -> str:
-    """The device of this process: of a machine's GPUs the one with its local number, where `device` names none."""
+    """The device of this process: the GPU that `process_group` gave it, where `device` names none."""
     if torch.device(device).type == "cuda" and torch.device(device).index is None and started_by_torchrun():
-        return f"cuda:{os.environ['LOCAL_RANK']}"
+        return f"cuda:{torch.cuda.current_device()}"
     return device
 
 
@@ -123,12 +126,19 @@ def own_device(device: str) -> str:
 def process_group() -> Iterator[None]:
     """Join the other processes, where there are any, until the block ends: by nccl among GPUs, by gloo among CPUs.
 
-    A process that fails does not leave the group, but has to end.
+    A process that fails does not leave the group, but has to end. UserError where a launcher has not told it its place.
     """
     if not started_by_torchrun():
         yield
         return
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} not set: torchrun sets all of them; "
+            "for one process unset WORLD_SIZE"
+        )
     if torch.cuda.is_available():
+        # Each process may be shown one GPU alone, which then is number 0 of each.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
     else:
@@ -306,6 +316,12 @@ def common_exit_status(status: int) -> int:
         return status
 
 
-def is_lost_connection(error: Exception) -> bool:
+def is_lost_connection(error: BaseException) -> bool:
     """Whether an error says that another rank has ended."""
-    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    is_of_store = isinstance(error, dist.DistError) and not is_of_backend(error)
+    return world_size() > 1 and (is_of_store or "gloo" in str(error))
+
+
+def is_of_backend(error: BaseException) -> bool:
+    """Whether an error is nccl's: a rank that has ended, but also a wrong network interface, or too little memory."""
+    return isinstance(error, dist.DistBackendError)
