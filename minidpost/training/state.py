@@ -251,7 +251,7 @@ def fill(tensors: Mapping[str, Tensor], saved: Path) -> None:
 def load_slices(tensors: Mapping[str, Tensor], directory: Path) -> None:
     """Read what several processes saved, by whatever number of ranks it was written and is read."""
     # Here, as it is slow to import, and one process alone hardly ever needs it.
-    from torch.distributed.checkpoint import CheckpointException
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 

@@ -280,6 +280,19 @@ def test_a_broken_state_is_named(train, path):
         train(TrainingState(path))
 
 
+class StopAfter(TrainingState):
+    """One that is asked to stop after so many steps."""
+
+    def __init__(self, path: Path, n_steps: int):
+        super().__init__(path)
+        self.n_steps = n_steps
+
+    def after_step(self, step, model, optimizer, log_path):
+        if step + 1 == self.n_steps:
+            send(signal.SIGINT)
+        super().after_step(step, model, optimizer, log_path)
+
+
 def as_of_two_processes(path: Path) -> Path:
     """Put what two processes would have saved in the place of a state of one: its directory, a file of each."""
     metadata, tensors = read_metadata(path), tensors_of(path)
@@ -303,9 +316,8 @@ def as_of_two_processes(path: Path) -> Path:
 
 def test_one_process_takes_up_the_state_of_two(path):
     """And has nothing to warn of."""
-    stop = StopAfter(path, 4)
     with pytest.raises(KeyboardInterrupt):
-        train_sft(tiny(), examples(7), SFT, state=stop)
+        train_sft(tiny(), examples(7), SFT, state=StopAfter(path, 4))
     assert as_of_two_processes(path).name == "state-0000004"
     whole, resumed = tiny(), tiny()
     train_sft(whole, examples(7), SFT)
@@ -317,19 +329,6 @@ def test_one_process_takes_up_the_state_of_two(path):
     assert again.next_step == 4
     for weight, expected in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(weight, expected)
-
-
-class StopAfter(TrainingState):
-    """One that is asked to stop after so many steps."""
-
-    def __init__(self, path: Path, n_steps: int):
-        super().__init__(path)
-        self.n_steps = n_steps
-
-    def after_step(self, step, model, optimizer, log_path):
-        if step + 1 == self.n_steps:
-            send(signal.SIGINT)
-        super().after_step(step, model, optimizer, log_path)
 
 
 @pytest.mark.parametrize("how", ["cut off", "garbage", "one missing", "all missing", "state.json without a log"])
