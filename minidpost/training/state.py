@@ -257,6 +257,7 @@ def load_slices(tensors: Mapping[str, Tensor], directory: Path) -> None:
 
     reader = HuggingFaceStorageReader(str(directory))
     try:
+        reader.read_metadata()  # `load` does so too, but where it cannot it first shows a traceback
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what `no_dist` asks for
             load({**tensors}, storage_reader=reader, no_dist=world_size() == 1)

@@ -332,7 +332,7 @@ def test_one_process_takes_up_the_state_of_two(path):
 
 
 @pytest.mark.parametrize("how", ["cut off", "garbage", "one missing", "all missing", "state.json without a log"])
-def test_a_broken_state_of_two_processes_is_named(path, how):
+def test_a_broken_state_of_two_processes_is_named(path, how, caplog):
     with pytest.raises(KeyboardInterrupt):
         train_sft(tiny(), examples(7), SFT, state=StopAfter(path, 4))
     directory = as_of_two_processes(path)
@@ -353,6 +353,7 @@ def test_a_broken_state_of_two_processes_is_named(path, how):
     with pytest.raises(UserError, match=r"state-0000004.*; remove ") as refusal:
         train_sft(tiny(), examples(7), SFT, state=TrainingState(path))
     assert "\n" not in str(refusal.value)
+    assert [record.message for record in caplog.records if record.name == "root"] == []  # which would be shown
 
 
 def test_ctrl_c_while_a_state_of_two_is_read(path, monkeypatch):
