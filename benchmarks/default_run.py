@@ -33,6 +33,11 @@ STAGES = {  # the end of a stage's name: what the table calls it
     "/evaluation.json": "evaluation",
 }
 OTHER = "all else: reading, pairs, pseudo-labels"
+TOGETHER_TEXT = (
+    "By torchrun the same seed trains another model: each process has dropout of its own, so that other units are "
+    "dropped, and sums over processes round differently. From the warm-up on weights differ, and with them samples, "
+    "pairs and pseudo-labels; with the same weights they are the same ([scale.md](../../docs/scale.md))."
+)
 
 
 def main() -> None:
@@ -129,6 +134,7 @@ def write_page(page: Path, found: dict[str, Any], *, is_whole: bool) -> None:
         stage_table(found),
         "Greedy accuracy in percent after the last iteration, which is the same in every run of a row:",
         accuracy_table(found),
+        TOGETHER_TEXT if seconds[TOGETHER] else "",
     ]
     write_result(page, "The default run, before and now", [text for text in paragraphs if text], is_whole)
 

@@ -11,8 +11,10 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -29,6 +31,7 @@ from minidpost.processes import (
     common_exit_status,
     is_first_to_fail,
     is_lost_connection,
+    is_of_backend,
     on_rank_0,
     own_device,
     process_group,
@@ -62,8 +65,12 @@ def run_command(main: Callable[[], None], if_interrupted: str = "nothing was wri
     SIGTERM or a full disk, as the last words of that line, unless a note of the exception says it (see job.Job). Of
     several processes (torchrun) the one that fails first says why, and all end with its status.
     """
-    with process_group():
-        _run_process(main, if_interrupted)
+    try:
+        with process_group():
+            _run_process(main, if_interrupted)
+    except UserError as error:  # there is no group, and so nobody to agree with on who speaks
+        print(f"{os.path.basename(sys.argv[0])}: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _run_process(main: Callable[[], None], if_interrupted: str) -> None:
@@ -83,7 +90,14 @@ def _run_process(main: Callable[[], None], if_interrupted: str) -> None:
             status = common_exit_status(status)
         elif message is not None:
             print(message, file=sys.stderr)
-        sys.exit(status)
+        if world_size() == 1:
+            sys.exit(status)
+        # At once: what Python and torch do at the end may wait for ranks that are waiting for this one, and torchrun
+        # ends those when this one has ended.
+        with suppress(OSError):  # a full disk
+            sys.stderr.flush()
+            sys.stdout.flush()
+        os._exit(status)
 
     # What the handler raises may come out of a library's C code as another error, such as a ValueError.
     was_terminated = threading.Event()
@@ -126,9 +140,11 @@ def _run_process(main: Callable[[], None], if_interrupted: str) -> None:
             fail(2, f"{name}: {one_line(f'{error.filename}: {error.strerror}')}")
         if is_lost_connection(error):
             fail(1, f"{name}: another process has ended ({one_line(error):.200}); {ending(error)}")
-        if is_first_to_fail(1):
+        if is_of_backend(error):  # whose reason stands at the end
+            fail(1, f"{name}: {one_line(error)}; {ending(error)}")
+        if world_size() == 1:
             raise
-        fail(1)
+        fail(1, traceback.format_exc().rstrip())
     finally:
         signal.signal(signal.SIGTERM, sigterm_at_the_end)
 

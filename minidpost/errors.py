@@ -14,7 +14,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there is not enough memory, of the device or of the machine."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # The second is of memory that the host pins for a GPU.
+    texts = ("can't allocate memory", "CUDA error: out of memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minidpost.errors import UserError
+
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
@@ -30,7 +32,9 @@ Value = TypeVar("Value")
 # is noticed at once.
 PATIENCE = timedelta(hours=6)
 MEMORY = Path("/proc/meminfo")
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+OWN_GROUPS = Path("/proc/self/cgroup")  # a line for each tree of control groups: number, controllers, path
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+VARIABLES = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE
 SECONDS_BETWEEN_COUNTS = 1.0  # in which the counts of other ranks may be out of date
 PIECE_BYTES = 2**22  # of what is handed in; the store refuses values from twice this size on
 
@@ -51,26 +55,44 @@ def processes_of_machine() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that the processes of this machine could still take of its memory, those of a container of its limit."""
-    limits = []
+    """Bytes that the processes of this machine could still take: of its memory, and of a container's or job's limit."""
     if MEMORY.is_file():
-        limits.append(1024 * numbers_in(MEMORY, ":")["MemAvailable"])
+        free = 1024 * numbers_in(MEMORY, ":")["MemAvailable"]
     else:
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    if CGROUP_LIMIT.is_file():
-        limit = CGROUP_LIMIT.read_text(encoding="ascii").strip()
-        if limit != "max":
-            limits.append(max(0, int(limit) - memory_of_container()))
-    return min(limits)
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([free, *room_in_groups()])
 
 
-def memory_of_container() -> int:
-    """Bytes that a container has taken, but for copies of files, which are let go of when memory is needed."""
-    used = CGROUP_LIMIT.with_name("memory.current")
-    if not used.is_file():
-        return 0
-    of_files = numbers_in(CGROUP_LIMIT.with_name("memory.stat"), " ")
-    return int(used.read_text(encoding="ascii")) - of_files["inactive_file"] - of_files["active_file"]
+def room_in_groups() -> Iterator[int]:
+    """Bytes that are left in each control group around this process that has a limit: a job's, a container's."""
+    if not OWN_GROUPS.is_file():
+        return
+    for line in os.fsdecode(OWN_GROUPS.read_bytes()).splitlines():
+        _, controllers, path = line.split(":", 2)
+        # In a container the path may be the host's, of which nothing but the root is seen.
+        own = Path(path.lstrip("/"))
+        for group in (own, *own.parents):
+            if not controllers:  # version 2, which has one tree
+                yield from room_in_group(CONTROL_GROUPS / group, "memory.max", "memory.current")
+            elif "memory" in controllers.split(","):  # version 1; "total_" is with the groups within
+                of_version_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+                yield from room_in_group(CONTROL_GROUPS / "memory" / group, *of_version_1)
+
+
+def room_in_group(group: Path, limit_name: str, used_name: str, prefix: str = "") -> Iterator[int]:
+    """The bytes that are left in one control group, or nothing where it has no limit.
+
+    Copies of files count as left: they are let go of when memory is needed. `prefix` is of their names in memory.stat.
+    """
+    limit = (group / limit_name).read_text(encoding="ascii").strip() if (group / limit_name).is_file() else "max"
+    if limit == "max":
+        return
+    used = 0
+    if (group / used_name).is_file():
+        of_files = numbers_in(group / "memory.stat", " ")
+        used = int((group / used_name).read_text(encoding="ascii"))
+        used -= of_files[f"{prefix}inactive_file"] + of_files[f"{prefix}active_file"]
+    yield max(0, int(limit) - used)
 
 
 def numbers_in(path: Path, separator: str) -> dict[str, int]:
@@ -94,27 +116,36 @@ def started_by_torchrun() -> bool:
 
 
 def own_device(device: str) -> str:
-    """The device of this process: of a machine's GPUs the one with its local number, where `device` names none."""
+    """The device of this process: the GPU that `process_group` gave it, where `device` names none."""
     if torch.device(device).type == "cuda" and torch.device(device).index is None and started_by_torchrun():
-        return f"cuda:{os.environ['LOCAL_RANK']}"
+        return f"cuda:{torch.cuda.current_device()}"
     return device
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the other processes, where there are any, until the block ends: by nccl among GPUs, by gloo among CPUs."""
+    """Join the other processes, where there are any, until the block ends: by nccl among GPUs, by gloo among CPUs.
+
+    A process that fails does not leave the group, but has to end. UserError where a launcher has not told it its place.
+    """
     if not started_by_torchrun():
         yield
         return
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} not set: torchrun sets all of them; "
+            "for one process unset WORLD_SIZE"
+        )
     if torch.cuda.is_available():
+        # Each process may be shown one GPU alone, which then is number 0 of each.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
     else:
         dist.init_process_group("gloo", timeout=PATIENCE)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    # Not after an error: nccl would wait for the other ranks, which may be waiting for this one.
+    dist.destroy_process_group()
 
 
 # -- one value for all ------------------------------------------------------------------------------------------------
@@ -285,6 +316,12 @@ def common_exit_status(status: int) -> int:
         return status
 
 
-def is_lost_connection(error: Exception) -> bool:
+def is_lost_connection(error: BaseException) -> bool:
     """Whether an error says that another rank has ended."""
-    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    is_of_store = isinstance(error, dist.DistError) and not is_of_backend(error)
+    return world_size() > 1 and (is_of_store or "gloo" in str(error))
+
+
+def is_of_backend(error: BaseException) -> bool:
+    """Whether an error is nccl's: a rank that has ended, but also a wrong network interface, or too little memory."""
+    return isinstance(error, dist.DistBackendError)

@@ -42,9 +42,9 @@ def start_server() -> None:
 def on_ranks(n_ranks: int, work: Callable[..., Any], *arguments: Any, are_joined: bool = True) -> list[Any]:
     """What a function gives on each of some processes; an error of one is raised here, and ends the others.
 
-    `work` is a function of a module, and may end with SystemExit, whose status is what it gives then. A command joins
-    the other processes itself: then they are not joined here. Processes that are stuck raise TimeoutError, which tells
-    where each of them is.
+    `work` is a function of a module, and may end with SystemExit or os._exit, whose status is what it gives then. A
+    command joins the other processes itself: then they are not joined here. Processes that are stuck raise
+    TimeoutError, which tells where each of them is.
     """
     start_server()
     store = dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False)
@@ -66,7 +66,14 @@ def on_ranks(n_ranks: int, work: Callable[..., Any], *arguments: Any, are_joined
                     shown = [f"rank {path.name}: {path.read_text()}" for path in sorted(Path(stacks).iterdir())]
                     raise TimeoutError("processes are stuck:\n" + "\n".join(shown))
                 for reader in ready:
-                    results[reader], error = reader.recv()
+                    try:
+                        results[reader], error = reader.recv()
+                    except EOFError:  # it has ended without a word
+                        process = processes[readers.index(reader)]
+                        process.join()
+                        results[reader], error = process.exitcode, None
+                        if process.exitcode <= 0:
+                            raise ChildProcessError(f"a process ended with {process.exitcode}") from None
                     if error is not None:
                         raise error
             return [results[reader] for reader in readers]

@@ -442,7 +442,9 @@ def test_the_default_runs_page_has_medians_ratios_and_what_differs(tmp_path, cap
     assert "now, torchrun / now: median **2.00** (round by round 2.00)" in page
     assert "| DPO                                     | 20.0   | 10.0 | 18.0          |" in page
     accuracies = page[page.index("toy/dev") :]
-    assert [line.split()[-2] for line in accuracies.splitlines()[2:]] == ["50.0", "50.0", "25.0"]
+    rows = [line for line in accuracies.splitlines()[2:] if line.startswith("|")]
+    assert [row.split()[-2] for row in rows] == ["50.0", "50.0", "25.0"]
+    assert page.endswith(f"{default_run.TOGETHER_TEXT}\n")
 
 
 def test_memory_estimates_are_read_from_what_a_run_says():

@@ -1,6 +1,7 @@
 """Commands by several processes: the same samples for any number of them, files of rank 0, one message at a failure."""
 
 import errno
+import gc
 import json
 import os
 import re
@@ -12,21 +13,25 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from llama_oracle import LLAMA_SHAPES, random_llama
-from ranks import on_ranks, wait_for_all
+from ranks import PATIENCE, on_ranks, wait_for_all
 from safetensors.torch import load_file
 from t5_oracle import SHAPES, random_t5
 
 from minidpost import processes
+from minidpost.cli import run_command
 from minidpost.data import toy
+from minidpost.errors import UserError
 from minidpost.models.weights import load_model, load_template, save_model
-from minidpost.processes import Counts, SharedWork, is_first_to_fail, on_rank_0, rank
+from minidpost.processes import Counts, SharedWork, is_first_to_fail, is_lost_connection, on_rank_0, own_device, rank
 from minidpost.sampling import sampler
 from minidpost.sampling.generate import generate
 from minidpost.sampling.sampler import SamplingSettings
@@ -40,7 +45,7 @@ from minidpost.training import sft as sft_module
 from minidpost.training.batching import TokenizedExample
 from minidpost.training.optim import Schedule, apply_step, read_log
 from minidpost.training.parallel import load_spread
-from minidpost.training.sft import SFTSettings, train_sft
+from minidpost.training.sft import SFTSettings, sft_gradients, train_sft
 from minidpost.training.state import Terminated, TrainingState
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,6 +102,44 @@ def test_rank_0_decides_and_the_first_to_fail_speaks():
     results = on_ranks(3, decide)
     assert [decided for decided, _ in results] == [10, 10, 10]
     assert sum(n_first for _, n_first in results) == 1
+
+
+def test_an_own_gpu_is_the_one_that_the_group_gave(monkeypatch):
+    """Where each process is shown one alone, that is number 0 of each."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert [own_device(device) for device in ("cuda", "cpu")] == ["cuda:0", "cpu"]
+
+
+def test_a_launcher_that_says_too_little_is_told_so(monkeypatch, capsys):
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(SystemExit, match="2"):
+        run_command(lambda: None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "WORLD_SIZE is 2, but RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR not set: torchrun sets" in line
+
+
+def test_nccl_gives_its_own_reason(monkeypatch, capsys):
+    """Which stands at the end of its message; not each of its errors says that a process has ended."""
+    error = dist.DistBackendError(
+        "NCCL error in: NCCLUtils.cpp\n" + 30 * "a word " + "\nLast error:\nno such interface"
+    )
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(SystemExit, match="1"):
+        run_command(fail, "that is all")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ": NCCL error in: " in line and line.endswith(" Last error: no such interface; that is all")
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    assert not is_lost_connection(error)
+    assert is_lost_connection(dist.DistStoreError("wait timeout"))
+    assert is_lost_connection(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
 
 
 # -- sampling and evaluation ------------------------------------------------------------------------------------------
@@ -186,6 +229,21 @@ def test_slices_of_a_model_are_written_as_the_whole(tmp_path, family, lora_rank,
             torch.testing.assert_close(one[key], three[key], rtol=1e-6, atol=1e-7)
     loaded = load_model(tmp_path / "three")
     assert not torch.equal(loaded.embedding.weight, model.embedding.weight) or lora_rank is not None
+
+
+def is_let_go_of(start: Path) -> bool:
+    """Whether a model that was trained is gone when the next one has been loaded."""
+    gc.disable()  # else it depends on what else has been made since
+    model = load_for_training(start, TINY_T5, dtype=None, device="cpu", seed=1)
+    sft_gradients(model, [TokenizedExample((5, 6), (7, 1))], 100)
+    reference = weakref.ref(model)
+    del model
+    load_for_training(start, TINY_T5, dtype=None, device="cpu", seed=1)
+    return reference() is None
+
+
+def test_a_stage_leaves_no_model_to_the_next():
+    assert on_ranks(2, is_let_go_of, MODEL) == [True, True]
 
 
 # -- a run's directory ------------------------------------------------------------------------------------------------
@@ -319,6 +377,33 @@ def test_a_mistake_is_told_once_and_ends_all(mine, changes, complaint):
     assert statuses == [2, 2]
     told = [line for number in range(2) for line in Path(f"shown/{number}.err").read_text().splitlines()]
     assert len(told) == 1 and told[0].startswith(complaint), told
+
+
+def fail_on_one(out: Path, error: Exception) -> None:
+    """A command of which rank 1 fails while the others wait for it; whoever leaves the group waits for them, as nccl's.
+
+    What each shows on standard error goes to a file.
+    """
+
+    def main() -> None:
+        if rank() == 1:
+            raise error
+        wait_for_all()
+
+    dist.destroy_process_group = lambda: time.sleep(PATIENCE)
+    with open(out / f"{os.environ['RANK']}.err", "w") as stream:
+        os.dup2(stream.fileno(), 2)
+    sys.stderr = open(2, "w", closefd=False)
+    run_command(main)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"), [(UserError("a mistake"), 2, "a mistake"), (ValueError("a fault"), 1, "Traceback")]
+)
+def test_a_failing_process_ends_without_the_others(tmp_path, error, status, told):
+    assert on_ranks(2, fail_on_one, tmp_path, error, are_joined=False) == [status] * 2
+    assert told in (tmp_path / "1.err").read_text()
+    assert (tmp_path / "0.err").read_text() == ""
 
 
 def test_sample_and_eval_write_what_one_process_writes(tmp_path, monkeypatch):

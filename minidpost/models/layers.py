@@ -88,13 +88,14 @@ class RMSNorm(nn.RMSNorm):
     """torch's RMSNorm, x / √(mean(x²) + eps) · weight; without gradients on a CPU in three passes over x, not six.
 
     Under autocast it is computed in the precision of x and given in autocast's, to which the linear layers after it
-    would cast it each for itself.
+    would cast it each for itself. (Spread over GPUs, training/parallel.py, the weight may be bf16 where x is fp32.)
     """
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x / rms(x) · weight over the last dimension, (…, D)."""
         if x_BTD.device.type != "cpu" or x_BTD.dtype == torch.bfloat16 or torch.is_grad_enabled():
-            y_BTD = super().forward(x_BTD)
+            weight_D = self.weight.to(torch.promote_types(self.weight.dtype, x_BTD.dtype))
+            y_BTD = F.rms_norm(x_BTD, self.normalized_shape, weight_D, self.eps)
             kind = x_BTD.device.type
             return y_BTD.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y_BTD
         # x · weight · √D / √(Σx² + D·eps) is the same number.

@@ -19,6 +19,7 @@ of samples; the others begin again. Pairs and pseudo-labels are stored as the ve
 are trained on as they are.
 """
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
@@ -101,6 +102,7 @@ def load_for_training(directory: Path, preset: Preset, *, dtype: torch.dtype | N
 
     `dtype` is the precision of forward passes (precision.autocast), in which frozen weights are held.
     """
+    free_models()
     weights_dtype = preset.weights_dtype(device, dtype)
 
     def add(model: Model) -> None:
@@ -115,6 +117,13 @@ def load_for_training(directory: Path, preset: Preset, *, dtype: torch.dtype | N
     model = load_model(directory, weights_dtype, device)
     add(model)
     return model
+
+
+def free_models() -> None:
+    """Free the models of the stages before: hooks of fully_shard refer to them in circles, which outlive the stage."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def save_trained(
@@ -279,6 +288,7 @@ def candidates(run: Run, iteration: int, name: str, *, merges_iterations: bool =
 
 def load_for_sampling(run: Run, directory: Path) -> Model:
     """A model in the precision that sampling uses on this device."""
+    free_models()
     return load_model(directory, run.dtype, run.device)
 
 
@@ -340,6 +350,7 @@ def compute_reference(run: Run, iteration: int, *, model: Path) -> None:
         reference_P2 = torch.empty(0, 2)
         flops = 0.0
         if pairs:
+            free_models()
             # The policy before its first step; with LoRA that is the frozen model alone, in the precision it has then.
             weights_dtype = run.preset.weights_dtype(run.device, run.training_dtype)
             if world_size() > 1:

@@ -25,6 +25,7 @@ from minidpost.processes import rank, world_size
 from minidpost.training.batching import TokenizedExample, micro_batches
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.tensor import DTensor
 
 MIN_SPREAD_BY_LAYER = 20_000_000  # [ours] parameters from which on each layer is a group of its own
@@ -68,13 +69,9 @@ def shard(model: Model, device: str, dtype: torch.dtype | None = None) -> None:
     """Spread a model's weights over all ranks, in place."""
     # Here and below, as they are slow to import, and one process alone does not need them.
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-    on_gpu = torch.device(device).type == "cuda"
-    precision = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if on_gpu and dtype == torch.bfloat16 else None,
-        reduce_dtype=torch.float32 if on_gpu else None,
-    )
+    precision = gathered_precision(device, dtype)
     # The type of device is given, as torch would take an accelerator where it sees one.
     all_ranks = init_device_mesh(torch.device(device).type, (world_size(),))
     if is_spread_by_layer(sum(weight.numel() for weight in model.parameters())):
@@ -83,12 +80,30 @@ def shard(model: Model, device: str, dtype: torch.dtype | None = None) -> None:
                 fully_shard(layer, mesh=all_ranks, mp_policy=precision)
     fully_shard(model, mesh=all_ranks, mp_policy=precision)
     register_fsdp_forward_method(model, "label_log_probabilities")
+    if precision.param_dtype is not None and model.embedding.weight.dtype == torch.float32:
+        # As on one process, where autocast leaves the embedding alone, what layers add to is fp32.
+        model.embedding.register_forward_hook(lambda _module, _ids, x_BTD: x_BTD.float())
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Losses are divided by the count of all ranks' rows already. A plain sum is asked for explicitly as well,
             # because gloo takes an average for a sum.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def gathered_precision(device: str, dtype: torch.dtype | None) -> "MixedPrecisionPolicy":
+    """On GPUs weights are gathered in bf16 for forward passes in bf16, and gradients are summed in fp32.
+
+    What layers are given stays as it is: what is multiplied in bf16, autocast decides, as on one process.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    on_gpu = torch.device(device).type == "cuda"
+    return MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if on_gpu and dtype == torch.bfloat16 else None,
+        reduce_dtype=torch.float32 if on_gpu else None,
+        cast_forward_inputs=False,
+    )
 
 
 def is_spread_by_layer(n_parameters: int) -> bool:

@@ -246,8 +246,8 @@ def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         if not is_out_of_memory(error):
             raise
         return None
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.synchronize()  # all copies have been asked for; now they are waited for
+    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        torch.cuda.synchronize(device)  # all copies have been asked for; now they are waited for
     return copies
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from minidpost.errors import UserError
 from minidpost.models.weights import open_tensors
-from minidpost.processes import from_rank_0, is_lost_connection, max_over_ranks, world_size
+from minidpost.processes import from_rank_0, is_lost_connection, is_of_backend, max_over_ranks, world_size
 from minidpost.storage import no_room, read_json
 from minidpost.training.optim import trained_parameters
 from minidpost.training.parallel import is_spread, local_part, own_rows
@@ -223,6 +223,9 @@ def read_metadata(saved: Path) -> dict[str, str]:
         content = read_json(saved / METADATA)
         if not isinstance(content, dict):
             raise ValueError("no object")
+        missing = {"fingerprint", "next_step", "log"} - content.keys()
+        if missing:
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except (OSError, ValueError) as error:
         raise UserError(f"{saved / METADATA}: cannot be read ({error}); remove {saved}") from None
     return content
@@ -248,16 +251,24 @@ def fill(tensors: Mapping[str, Tensor], saved: Path) -> None:
 def load_slices(tensors: Mapping[str, Tensor], directory: Path) -> None:
     """Read what several processes saved, by whatever number of ranks it was written and is read."""
     # Here, as it is slow to import, and one process alone hardly ever needs it.
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     reader = HuggingFaceStorageReader(str(directory))
     try:
-        load({**tensors}, storage_reader=reader, no_dist=world_size() == 1)
-    except Exception as error:  # of many kinds, from the planner, safetensors and the other ranks
-        if is_lost_connection(error):
-            raise
-        raise UserError(f"{directory}: not a whole training state ({error!r:.200}); remove it") from None
+        reader.read_metadata()  # `load` does so too, but where it cannot it first shows a traceback
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what `no_dist` asks for
+            load({**tensors}, storage_reader=reader, no_dist=world_size() == 1)
+    except (Exception, CheckpointException) as error:  # of many kinds, from the planner, safetensors, the other ranks
+        # What was raised on any rank comes as this, which is no Exception, and may have been Ctrl-C.
+        reason: BaseException = error
+        if isinstance(error, CheckpointException):
+            reason = next(iter(error.failures.values()))[0]
+        if not isinstance(reason, Exception) or is_lost_connection(reason) or is_of_backend(reason):
+            raise reason from None
+        raise UserError(f"{directory}: not a whole training state ({reason!r:.200}); remove it") from None
 
 
 def fingerprint(*identity: object) -> str:

@@ -214,18 +214,57 @@ def test_too_little_memory_is_refused_in_one_line(monkeypatch):
     assert "free" not in check_memory(meta(), LLAMA, dtype=torch.float32, device="cpu")
 
 
-def test_free_memory_is_bounded_by_the_control_group(tmp_path, monkeypatch):
+def write_group(directory: Path, version: int, limit: str, used: int, of_files: int) -> None:
+    """The files of a control group that has taken `used` bytes, a part of them for copies of files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for name, content in zip(names, (limit, used), strict=True):
+        (directory / name).write_text(f"{content}\n")
+    numbers = f"inactive_file {of_files - 2000}\n{{0}}active_file 2000\n"
+    if version == 2:
+        (directory / "memory.stat").write_text(f"anon 800000\n{numbers.format('')}")
+    else:  # without "total_" they are the group's own, but for those of the groups within
+        (directory / "memory.stat").write_text(f"inactive_file 0\nactive_file 0\ntotal_{numbers.format('total_')}")
+
+
+@pytest.fixture
+def groups(tmp_path, monkeypatch) -> Path:
+    """Where control groups lie, on a machine with 3,072,000 bytes free; this process is in job 7's step 0."""
     (tmp_path / "meminfo").write_text("MemTotal:  4000 kB\nMemAvailable:   3000 kB\nHugePages_Total: 0\n")
     monkeypatch.setattr(processes, "MEMORY", tmp_path / "meminfo")
-    monkeypatch.setattr(processes, "CGROUP_LIMIT", tmp_path / "memory.max")
+    monkeypatch.setattr(processes, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(processes, "CONTROL_GROUPS", tmp_path / "groups")
     assert available_bytes("cpu") == 3000 * 1024
-    (tmp_path / "memory.max").write_text("max\n")
+    return tmp_path / "groups"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_is_bounded_by_all_control_groups(groups, version):
+    """A container's limit is the root's, Slurm's its job's or its step's: the least room counts."""
+    lines = {1: "9:name=systemd:/x\n4:cpu,memory:/slurm/job_7/step_0\n0::/\n", 2: "0::/slurm/job_7/step_0\n"}
+    processes.OWN_GROUPS.write_text(lines[version])
     assert available_bytes("cpu") == 3000 * 1024
-    (tmp_path / "memory.max").write_text("2000000\n")
-    assert available_bytes("cpu") == 2_000_000
-    (tmp_path / "memory.current").write_text("1500000\n")
-    (tmp_path / "memory.stat").write_text("anon 800000\ninactive_file 300000\nactive_file 200000\n")
+    root = groups if version == 2 else groups / "memory"
+    unlimited = "max" if version == 2 else "9223372036854771712"
+    write_group(root / "slurm/job_7/step_0", version, unlimited, 1_500_000, 500_000)
+    assert available_bytes("cpu") == 3000 * 1024
+    write_group(root / "slurm/job_7", version, "2000000", 1_500_000, 500_000)
     assert available_bytes("cpu") == 1_000_000
+    write_group(root / "slurm/job_8", version, "1000", 1000, 2000)  # somebody else's
+    write_group(root, version, "3000000", 1_700_000, 500_000)
+    assert available_bytes("cpu") == 1_000_000
+    write_group(root, version, "2000000", 1_700_000, 500_000)
+    assert available_bytes("cpu") == 800_000
+    write_group(root / "slurm/job_7/step_0", version, "1000000", 1_500_000, 400_000)
+    assert available_bytes("cpu") == 0
+
+
+def test_the_limit_of_a_container_is_found_at_the_root(groups):
+    """Whose path may be the host's."""
+    processes.OWN_GROUPS.write_text("0::/docker/5f2a\n")
+    groups.mkdir()
+    (groups / "memory.max").write_text("2000000\n")
+    assert available_bytes("cpu") == 2_000_000
     assert available_bytes("meta") is None
 
 

@@ -14,12 +14,12 @@ from t5_oracle import SHAPES, random_t5
 from minidpost.models.hf_config import Model
 from minidpost.models.lora import add_adapters
 from minidpost.models.weights import load_model, save_model
-from minidpost.processes import rank, whole, world_size
-from minidpost.training import parallel
+from minidpost.processes import rank, sum_over_ranks, whole, world_size
+from minidpost.training import parallel, sft
 from minidpost.training.batching import TokenizedExample
 from minidpost.training.dpo import DPOSettings, PreferencePair, reference_log_probabilities, train_dpo
 from minidpost.training.optim import Schedule, read_log
-from minidpost.training.parallel import deal, load_spread
+from minidpost.training.parallel import deal, load_spread, local_part
 from minidpost.training.sft import SFTSettings, train_sft
 from minidpost.training.state import TrainingState
 
@@ -173,6 +173,76 @@ def test_training_is_that_of_one_process(tmp_path, n_processes, kinds, names, st
             torch.testing.assert_close(several[name], one[name], rtol=1e-9, atol=1e-9, msg=f"{out} {name}")
 
 
+def losses_and_gradients(directory: Path, seed: int) -> tuple[list[float], list[bytes]]:
+    """Of two steps of SFT with dropout that change nothing: this rank's own part of the loss, its slices' gradients.
+
+    All examples are the same, so that the ranks have the same rows in both steps.
+    """
+    losses, gradients = [], []
+
+    def record_loss(loss: torch.Tensor) -> torch.Tensor:
+        losses.append(loss.item())
+        return sum_over_ranks(loss)
+
+    def record_gradients(model: Model, optimizer: torch.optim.Optimizer, *_: object, **__: object) -> dict:
+        slices = [local_part(weight.grad).flatten() for weight in model.parameters()]
+        gradients.append(torch.cat(slices).numpy().tobytes())
+        optimizer.zero_grad()
+        return {}
+
+    sft.sum_over_ranks, sft.apply_step = record_loss, record_gradients
+    settings = SFTSettings(epochs=2, examples_per_step=2, schedule=SCHEDULE, dropout=0.3, seed=seed)
+    train_sft(load(directory), examples(1) * 2, settings)
+    return losses, gradients
+
+
+def with_seeds(directory: Path, seeds: tuple[int, ...]) -> list[tuple[list[float], list[bytes]]]:
+    """`losses_and_gradients` with one seed after the other."""
+    return [losses_and_gradients(directory, seed) for seed in seeds]
+
+
+@pytest.mark.parametrize("name", ["t5", pytest.param("llama", marks=pytest.mark.slow)])
+def test_dropout_is_a_function_of_seed_step_and_rank(tmp_path, name):
+    save_model(MODELS[name](), tmp_path, [])
+    results = on_ranks(2, with_seeds, tmp_path, (3, 3, 4))
+    for first, again, other in results:
+        assert first == again
+        for one, another in zip(first, other, strict=True):  # losses, gradients
+            assert len({*one, *another}) == 4  # of two seeds and two steps
+    (losses, _), (losses_of_rank_1, _) = (of_rank[0] for of_rank in results)
+    assert all(loss != loss_of_rank_1 for loss, loss_of_rank_1 in zip(losses, losses_of_rank_1, strict=True))
+
+
+def precisions_of_layers(directory: Path) -> tuple[set[torch.dtype], float]:
+    """In which precisions layers are given what they add to, under bf16 autocast, and the loss.
+
+    Weights are gathered as they are on GPUs.
+    """
+    policy = parallel.gathered_precision("cuda", torch.bfloat16)
+    parallel.gathered_precision = lambda *_: policy
+    model = load(directory)
+    found = set()
+    for stack in model.stacks:
+        for layer in stack.layers:
+            layer.register_forward_pre_hook(lambda _layer, inputs: found.add(inputs[0].dtype))
+    loss = sft.sft_gradients(model, examples(2), 10**6, dtype=torch.bfloat16)
+    assert all(weight.grad.dtype == torch.float32 for weight in model.parameters())
+    return found, loss.item()
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
+def test_bf16_weights_are_added_to_in_fp32(tmp_path, name):
+    """As on one process."""
+    save_model(MODELS[name](), tmp_path, [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "gathered_precision", parallel.gathered_precision)  # put back afterwards
+        expected = precisions_of_layers(tmp_path)
+    assert expected[0] == {torch.float32}
+    for found, loss in on_ranks(2, precisions_of_layers, tmp_path):
+        assert found == {torch.float32}
+        assert loss == pytest.approx(expected[1], rel=1e-2)
+
+
 def test_rows_are_dealt_evenly():
     items = [[TokenizedExample((1,) * size, (1,))] for size in (3, 70, 30, 60, 20, 50, 10)]
     assert deal(items, 1) == [[0, 1, 2, 3, 4, 5, 6]]
@@ -198,9 +268,11 @@ class StoppingState(TrainingState):
             raise Stopped
 
 
-def train_in_part(directory: Path, out: Path, stop_after: int | None, precise: bool) -> None:
+def train_in_part(
+    directory: Path, out: Path, stop_after: int | None, precise: bool, has_adapters: bool = False
+) -> None:
     """SFT with dropout 0 that saves after every step, and stops after one of them."""
-    model = load(directory)
+    model = load(directory, has_adapters)
     model = model.double() if precise else model
     state = StoppingState(out / "state.safetensors", stop_after)
     settings = SFTSettings(epochs=2, examples_per_step=4, schedule=SCHEDULE, dropout=0.0, micro_batch_tokens=90)
@@ -215,17 +287,23 @@ def train_in_part(directory: Path, out: Path, stop_after: int | None, precise: b
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [(1, 2), (2, 1), *(pytest.param(2, n, marks=pytest.mark.slow) for n in (2, 3))]
+    ("before", "after", "has_adapters"),
+    [
+        (1, 2, False),
+        (2, 1, False),
+        *(pytest.param(2, n, False, marks=pytest.mark.slow) for n in (2, 3)),
+        *(pytest.param(before, after, True, marks=pytest.mark.slow) for before, after in ((1, 2), (2, 1), (2, 3))),
+    ],
 )
-def test_a_training_is_taken_up_by_any_number_of_processes(tmp_path, before, after):
+def test_a_training_is_taken_up_by_any_number_of_processes(tmp_path, before, after, has_adapters):
     directory = tmp_path / "model"
     save_model(MODELS["llama"](), directory, [])
     for name in ("undisturbed", "stopped"):
         (tmp_path / name).mkdir()
-    on_processes(after, train_in_part, [(directory, tmp_path / "undisturbed", None, True)])
-    on_processes(before, train_in_part, [(directory, tmp_path / "stopped", 3, True)])
+    on_processes(after, train_in_part, [(directory, tmp_path / "undisturbed", None, True, has_adapters)])
+    on_processes(before, train_in_part, [(directory, tmp_path / "stopped", 3, True, has_adapters)])
     assert len([*tmp_path.glob("stopped/state*")]) == 1
-    on_processes(after, train_in_part, [(directory, tmp_path / "stopped", None, True)])
+    on_processes(after, train_in_part, [(directory, tmp_path / "stopped", None, True, has_adapters)])
     one, other = (load_file(tmp_path / name / "result.safetensors") for name in ("undisturbed", "stopped"))
     for name in one:
         rounding = 0 if before == after else 1e-9

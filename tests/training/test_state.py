@@ -1,16 +1,21 @@
 """Trainings that are stopped at a step, and samplings at a chunk, end as if they had not been stopped."""
 
 import errno
+import json
 import os
 import signal
 import threading
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import hf_storage
 
 from minidpost.errors import UserError
 from minidpost.models.hf_config import Model
@@ -19,6 +24,7 @@ from minidpost.models.lora import add_adapters
 from minidpost.models.t5 import T5, T5Config
 from minidpost.models.weights import open_tensors
 from minidpost.selftraining.run_directory import Chunks
+from minidpost.storage import write_json
 from minidpost.training import dpo, saving, sft, state
 from minidpost.training.batching import TokenizedExample
 from minidpost.training.dpo import DPOSettings, PreferencePair, reference_log_probabilities, train_dpo
@@ -274,6 +280,96 @@ def test_a_broken_state_is_named(train, path):
         train(TrainingState(path))
 
 
+class StopAfter(TrainingState):
+    """One that is asked to stop after so many steps."""
+
+    def __init__(self, path: Path, n_steps: int):
+        super().__init__(path)
+        self.n_steps = n_steps
+
+    def after_step(self, step, model, optimizer, log_path):
+        if step + 1 == self.n_steps:
+            send(signal.SIGINT)
+        super().after_step(step, model, optimizer, log_path)
+
+
+def as_of_two_processes(path: Path) -> Path:
+    """Put what two processes would have saved in the place of a state of one: its directory, a file of each."""
+    metadata, tensors = read_metadata(path), tensors_of(path)
+    directory = path.with_name(f"state-{int(metadata['next_step']):07d}")
+    directory.mkdir()
+    for number in range(2):
+        parts, info = {}, {}
+        for name, tensor in tensors.items():
+            if tensor.dim() == 0 and number == 0:
+                parts[name], info[name] = tensor, {"saved_offsets": []}
+            elif tensor.dim() > 0:
+                start = number * ((len(tensor) + 1) // 2)
+                parts[name] = tensor.tensor_split([(len(tensor) + 1) // 2])[number].contiguous()
+                info[name] = {"saved_offsets": [start] + [0] * (tensor.dim() - 1)}
+        header = {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(info)}
+        save_file(parts, directory / f"rank-{number:05d}.safetensors", header)
+    write_json(directory / saving.METADATA, metadata)
+    path.unlink()
+    return directory
+
+
+def test_one_process_takes_up_the_state_of_two(path):
+    """And has nothing to warn of."""
+    with pytest.raises(KeyboardInterrupt):
+        train_sft(tiny(), examples(7), SFT, state=StopAfter(path, 4))
+    assert as_of_two_processes(path).name == "state-0000004"
+    whole, resumed = tiny(), tiny()
+    train_sft(whole, examples(7), SFT)
+    again = TrainingState(path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_sft(resumed, examples(7), SFT, state=again)
+    assert [str(warning.message) for warning in caught if "torch.distributed" in str(warning.message)] == []
+    assert again.next_step == 4
+    for weight, expected in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("how", ["cut off", "garbage", "one missing", "all missing", "state.json without a log"])
+def test_a_broken_state_of_two_processes_is_named(path, how, caplog):
+    with pytest.raises(KeyboardInterrupt):
+        train_sft(tiny(), examples(7), SFT, state=StopAfter(path, 4))
+    directory = as_of_two_processes(path)
+    first, second = sorted(directory.glob("*.safetensors"))
+    if how == "cut off":
+        second.write_bytes(second.read_bytes()[:-100])
+    elif how == "garbage":
+        second.write_bytes(b"\xff" * 1000)
+    elif how == "one missing":
+        second.unlink()
+    elif how == "all missing":
+        first.unlink()
+        second.unlink()
+    else:
+        metadata = read_metadata(directory)
+        del metadata["log"]
+        write_json(directory / saving.METADATA, metadata)
+    with pytest.raises(UserError, match=r"state-0000004.*; remove ") as refusal:
+        train_sft(tiny(), examples(7), SFT, state=TrainingState(path))
+    assert "\n" not in str(refusal.value)
+    assert [record.message for record in caplog.records if record.name == "root"] == []  # which would be shown
+
+
+def test_ctrl_c_while_a_state_of_two_is_read(path, monkeypatch):
+    """torch makes an error of its own of it."""
+    with pytest.raises(KeyboardInterrupt):
+        train_sft(tiny(), examples(7), SFT, state=StopAfter(path, 4))
+    as_of_two_processes(path)
+
+    def interrupted(*_arguments):
+        raise Terminated
+
+    monkeypatch.setattr(hf_storage.HuggingFaceStorageReader, "read_data", interrupted)
+    with pytest.raises(Terminated):
+        train_sft(tiny(), examples(7), SFT, state=TrainingState(path))
+
+
 # -- written while training goes on -----------------------------------------------------------------------------------
 
 
@@ -400,6 +496,24 @@ def test_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
     assert saving.host_copies(tensors) is not None
     monkeypatch.setattr(saving, "processes_of_machine", lambda: 3)
     assert saving.host_copies(tensors) is None  # 400 bytes of 333
+
+
+def test_memory_that_cannot_be_pinned_is_no_error(monkeypatch):
+    def cannot_pin(_tensor):
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported at some other call")
+
+    monkeypatch.setattr(saving, "host_copy", cannot_pin)
+    assert saving.host_copies({"a": torch.ones(10)}) is None
+
+
+def test_copies_are_waited_for_on_the_gpu_of_their_tensors(monkeypatch):
+    """Which need not be the one that torch takes for the present one."""
+    waited_for = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited_for.append)
+    monkeypatch.setattr(saving, "host_copy", lambda tensor: tensor)
+    device = torch.device("cuda:1")
+    saving.host_copies({name: SimpleNamespace(is_cuda=True, device=device, nbytes=8) for name in "ab"})
+    assert waited_for == [device]
 
 
 def test_states_are_written_one_after_the_other(train, path, writes):
