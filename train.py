@@ -43,6 +43,7 @@ from minidpost.selftraining.flags import (
     MAY_CHANGE,
     add_hyperparameters,
     changes,
+    flag_name,
     given,
     read_hyperparameters,
     written,
@@ -62,8 +63,8 @@ def main() -> None:
     # 1) Everything that can be wrong is found before anything is written. What has to be fetched, rank 0 fetches.
     options = parse_options()
     base = on_rank_0(lambda: find_model(options.model))
-    replaced = replaced_hyperparameters(options)
     default = preset_for(base, options.method)
+    replaced = replaced_hyperparameters(options, default)
     if replaced.get("lora_rank") is not None:
         default = for_lora(default)
     model = empty_model(read_config(base))
@@ -195,16 +196,36 @@ def parse_options() -> argparse.Namespace:
         "--config",
         type=Path,
         metavar="FILE",
-        help="JSON object of hyperparameters, named as below with _ for -; the config.json of a run has all of them",
+        help="JSON object of hyperparameters, named as below with _ for -; the config.json of a run has all of them, "
+        "of which those that a method sets are taken for the same method alone",
     )
     add_hyperparameters(parser)
     return parser.parse_args()
 
 
-def replaced_hyperparameters(options: argparse.Namespace) -> dict[str, Any]:
-    """The hyperparameters that the file of --config and the flags give; flags count more."""
-    from_file = read_hyperparameters(options.config) if options.config else {}
-    return {**from_file, **given(options)}
+def replaced_hyperparameters(options: argparse.Namespace, default: Preset) -> dict[str, Any]:
+    """The hyperparameters that the file of --config and the flags give; flags count more.
+
+    Of a run by another method the file does not give what either of the two methods sets: that stays as in the
+    `default`, and a warning names it.
+    """
+    by_flag = given(options)
+    if options.config is None:
+        return by_flag
+    from_file, method = read_hyperparameters(options.config)
+    if method not in (None, options.method):
+        kept = []
+        for name in {**METHODS[method].settings, **METHODS[options.method].settings}:
+            value = vars(default)[name]
+            if from_file.pop(name, value) != value and name not in by_flag:
+                kept.append(f"{flag_name(name)} {written(value)}")
+        if kept:
+            warnings.warn(
+                f"--config {options.config}: of a run by --method {method}; --method {options.method} keeps "
+                f"{', '.join(kept)}",
+                stacklevel=1,
+            )
+    return {**from_file, **by_flag}
 
 
 def resolve_preset(options: argparse.Namespace, default: Preset, replaced: dict[str, Any]) -> Preset:

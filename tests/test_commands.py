@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from minidpost.models.t5 import T5, T5Config
 from minidpost.models.weights import load_model, load_template, save_model, tokenizer_files
 from minidpost.sampling.generate import Sample
 from minidpost.selftraining import rehearsal
-from minidpost.selftraining.presets import TINY_T5, Preset
+from minidpost.selftraining.presets import TINY_T5, Preset, preset_for
 from minidpost.selftraining.report import results_table
 from minidpost.text.templates import template_for
 from minidpost.text.tokenizer import load_tokenizer
@@ -642,6 +642,28 @@ def test_all_of_a_preset_from_a_file_and_flags_above_it(call, tiny_model_dir, my
     second = json.loads(Path("second/config.json").read_text())["settings"]
     assert second["preset"] == first["preset"] | {"samples": 1}
     assert second["dtype"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "kept"),
+    [
+        ("dpo-st", "rft", "iterations 1, --label-percentile none"),
+        ("rft", "st", "iterations 2, --label-percentile 90"),
+        ("rft", "rft", None),
+    ],
+)
+def test_another_methods_config_leaves_the_method_its_own(call, tiny_model_dir, my_data, theirs, ours, kept):
+    preset = preset_for(tiny_model_dir, theirs)
+    values = asdict(replace(preset, sft_epochs=1, max_new_tokens=4, pass_at=1, beta=0.5))
+    Path("config.json").write_text(json.dumps({"settings": {"method": theirs, "preset": values}}))
+    flags = ["--model", tiny_model_dir, "--data", my_data, "--limit", 2, "--run-dir", "run", "--samples", 2]
+    with warnings.catch_warnings(record=True) as caught:
+        assert call("train.py", *flags, "--method", ours, "--config", "config.json").status == 0
+    warning = f"--config config.json: of a run by --method {theirs}; --method {ours} keeps --{kept}"
+    assert [str(message.message) for message in caught] == ([] if kept is None else [warning])
+    used = json.loads(Path("run/config.json").read_text())["settings"]["preset"]
+    own = {name: vars(preset_for(tiny_model_dir, ours))[name] for name in ("iterations", "label_percentile")}
+    assert used == {**values, **own, "samples": 2}
 
 
 def test_runs_that_differ_have_directories_of_their_own(call, tiny_model_dir, my_data):

@@ -209,9 +209,10 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name in FLAGS}
 
 
-def read_hyperparameters(path: Path) -> dict[str, Any]:
+def read_hyperparameters(path: Path) -> tuple[dict[str, Any], str | None]:
     """The hyperparameters in a JSON file: an object of them, or the config.json of a run, which has all.
 
+    With them comes the run's method, None where the file is no run's or names no method that we have.
     UserError: no such file, no JSON, a name that is no hyperparameter, a value that is out of bounds.
     """
     try:
@@ -220,7 +221,10 @@ def read_hyperparameters(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: no such file") from None
     except (OSError, ValueError):
         raise UserError(f"--config {path}: not readable as JSON") from None
+    method = None
     if isinstance(content, dict) and isinstance(content.get("settings"), dict):
+        named = content["settings"].get("method")
+        method = next((name for name in METHODS if name == named), None)
         content = content["settings"].get("preset")
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: an object of hyperparameters is expected, or a run's config.json")
@@ -234,7 +238,7 @@ def read_hyperparameters(path: Path) -> dict[str, Any]:
             values[name] = check(name, value)
         except ValueError as error:
             raise UserError(f"--config {path}: {name}: {error}") from None
-    return values
+    return values, method
 
 
 def changes(preset: Preset, other: Preset) -> dict[str, Any]:

@@ -123,16 +123,20 @@ def write(path: Path, content) -> Path:
 
 def test_a_file_of_hyperparameters(tmp_path):
     path = write(tmp_path / "mine.json", {"beta": 1, "label_cap": None, "warm_up": False, "sft_epochs": 3})
-    assert read_hyperparameters(path) == {"beta": 1.0, "label_cap": None, "warm_up": False, "sft_epochs": 3}
+    values = {"beta": 1.0, "label_cap": None, "warm_up": False, "sft_epochs": 3}
+    assert read_hyperparameters(path) == (values, None)
 
 
 def test_a_whole_preset_there_and_back(tmp_path):
-    assert Preset(**read_hyperparameters(write(tmp_path / "all.json", asdict(LLAMA)))) == LLAMA
+    values, _ = read_hyperparameters(write(tmp_path / "all.json", asdict(LLAMA)))
+    assert Preset(**values) == LLAMA
 
 
-def test_a_runs_config_gives_its_hyperparameters(tmp_path):
-    run = {"format": 4, "settings": {"model": "tiny-t5", "preset": asdict(TINY_T5)}, "versions": {}}
-    assert Preset(**read_hyperparameters(write(tmp_path / "config.json", run))) == TINY_T5
+@pytest.mark.parametrize(("named", "method"), [("rft", "rft"), (None, None), ("another", None), ([1], None)])
+def test_a_runs_config_gives_its_hyperparameters_and_method(tmp_path, named, method):
+    run = {"format": 4, "settings": {"method": named, "preset": asdict(TINY_T5)}, "versions": {}}
+    values, found = read_hyperparameters(write(tmp_path / "config.json", run))
+    assert (Preset(**values), found) == (TINY_T5, method)
 
 
 @pytest.mark.parametrize(
