@@ -20,12 +20,22 @@ from pathlib import Path
 from random import Random
 from typing import Any, get_args
 
-from minidpost.cli import MINUTES, POSITIVE, TEMPLATE_TEXT, Parser, add_data_dir, device, dtype_text, run_command
+from minidpost.cli import (
+    MINUTES,
+    POSITIVE,
+    TEMPLATE_TEXT,
+    Parser,
+    add_data_dir,
+    device,
+    dtype_text,
+    named_model,
+    run_command,
+)
 from minidpost.data import datasets, toy
 from minidpost.data.example import Example
 from minidpost.errors import UserError
 from minidpost.models.hf_config import Model, read_config
-from minidpost.models.hub import BUNDLED, PUBLISHED, find_model
+from minidpost.models.hub import BUNDLED, PUBLISHED
 from minidpost.models.weights import TEMPLATES, check_weights, empty_model, load_template
 from minidpost.precision import DTYPES, default_device, name_of, sampling_dtype, training_dtype
 from minidpost.processes import on_rank_0, rank
@@ -62,7 +72,7 @@ def main() -> None:
     """Read and check everything, claim the run's directory, then self-train, with a new report after each iteration."""
     # 1) Everything that can be wrong is found before anything is written. What has to be fetched, rank 0 fetches.
     options = parse_options()
-    base = on_rank_0(lambda: find_model(options.model))
+    base = on_rank_0(lambda: named_model(options.model))
     default = preset_for(base, options.method)
     replaced = replaced_hyperparameters(options, default)
     if replaced.get("lora_rank") is not None:

@@ -38,6 +38,7 @@ from minidpost.processes import (
 )
 from minidpost.selftraining.estimates import slots_for
 from minidpost.selftraining.presets import n_parameters, preset_of
+from minidpost.selftraining.run_directory import json_object
 from minidpost.storage import no_room, read_json
 from minidpost.text.templates import Template
 from minidpost.training.state import Terminated, interrupt
@@ -285,7 +286,7 @@ def open_model(options: argparse.Namespace) -> tuple[Path, Model, Template]:
     one.
     """
     if options.checkpoint is not None:
-        directory = on_rank_0(lambda: find_model(options.checkpoint))
+        directory = on_rank_0(lambda: named_model(options.checkpoint))
     else:
         directory = on_rank_0(default_checkpoint)
         if rank() == 0:
@@ -302,16 +303,70 @@ def open_model(options: argparse.Namespace) -> tuple[Path, Model, Template]:
 def default_checkpoint() -> Path:
     """The model of the newest run that was best on dev; without a run, the bundled one that has learnt the task."""
     for results in sorted(RUNS.glob("*/results.json"), key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            content: Any = read_json(results)
-            checkpoint = content["iterations"][content["best_iteration"]]["checkpoint"]
-            if checkpoint is None:  # without a warm-up the base itself may be the best one
-                # Older runs do not say what --model was, only what the directory was called that it stood for.
-                directory = find_model(content.get("base", content["model"]))
-            else:
-                directory = results.parent / checkpoint
-        except (OSError, ValueError, LookupError, TypeError, UserError):
-            continue  # of an older format, or not ours
-        if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
+        directory = best_of_run(results.parent)
+        if directory is not None:
             return directory
     return find_model("tiny-t5-dpo-st")
+
+
+def named_model(name: str) -> Path:
+    """The directory of what --model or --checkpoint names (`find_model`).
+
+    UserError also for the directory of a run or of one of its iterations, with the path of a model in it.
+    """
+    path = Path(name)
+    if is_run_directory(path):
+        best, last = best_of_run(path), last_of_run(path)
+        if best is not None:
+            advice = f"its best model on dev is {best}"
+        elif last is not None:
+            advice = f"its last model is {last}"
+        else:
+            advice = "no model of it is here yet"
+        raise UserError(f"{name}: a run's directory, not a model's; {advice}")
+    if not (path / "config.json").is_file():
+        last = last_of_iteration(path)
+        if last is not None:
+            raise UserError(f"{name}: an iteration of a run, not a model's directory; its model is {last}")
+    return find_model(name)
+
+
+def is_run_directory(path: Path) -> bool:
+    """Whether a directory's config.json is that of a run, and not a model's."""
+    try:
+        return "settings" in json_object(path / "config.json")
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def best_of_run(run: Path) -> Path | None:
+    """A run's model that was best on dev; None where results.json is missing, of an older format, or not ours."""
+    try:
+        content: Any = read_json(run / "results.json")
+        checkpoint = content["iterations"][content["best_iteration"]]["checkpoint"]
+        if checkpoint is None:  # without a warm-up the base itself may be the best one
+            # Older runs do not say what --model was, only what the directory was called that it stood for.
+            directory = find_model(content.get("base", content["model"]))
+        else:
+            directory = run / checkpoint
+    except (OSError, ValueError, LookupError, TypeError, UserError):
+        return None
+    return directory if has_model(directory) else None
+
+
+def last_of_run(run: Path) -> Path | None:
+    """The last model that a run has finished and kept; None where there is none."""
+    iterations = [path for path in run.glob("iteration-*") if path.name.removeprefix("iteration-").isdecimal()]
+    iterations.sort(key=lambda path: int(path.name.removeprefix("iteration-")), reverse=True)
+    models = (last_of_iteration(path) for path in iterations)
+    return next((model for model in models if model is not None), None)
+
+
+def last_of_iteration(iteration: Path) -> Path | None:
+    """The last model of an iteration that is finished and was kept: SFT's, else DPO's, else None."""
+    return next((iteration / name for name in ("sft", "dpo") if has_model(iteration / name)), None)
+
+
+def has_model(directory: Path) -> bool:
+    """Whether a model's files are here; `--keep` removes weights."""
+    return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))

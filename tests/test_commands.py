@@ -317,6 +317,32 @@ def test_without_argument_the_base_answers_where_it_is_the_best(call, tiny_model
     assert (outcome.status, outcome.complaints) == (0, [f"model: {found}"])
 
 
+def test_a_runs_directory_as_model_names_the_model_in_it(call, tiny_model_dir):
+    run = Path("runs/x")
+    for folder in ("iteration-2/sft", "iteration-10/dpo"):
+        shutil.copytree(tiny_model_dir, run / folder)
+    write_lines(run / "config.json", {"settings": {"model": "tiny-t5"}})
+    best = {"best_iteration": 0, "iterations": [{"checkpoint": "iteration-2/sft"}]}
+    for command, flag in (("train.py", "--model"), ("sample.py", "--checkpoint"), ("eval.py", "--checkpoint")):
+        for results, named, complaint in (
+            (None, run, "a run's directory, not a model's; its last model is runs/x/iteration-10/dpo"),
+            (best, run, "a run's directory, not a model's; its best model on dev is runs/x/iteration-2/sft"),
+            (
+                best,
+                run / "iteration-2",
+                "an iteration of a run, not a model's directory; its model is runs/x/iteration-2/sft",
+            ),
+        ):
+            (run / "results.json").unlink(missing_ok=True)
+            if results:
+                write_lines(run / "results.json", results)
+            outcome = call(command, flag, named)
+            assert (outcome.status, outcome.complaints) == (2, [f"{command}: {named}: {complaint}"])
+    shutil.rmtree(run / "iteration-2")
+    shutil.rmtree(run / "iteration-10")
+    assert "no model of it is here yet" in call("sample.py", "--checkpoint", run).err
+
+
 # -- eval.py ----------------------------------------------------------------------------------------------------------
 
 
