@@ -39,6 +39,7 @@ from minidpost.selftraining.run_directory import Chunks, json_object, model_hash
 from minidpost.storage import markdown_table, write_json, write_jsonl
 from minidpost.text.templates import Template
 
+TEMPERATURE = 0.7
 CALCULATORS = {"on": (True,), "off": (False,), "both": (True, False)}
 
 
@@ -141,11 +142,17 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--temperature",
         type=cli.TEMPERATURE,
-        default=0.7,
         metavar="T",
-        help="temperature of the samples for pass@k and maj@k (default: 0.7)",
+        help=f"temperature of the samples for pass@k and maj@k (default: {TEMPERATURE})",
     )
     options = parser.parse_args()
+    if not options.pass_at and not options.maj_at:
+        parser.refuse_without(options, ("temperature", "seed"), "--pass-at or --maj-at")
+    if not options.output and not options.save_completions:
+        parser.refuse_without(options, ("overwrite",), "--output or --save-completions")
+    for name, default in (("temperature", TEMPERATURE), ("seed", cli.SEED)):
+        if vars(options)[name] is None:
+            vars(options)[name] = default
     if not options.temperature and max([1, *options.pass_at, *options.maj_at]) > 1:
         parser.error("pass@k and maj@k need a --temperature above 0: greedy completions are all the same")
     if options.output is not None and options.output == options.save_completions:

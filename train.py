@@ -50,11 +50,12 @@ from minidpost.selftraining.estimates import (
     warn_of_hours,
 )
 from minidpost.selftraining.flags import (
-    MAY_CHANGE,
+    OF_DPO,
     add_hyperparameters,
     changes,
     flag_name,
     given,
+    may_change,
     read_hyperparameters,
     written,
 )
@@ -85,7 +86,8 @@ def main() -> None:
     data = on_rank_0(lambda: load_data(options))
     template = load_template(base, options.template)
     tokens = tokenize(data, template, base)
-    run_dir = options.run_dir or Path("runs") / run_name(options, data, base=base, differing=changes(default, preset))
+    differing = changes(default, preset, options.method)
+    run_dir = options.run_dir or Path("runs") / run_name(options, data, base=base, differing=differing)
     plan = Plan(
         base=base,
         method=options.method,
@@ -106,7 +108,7 @@ def main() -> None:
         run_dir,
         on_rank_0(lambda: fingerprint(options, plan)),
         options.fresh,
-        may_change=[f"preset.{name}" for name in MAY_CHANGE],
+        may_change=[f"preset.{name}" for name in may_change(options.method)],
     )
     for line in resources:
         directory.log(line)
@@ -241,6 +243,9 @@ def replaced_hyperparameters(options: argparse.Namespace, default: Preset) -> di
 def resolve_preset(options: argparse.Namespace, default: Preset, replaced: dict[str, Any]) -> Preset:
     """The preset of the model and the method, with what is replaced of it; UserError at a contradiction."""
     preset = dataclasses.replace(default, **replaced)
+    unused = [flag_name(name) for name in OF_DPO if name in given(options)]
+    if unused and not METHODS[options.method].has_dpo:
+        warnings.warn(f"{', '.join(unused)}: no effect with --method {options.method}, which has no DPO", stacklevel=1)
     if preset.lora_alpha is not None and preset.lora_rank is None:
         raise UserError("--lora-alpha: has no effect without --lora-rank, which is expected too")
     if not preset.warm_up and not METHODS[options.method].iterates:
@@ -285,7 +290,7 @@ def check_resources(
 def fingerprint(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     """What makes a run the same run: a directory that was begun with any of it different is not continued.
 
-    A few hyperparameters may change (flags.MAY_CHANGE).
+    A few hyperparameters may change (flags.may_change).
     """
     names = ("method", "data", "unlabelled", "limit", "seed", "no_calculator", "template")
     return {

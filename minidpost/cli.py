@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -44,6 +44,7 @@ from minidpost.text.templates import Template
 from minidpost.training.state import Terminated, interrupt
 
 RUNS = Path("runs")
+SEED = 42
 SLOTS = 64  # on a CPU
 MAX_MESSAGE = 1000  # characters in a message
 TEMPLATE_TEXT = (
@@ -149,6 +150,15 @@ class Parser(argparse.ArgumentParser):
         """Raise a UserError instead of printing the usage and exiting."""
         raise UserError(f"{message} (--help lists the flags)")
 
+    def refuse_without(self, options: argparse.Namespace, names: Sequence[str], needed: str) -> None:
+        """UserError where one of these flags was given, without what it `needed` to have an effect.
+
+        A flag that was not given is None or False, so that a default other than that is put in later.
+        """
+        for name in names:
+            if vars(options)[name] not in (None, False):
+                self.error(f"--{name.replace('_', '-')}: has no effect without {needed}")
+
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """argparse's; UserError at arguments that are not UTF-8, as they could not be written into any file."""
         arguments = list(sys.argv[1:] if args is None else args)
@@ -176,7 +186,7 @@ def model_parser(description: str) -> Parser:
         metavar="N",
         help=f"rows decoded at once (default: {SLOTS}; on a GPU more, by its memory)",
     )
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seed", type=int, metavar="N", help=f"of samples, which need it (default: {SEED})")
     parser.add_argument("--device", type=device, default=default_device())
     parser.add_argument(
         "--dtype",

@@ -697,7 +697,7 @@ def test_runs_that_differ_have_directories_of_their_own(call, tiny_model_dir, my
     name = "tiny-random-sft-mine-42-limit=2-sft-epochs=1-samples=2-max-new-tokens=8"
     differing = (
         ([], name),
-        (["--beta", "0.3"], f"{name.replace('samples', 'beta=0.3-samples')}"),
+        (["--weight-decay", "0.3"], f"{name.replace('samples', 'weight-decay=0.3-samples')}"),
         (["--seed", "7"], name.replace("42", "7")),
         (["--no-calculator"], name.replace("limit=2", "limit=2-no-calculator")),
         (["--slots", "20", "--micro-batch-tokens", "500"], name),
@@ -707,8 +707,8 @@ def test_runs_that_differ_have_directories_of_their_own(call, tiny_model_dir, my
         assert (Path("runs") / expected).is_dir()
     assert len([*Path("runs").iterdir()]) == 4
     many = [
-        "--beta",
-        "0.3",
+        "--sft-examples-per-step",
+        "3",
         "--learning-rate-warmup",
         "0.2",
         "--weight-decay",
@@ -721,6 +721,22 @@ def test_runs_that_differ_have_directories_of_their_own(call, tiny_model_dir, my
     assert call("train.py", *flags, *many).status == 0
     (long,) = Path("runs").glob("tiny-random-sft-mine-42-9-changes-*")
     assert len(long.name) < 60
+
+
+def test_dpo_flags_are_warned_of_without_dpo_and_make_no_other_run(call, tiny_model_dir, my_data):
+    flags = ["--model", tiny_model_dir, "--data", my_data, "--method", "sft", *QUICK]
+    assert call("train.py", *flags).status == 0
+    (run,) = Path("runs").iterdir()
+    trained = snapshot(run / "iteration-0")
+    with pytest.warns(UserWarning, match="^--dpo-steps, --beta: no effect with --method sft, which has no DPO$"):
+        outcome = call("train.py", *flags, "--beta", "0.3", "--dpo-steps", "7")
+    assert outcome.status == 0
+    assert (list(Path("runs").iterdir()), snapshot(run / "iteration-0")) == ([run], trained)
+    preset = json.loads((run / "config.json").read_text())["settings"]["preset"]
+    assert (preset["beta"], preset["dpo_steps"]) == (0.3, 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what a file gives is no mistake
+        assert call("train.py", *flags, "--config", run / "config.json").status == 0
 
 
 def test_a_preset_belongs_to_the_model_and_not_to_its_path(call, my_data):
@@ -1084,6 +1100,11 @@ MISTAKES = [
     ("sample.py --input long.jsonl", "question 2 ('How How"),
     ("sample.py How? --input one.jsonl", "from the command line or from --input"),
     ("sample.py How? --samples 3", "--samples 3 needs a --temperature above 0"),
+    ("sample.py How? --top-k 5", "--top-k: has no effect without a --temperature above 0"),
+    ("sample.py How? --top-p 0.9 --temperature 0", "--top-p: has no effect without a --temperature above 0"),
+    ("sample.py How? --seed 1", "--seed: has no effect without a --temperature above 0"),
+    ("sample.py How? --chunk 8", "--chunk: has no effect without --output"),
+    ("sample.py How? --overwrite", "--overwrite: has no effect without --output"),
     ("sample.py How? --samples 0", "argument --samples: a whole number from 1 to 1,000,000 is expected, found '0'"),
     ("sample.py How? --dtype fp16", "argument --dtype: invalid choice: 'fp16' (choose from"),
     ("sample.py How? --slots 0", "argument --slots: a whole number from 1 to"),
@@ -1108,6 +1129,9 @@ MISTAKES = [
     ("eval.py --pass-at 0", "argument --pass-at: a whole number from 1 to 1,000,000 is expected, found '0'"),
     ("eval.py --maj-at 8,", "argument --maj-at: a whole number from 1 to 1,000,000 is expected, found ''"),
     ("eval.py --pass-at 10 --temperature 0", "need a --temperature above 0"),
+    ("eval.py --temperature 0.5", "--temperature: has no effect without --pass-at or --maj-at"),
+    ("eval.py --seed 1", "--seed: has no effect without --pass-at or --maj-at"),
+    ("eval.py --overwrite", "--overwrite: has no effect without --output or --save-completions"),
     ("eval.py --calculator maybe", "'both'"),
     ("eval.py --limit 0", "argument --limit: a whole number from 1 to"),
     ("eval.py --output old.jsonl", "--output old.jsonl: exists already"),

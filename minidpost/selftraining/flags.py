@@ -103,6 +103,8 @@ TYPES = {field.name: field.type for field in fields(Preset)}
 
 # What a continued run may change: how far it goes, and what changes results by rounding alone.
 MAY_CHANGE = ("iterations", "patience", "micro_batch_tokens", "activation_checkpointing", "slots")
+# What DPO alone has a use for: with a method without it, any other values make the same run.
+OF_DPO = (*GROUPS["DPO"], "dpo_samples", "pairs_per_question")
 
 
 def flag_name(name: str) -> str:
@@ -241,7 +243,13 @@ def read_hyperparameters(path: Path) -> tuple[dict[str, Any], str | None]:
     return values, method
 
 
-def changes(preset: Preset, other: Preset) -> dict[str, Any]:
+def may_change(method: str) -> tuple[str, ...]:
+    """The hyperparameters that a continued run of a method may change."""
+    return MAY_CHANGE if METHODS[method].has_dpo else (*MAY_CHANGE, *OF_DPO)
+
+
+def changes(preset: Preset, other: Preset, method: str) -> dict[str, Any]:
     """The hyperparameters of `other` that differ from `preset`, but for those that a continued run may change."""
     before = asdict(preset)
-    return {name: value for name, value in asdict(other).items() if value != before[name] and name not in MAY_CHANGE}
+    free = may_change(method)
+    return {name: value for name, value in asdict(other).items() if value != before[name] and name not in free}

@@ -73,7 +73,10 @@ def test_what_cannot_be_read_is_said_beside_the_page(command, tmp_path):
         (["absent"], "absent: no such directory"),
         (["folder"], "folder: not a run directory"),
         (["--watch", "70000"], "a port from 0"),
-        (["--watch", "0", "--export", "x"], "--watch does not"),
+        (["--watch", "0", "--export", "x"], "--export: has no effect without a written page, and --watch writes none"),
+        (["--watch", "0", "--output", "x.html"], "--output: has no effect without a written page"),
+        (["--watch", "0", "--no-samples"], "--no-samples: has no effect without a written page"),
+        (["--host", "0.0.0.0"], "--host: has no effect without --watch"),
         (["--output", "folder"], "a file in a directory that exists is expected"),
     ],
 )

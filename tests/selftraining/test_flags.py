@@ -171,8 +171,16 @@ def test_a_broken_file_is_one_line(tmp_path, content, complaint):
 
 
 def test_changes_are_what_a_continued_run_may_not_change():
-    assert changes(T5, T5) == {}
-    assert changes(T5, replace(T5, beta=0.5, samples=10)) == {"samples": 10, "beta": 0.5}
+    assert changes(T5, T5, "dpo-st") == {}
+    assert changes(T5, replace(T5, beta=0.5, samples=10), "dpo-st") == {"samples": 10, "beta": 0.5}
     for name in NAMES:
-        differs = name in changes(T5, replace(T5, **{name: other_value(name)}))
+        differs = name in changes(T5, replace(T5, **{name: other_value(name)}), "dpo-st")
         assert differs == (name not in MAY_CHANGE)
+
+
+@pytest.mark.parametrize("method", ["sft", "st", "rft", "rest-em"])
+def test_without_dpo_its_hyperparameters_tell_no_runs_apart(method):
+    of_dpo = {name for name in NAMES if "dpo" in name} | {"beta", "pairs_per_question"}
+    for name in NAMES:
+        differs = name in changes(T5, replace(T5, **{name: other_value(name)}), method)
+        assert differs == (name not in MAY_CHANGE and name not in of_dpo)
