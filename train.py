@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 from typing import Any, get_args
 
 from minidpost.cli import (
@@ -151,7 +150,10 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--method", default="dpo-st", choices=METHODS, help="what to train by (default: dpo-st)")
     parser.add_argument(
-        "--data", default="toy", help="toy, gsm8k, or a JSONL file of question, rationale, answer (default: toy)"
+        "--data",
+        default="toy",
+        help="toy, gsm8k, or a JSONL file of question, rationale, answer, of which a tenth is held out as dev "
+        "(default: toy)",
     )
     parser.add_argument(
         "--unlabelled", type=Path, metavar="FILE", help="JSONL of further questions and answers to sample for"
@@ -352,14 +354,9 @@ def load_data(options: argparse.Namespace) -> Data:
         dev = load_split(options, "gsm8k", "dev")
         for name in ("gsm8k", "multiarith", "asdiv", "svamp"):
             tests[f"{name}/test"] = load_split(options, name, "test")
-    elif options.data.endswith(".jsonl"):
-        examples = list(datasets.load_jsonl(options.data, labelled=True)[: options.limit])
-        if len(examples) < 2:
-            raise UserError(f"{options.data}: at least 2 examples are needed, a tenth being held out as dev")
-        Random(options.seed).shuffle(examples)
-        n_dev = max(1, len(examples) // 10)
-        labelled = examples[n_dev:]
-        dev = examples[:n_dev]
+    elif datasets.is_own(options.data):
+        examples = datasets.load_jsonl(options.data, labelled=True)[: options.limit]
+        labelled, dev = datasets.split_own(examples, options.data)
     else:
         raise UserError(f"--data {options.data}: toy, gsm8k or a file that ends in .jsonl is expected")
 

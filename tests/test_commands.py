@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 import sample as sample_command
 from minidpost import cli
 from minidpost.cli import MAX_MESSAGE, one_line, run_command
-from minidpost.data import toy
+from minidpost.data import datasets, toy
 from minidpost.errors import UserError
 from minidpost.models.hub import find_model
 from minidpost.models.llama import Llama, LlamaConfig
@@ -367,13 +367,21 @@ def test_the_toy_test_sets_with_and_without_calculator(call, tiny_model_dir):
 
 
 def test_a_model_that_knows_the_answers_is_right(call, knowing_model_dir, monkeypatch):
-    from minidpost.data import datasets
-
     known = [datasets.Example(TOM, "7"), datasets.Example(MIA, "5")]
     monkeypatch.setattr(datasets, "load", lambda name, split, data_dir: known)
     outcome = call("eval.py", "--checkpoint", knowing_model_dir, "--split", "dev", "--calculator", "on")
     assert "toy/dev | on         | 2         | 50.0% (9.5–90.5)" in outcome.out
     assert "off" not in outcome.out
+
+
+def test_a_file_of_ones_own_is_measured(call, knowing_model_dir):
+    write_lines("mine.jsonl", {"question": TOM, "answer": 7}, {"question": MIA, "answer": 5})
+    flags = ["--checkpoint", knowing_model_dir, "--tasks", "mine.jsonl", "--calculator", "on"]
+    assert "mine/test | on         | 2         | 50.0% (9.5–90.5)" in call("eval.py", *flags).out
+    assert "mine/dev | on         | 1 " in call("eval.py", *flags, "--split", "dev").out
+    outcome = call("eval.py", *flags[:3], "mine.jsonl,./mine.jsonl")
+    complaint = "eval.py: --tasks ./mine.jsonl: another task has the name mine/test too; rename the file"
+    assert (outcome.status, outcome.complaints) == (2, [complaint])
 
 
 def test_real_sets(call, tiny_model_dir, shared):
@@ -476,6 +484,18 @@ def test_a_learning_rate_that_is_given_is_what_lora_has(call, tiny_model_dir, my
     preset = json.loads((run / "config.json").read_text())["settings"]["preset"]
     assert (preset["sft_learning_rate"], preset["lora_alpha"]) == (0.005, 3.0)
     assert max(row["lr"] for row in read_rows(run / "iteration-0/sft/log.jsonl")) == pytest.approx(0.005)
+
+
+def test_the_same_questions_are_held_out_whatever_the_seed(call, tiny_model_dir, tmp_path):
+    rows = [{"question": e.question, "answer": e.answer, "rationale": e.rationale} for e in toy.examples("train")[:20]]
+    path = write_lines(tmp_path / "mine.jsonl", *rows)
+    dev = [example.question for example in datasets.load(str(path), "dev")]
+    assert len(dev) == 2
+    for seed in (1, 2):
+        flags = ["--model", tiny_model_dir, "--data", path, "--method", "st", *QUICK[2:], "--seed", seed]
+        assert call("train.py", *flags, "--run-dir", f"run-{seed}").status in (0, 2)
+        pool = {row["question"] for row in read_rows(f"run-{seed}/iteration-1/samples-sft.jsonl")}
+        assert pool == {row["question"] for row in rows} - {*dev}
 
 
 def test_a_chat_format_is_trained_recorded_and_read_back(call, shared, my_data):
@@ -1123,6 +1143,10 @@ MISTAKES = [
     ("eval.py --checkpoint \x1b[31mred", "no model and no directory is called '\\x1b[31mred'"),
     ("eval.py --checkpoint flan-t5-lareg", "did you mean flan-t5-large?"),
     ("eval.py --tasks gsm9k", "there is no dataset 'gsm9k'; choose one of gsm8k, multiarith, asdiv, svamp, toy"),
+    ("eval.py --tasks none.jsonl", "none.jsonl: cannot be read (No such file or directory)"),
+    ("eval.py --tasks words.jsonl", "words.jsonl, line 2: `answer` must be a number or the text of one, found 'seven'"),
+    ("eval.py --tasks words.jsonl --split words", "words.jsonl has no split 'words'; choose one of train, dev, test"),
+    ("eval.py --tasks one.jsonl --split dev", "one.jsonl: at least 2 examples are needed"),
     ("eval.py --tasks gsm8k,svamp --split dev", "svamp has no split 'dev'; choose one of test"),
     ("eval.py --tasks toy,", "there is no dataset ''"),
     ("eval.py --pass-at 1,ten", "argument --pass-at: a whole number from 1 to 1,000,000 is expected, found 'ten'"),
