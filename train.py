@@ -35,6 +35,7 @@ from minidpost.data.example import Example
 from minidpost.errors import UserError
 from minidpost.models.hf_config import Model, read_config
 from minidpost.models.hub import BUNDLED, PUBLISHED
+from minidpost.models.lora import highest_rank
 from minidpost.models.weights import TEMPLATES, check_weights, empty_model, load_template
 from minidpost.precision import DTYPES, default_device, name_of, sampling_dtype, training_dtype
 from minidpost.processes import on_rank_0, rank
@@ -80,7 +81,7 @@ def main() -> None:
     model = empty_model(read_config(base))
     dtype = sampling_dtype(options.dtype, options.device, n_parameters(model))
     default = replace(default, slots=slots_for(model, default, dtype, options.device))
-    preset = resolve_preset(options, default, replaced)
+    preset = resolve_preset(options, default, replaced, model)
     check_weights(base)
     data = on_rank_0(lambda: load_data(options))
     template = load_template(base, options.template)
@@ -242,7 +243,7 @@ def replaced_hyperparameters(options: argparse.Namespace, default: Preset) -> di
     return {**from_file, **by_flag}
 
 
-def resolve_preset(options: argparse.Namespace, default: Preset, replaced: dict[str, Any]) -> Preset:
+def resolve_preset(options: argparse.Namespace, default: Preset, replaced: dict[str, Any], model: Model) -> Preset:
     """The preset of the model and the method, with what is replaced of it; UserError at a contradiction."""
     preset = dataclasses.replace(default, **replaced)
     unused = [flag_name(name) for name in OF_DPO if name in given(options)]
@@ -250,6 +251,11 @@ def resolve_preset(options: argparse.Namespace, default: Preset, replaced: dict[
         warnings.warn(f"{', '.join(unused)}: no effect with --method {options.method}, which has no DPO", stacklevel=1)
     if preset.lora_alpha is not None and preset.lora_rank is None:
         raise UserError("--lora-alpha: has no effect without --lora-rank, which is expected too")
+    if preset.lora_rank is not None and preset.lora_rank > highest_rank(model):
+        raise UserError(
+            f"--lora-rank {preset.lora_rank}: at most {highest_rank(model)} is expected, the smaller side of this "
+            "model's largest adapted matrix"
+        )
     if not preset.warm_up and not METHODS[options.method].iterates:
         raise UserError(f"--no-warm-up: leaves nothing to do for --method {options.method}")
     return preset

@@ -1091,6 +1091,7 @@ MISTAKES = [
     ("train.py --sft-learning-rate inf", "argument --sft-learning-rate: a number from 1e-09 to 1 is expected"),
     ("train.py --beta none", "argument --beta: a number from 1e-06 to 1,000.0 is expected, found None"),
     ("train.py --lora-rank 0", "--lora-rank: a whole number from 1 to 16,384, or none is expected, found 0"),
+    ("train.py --lora-rank 17", "--lora-rank 17: at most 16 is expected, the smaller side of this model's largest"),
     ("train.py --lora-alpha 8", "--lora-alpha: has no effect without --lora-rank, which is expected too"),
     ("train.py --label-cap 0", "--label-cap: a whole number from 1 to 1,000,000, or none is expected, found 0"),
     ("train.py --template chat", "a t5 has just one, none can be chosen"),
