@@ -3,6 +3,7 @@
     python eval.py                                      # the newest model on the toy test sets
     python eval.py --checkpoint tiny-t5-dpo-st --pass-at 1,10 --maj-at 10 --limit 100
     python eval.py --checkpoint runs/mine/iteration-3/sft --tasks gsm8k,svamp --calculator on
+    python eval.py --tasks mine.jsonl                   # your own questions and answers
     python eval.py --tasks gsm8k --output scores.json --save-completions completions.jsonl
     python eval.py --tasks gsm8k --baseline scores.json         # the difference to an earlier evaluation, or to a run
 
@@ -20,7 +21,7 @@ from typing import Any
 from minidpost import cli
 from minidpost.data import datasets, toy
 from minidpost.data.example import Example
-from minidpost.errors import when_memory_runs_out
+from minidpost.errors import UserError, when_memory_runs_out
 from minidpost.models.hf_config import Model
 from minidpost.processes import from_rank_0, on_rank_0, rank
 from minidpost.sampling.generate import check_prompts
@@ -39,6 +40,7 @@ from minidpost.selftraining.run_directory import Chunks, json_object, model_hash
 from minidpost.storage import markdown_table, write_json, write_jsonl
 from minidpost.text.templates import Template
 
+TEMPERATURE = 0.7
 CALCULATORS = {"on": (True,), "off": (False,), "both": (True, False)}
 
 
@@ -109,10 +111,17 @@ def parse_options() -> argparse.Namespace:
     parser = cli.model_parser(__doc__.splitlines()[0])
     tasks = ", ".join(datasets.SPLITS)
     parser.add_argument(
-        "--tasks", type=names, default=["toy"], metavar="NAME,…", help=f"datasets, of {tasks} (default: toy)"
+        "--tasks",
+        type=names,
+        default=["toy"],
+        metavar="NAME,…",
+        help=f"datasets, of {tasks}, or JSONL files of question and answer (default: toy)",
     )
     parser.add_argument(
-        "--split", default="test", help="split of every dataset (default: test, of which toy has four kinds)"
+        "--split",
+        default="test",
+        help="split of every dataset (default: test, of which toy has four kinds, and which is all of a file; dev is "
+        "the tenth of a file that train.py holds out, train the rest)",
     )
     parser.add_argument(
         "--calculator", choices=CALCULATORS, default="both", help="measure with it, without it, or both (default: both)"
@@ -141,11 +150,16 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--temperature",
         type=cli.TEMPERATURE,
-        default=0.7,
         metavar="T",
-        help="temperature of the samples for pass@k and maj@k (default: 0.7)",
+        help=f"temperature of the samples for pass@k and maj@k (default: {TEMPERATURE})",
     )
     options = parser.parse_args()
+    if not options.pass_at and not options.maj_at:
+        parser.warn_without(options, ("temperature",), "--pass-at or --maj-at")
+    if not options.output and not options.save_completions:
+        parser.warn_without(options, ("overwrite",), "--output or --save-completions")
+    if options.temperature is None:
+        options.temperature = TEMPERATURE
     if not options.temperature and max([1, *options.pass_at, *options.maj_at]) > 1:
         parser.error("pass@k and maj@k need a --temperature above 0: greedy completions are all the same")
     if options.output is not None and options.output == options.save_completions:
@@ -171,7 +185,10 @@ def load_sets(options: argparse.Namespace) -> dict[str, list[Example]]:
     for task in options.tasks:
         is_toy_test = task == "toy" and options.split == "test"
         for split in toy.TEST_SPLITS if is_toy_test else [options.split]:
-            sets[f"{task}/{split}"] = datasets.load(task, split, options.data_dir)[: options.limit]
+            name = f"{Path(task).stem if datasets.is_own(task) else task}/{split}"
+            if name in sets:
+                raise UserError(f"--tasks {task}: another task has the name {name} too; rename the file")
+            sets[name] = datasets.load(task, split, options.data_dir)[: options.limit]
     return sets
 
 

@@ -23,6 +23,8 @@ from minidpost.page.runs import Files, RunFiles, find_runs, is_run
 from minidpost.page.watch import Watched, new_server
 
 BENCHMARK = Path("benchmarks") / "results" / "sampling.md"
+OUTPUT = Path("report.html")
+HOST = "127.0.0.1"
 PORT = checked(int, lambda value: 0 <= value <= 65535, "a port from 0 (any that is free) to 65535")
 
 
@@ -68,9 +70,7 @@ def parse_options() -> argparse.Namespace:
         help="a run's directory, or one that holds runs (default: runs); a .json file that eval.py --output wrote of a "
         "run's model, its completions beside it in a .jsonl of the same name",
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("report.html"), metavar="FILE", help="the page (default: report.html)"
-    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help=f"the page (default: {OUTPUT})")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument(
         "--export", type=Path, metavar="DIR", help="also write the exhibits as PNG, SVG, Markdown, LaTeX"
@@ -85,15 +85,19 @@ def parse_options() -> argparse.Namespace:
         help=f"what benchmarks/sampling.py wrote, for figure 4 (default: {BENCHMARK}, where it is there)",
     )
     parser.add_argument("--watch", type=PORT, metavar="PORT", help="serve the page instead of writing it")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="with --watch: who may look (default: 127.0.0.1, this machine alone)"
-    )
+    parser.add_argument("--host", help=f"with --watch: who may look (default: {HOST}, this machine alone)")
     add_data_dir(parser)
     options = parser.parse_args()
     options.evaluations = [path for path in options.runs if path.suffix == ".json"]
     options.directories = [path for path in options.runs if path.suffix != ".json"]
-    if options.watch is not None and options.export:
-        parser.error("--export writes files, which --watch does not")
+    if options.watch is None:
+        parser.warn_without(options, ("host",), "--watch")
+    else:
+        parser.warn_without(options, ("output", "no_samples"), "a written page, and --watch writes none")
+        if options.export:
+            parser.error("--export writes files, which --watch does not")
+    options.output = options.output or OUTPUT
+    options.host = options.host or HOST
     return options
 
 

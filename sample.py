@@ -128,14 +128,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--top-k",
         type=cli.NOT_NEGATIVE,
-        default=0,
         metavar="K",
         help="choose among the K most likely tokens only (default: 0, among all)",
     )
     parser.add_argument(
         "--top-p",
         type=cli.FRACTION,
-        default=1.0,
         metavar="P",
         help="choose among the fewest tokens that have probability P together (default: 1, among all)",
     )
@@ -148,12 +146,19 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.samples > 1 and not options.temperature:
         parser.error(f"--samples {options.samples} needs a --temperature above 0: greedy completions are all the same")
+    if not options.temperature:
+        parser.warn_without(options, ("top_k", "top_p"), "a --temperature above 0")
+    if not options.output:
+        parser.warn_without(options, ("chunk", "overwrite"), "--output")
     if options.questions and options.input:
         parser.error("questions come from the command line or from --input, not from both")
     if options.interactive and (options.input or options.output):
         parser.error("--interactive asks and answers on the terminal, without --input and --output")
     if started_by_torchrun() and (options.interactive or options.input == "-"):
         parser.error("of several processes none has the terminal: --interactive and --input - are for one")
+    for name, default in (("top_k", 0), ("top_p", 1.0)):
+        if vars(options)[name] is None:
+            vars(options)[name] = default
     return options
 
 

@@ -17,15 +17,25 @@ import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 from typing import Any, get_args
 
-from minidpost.cli import MINUTES, POSITIVE, TEMPLATE_TEXT, Parser, add_data_dir, device, dtype_text, run_command
+from minidpost.cli import (
+    MINUTES,
+    POSITIVE,
+    TEMPLATE_TEXT,
+    Parser,
+    add_data_dir,
+    device,
+    dtype_text,
+    named_model,
+    run_command,
+)
 from minidpost.data import datasets, toy
 from minidpost.data.example import Example
 from minidpost.errors import UserError
 from minidpost.models.hf_config import Model, read_config
-from minidpost.models.hub import BUNDLED, PUBLISHED, find_model
+from minidpost.models.hub import BUNDLED, PUBLISHED
+from minidpost.models.lora import highest_rank
 from minidpost.models.weights import TEMPLATES, check_weights, empty_model, load_template
 from minidpost.precision import DTYPES, default_device, name_of, sampling_dtype, training_dtype
 from minidpost.processes import on_rank_0, rank
@@ -40,10 +50,12 @@ from minidpost.selftraining.estimates import (
     warn_of_hours,
 )
 from minidpost.selftraining.flags import (
-    MAY_CHANGE,
+    OF_DPO,
     add_hyperparameters,
     changes,
+    flag_name,
     given,
+    may_change,
     read_hyperparameters,
     written,
 )
@@ -61,20 +73,21 @@ def main() -> None:
     """Read and check everything, claim the run's directory, then self-train, with a new report after each iteration."""
     # 1) Everything that can be wrong is found before anything is written. What has to be fetched, rank 0 fetches.
     options = parse_options()
-    base = on_rank_0(lambda: find_model(options.model))
-    replaced = replaced_hyperparameters(options)
+    base = on_rank_0(lambda: named_model(options.model))
     default = preset_for(base, options.method)
+    replaced = replaced_hyperparameters(options, default)
     if replaced.get("lora_rank") is not None:
         default = for_lora(default)
     model = empty_model(read_config(base))
     dtype = sampling_dtype(options.dtype, options.device, n_parameters(model))
     default = replace(default, slots=slots_for(model, default, dtype, options.device))
-    preset = resolve_preset(options, default, replaced)
+    preset = resolve_preset(options, default, replaced, model)
     check_weights(base)
     data = on_rank_0(lambda: load_data(options))
     template = load_template(base, options.template)
     tokens = tokenize(data, template, base)
-    run_dir = options.run_dir or Path("runs") / run_name(options, data, base=base, differing=changes(default, preset))
+    differing = changes(default, preset, options.method)
+    run_dir = options.run_dir or Path("runs") / run_name(options, data, base=base, differing=differing)
     plan = Plan(
         base=base,
         method=options.method,
@@ -95,7 +108,7 @@ def main() -> None:
         run_dir,
         on_rank_0(lambda: fingerprint(options, plan)),
         options.fresh,
-        may_change=[f"preset.{name}" for name in MAY_CHANGE],
+        may_change=[f"preset.{name}" for name in may_change(options.method)],
     )
     for line in resources:
         directory.log(line)
@@ -138,7 +151,10 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--method", default="dpo-st", choices=METHODS, help="what to train by (default: dpo-st)")
     parser.add_argument(
-        "--data", default="toy", help="toy, gsm8k, or a JSONL file of question, rationale, answer (default: toy)"
+        "--data",
+        default="toy",
+        help="toy, gsm8k, or a JSONL file of question, rationale, answer, of which a tenth is held out as dev "
+        "(default: toy)",
     )
     parser.add_argument(
         "--unlabelled", type=Path, metavar="FILE", help="JSONL of further questions and answers to sample for"
@@ -195,23 +211,51 @@ def parse_options() -> argparse.Namespace:
         "--config",
         type=Path,
         metavar="FILE",
-        help="JSON object of hyperparameters, named as below with _ for -; the config.json of a run has all of them",
+        help="JSON object of hyperparameters, named as below with _ for -; the config.json of a run has all of them, "
+        "of which those that a method sets are taken for the same method alone",
     )
     add_hyperparameters(parser)
     return parser.parse_args()
 
 
-def replaced_hyperparameters(options: argparse.Namespace) -> dict[str, Any]:
-    """The hyperparameters that the file of --config and the flags give; flags count more."""
-    from_file = read_hyperparameters(options.config) if options.config else {}
-    return {**from_file, **given(options)}
+def replaced_hyperparameters(options: argparse.Namespace, default: Preset) -> dict[str, Any]:
+    """The hyperparameters that the file of --config and the flags give; flags count more.
+
+    Of a run by another method the file does not give what either of the two methods sets: that stays as in the
+    `default`, and a warning names it.
+    """
+    by_flag = given(options)
+    if options.config is None:
+        return by_flag
+    from_file, method = read_hyperparameters(options.config)
+    if method not in (None, options.method):
+        kept = []
+        for name in {**METHODS[method].settings, **METHODS[options.method].settings}:
+            value = vars(default)[name]
+            if from_file.pop(name, value) != value and name not in by_flag:
+                kept.append(f"{flag_name(name)} {written(value)}")
+        if kept:
+            warnings.warn(
+                f"--config {options.config}: of a run by --method {method}; --method {options.method} keeps "
+                f"{', '.join(kept)}",
+                stacklevel=1,
+            )
+    return {**from_file, **by_flag}
 
 
-def resolve_preset(options: argparse.Namespace, default: Preset, replaced: dict[str, Any]) -> Preset:
+def resolve_preset(options: argparse.Namespace, default: Preset, replaced: dict[str, Any], model: Model) -> Preset:
     """The preset of the model and the method, with what is replaced of it; UserError at a contradiction."""
     preset = dataclasses.replace(default, **replaced)
+    unused = [flag_name(name) for name in OF_DPO if name in given(options)]
+    if unused and not METHODS[options.method].has_dpo:
+        warnings.warn(f"{', '.join(unused)}: no effect with --method {options.method}, which has no DPO", stacklevel=1)
     if preset.lora_alpha is not None and preset.lora_rank is None:
         raise UserError("--lora-alpha: has no effect without --lora-rank, which is expected too")
+    if preset.lora_rank is not None and preset.lora_rank > highest_rank(model):
+        raise UserError(
+            f"--lora-rank {preset.lora_rank}: at most {highest_rank(model)} is expected, the smaller side of this "
+            "model's largest adapted matrix"
+        )
     if not preset.warm_up and not METHODS[options.method].iterates:
         raise UserError(f"--no-warm-up: leaves nothing to do for --method {options.method}")
     return preset
@@ -254,7 +298,7 @@ def check_resources(
 def fingerprint(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     """What makes a run the same run: a directory that was begun with any of it different is not continued.
 
-    A few hyperparameters may change (flags.MAY_CHANGE).
+    A few hyperparameters may change (flags.may_change).
     """
     names = ("method", "data", "unlabelled", "limit", "seed", "no_calculator", "template")
     return {
@@ -316,14 +360,9 @@ def load_data(options: argparse.Namespace) -> Data:
         dev = load_split(options, "gsm8k", "dev")
         for name in ("gsm8k", "multiarith", "asdiv", "svamp"):
             tests[f"{name}/test"] = load_split(options, name, "test")
-    elif options.data.endswith(".jsonl"):
-        examples = list(datasets.load_jsonl(options.data, labelled=True)[: options.limit])
-        if len(examples) < 2:
-            raise UserError(f"{options.data}: at least 2 examples are needed, a tenth being held out as dev")
-        Random(options.seed).shuffle(examples)
-        n_dev = max(1, len(examples) // 10)
-        labelled = examples[n_dev:]
-        dev = examples[:n_dev]
+    elif datasets.is_own(options.data):
+        examples = datasets.load_jsonl(options.data, labelled=True)[: options.limit]
+        labelled, dev = datasets.split_own(examples, options.data)
     else:
         raise UserError(f"--data {options.data}: toy, gsm8k or a file that ends in .jsonl is expected")
 

@@ -1,4 +1,4 @@
-"""The default run's minutes: today's code against an earlier revision's, and one process against two.
+"""The default run's first iteration: today's minutes against an earlier revision's, one process against two.
 
     python -m benchmarks.default_run --before 5812089
 
@@ -32,6 +32,7 @@ STAGES = {  # the end of a stage's name: what the table calls it
     "/samples-sft.jsonl": "sampling for pseudo-labels",
     "/evaluation.json": "evaluation",
 }
+TITLE = "The default run's first iteration, before and now"
 OTHER = "all else: reading, pairs, pseudo-labels"
 TOGETHER_TEXT = (
     "By torchrun the same seed trains another model: each process has dropout of its own, so that other units are "
@@ -136,7 +137,7 @@ def write_page(page: Path, found: dict[str, Any], *, is_whole: bool) -> None:
         accuracy_table(found),
         TOGETHER_TEXT if seconds[TOGETHER] else "",
     ]
-    write_result(page, "The default run, before and now", [text for text in paragraphs if text], is_whole)
+    write_result(page, TITLE, [text for text in paragraphs if text], is_whole)
 
 
 def of_contender(found: dict[str, Any], contender: str) -> list[dict[str, Any]]:

@@ -89,6 +89,7 @@ TARGETS = {
     "cuda": {(name, 32): Target(10.0, 10.0) for name in ("flan-t5-large", "llama-3.2-1b", "llama-3-8b")},
 }
 CT2_TARGET, CALCULATOR_TARGET = 1.0, 0.01  # times CTranslate2 at its best; fraction of a token's time
+EARLIER_TARGETS = "Targets were higher before version 0.4.0, and most were missed: see [speed.md](../../docs/speed.md)."
 N_ONE_AT_A_TIME = 4  # questions
 SLOW, SLOW_ROWS = ("flan-t5-base", "smollm2-135m"), (8, 32, 128)  # models that take long on a CPU, and rows for them
 COMPLETIONS_A_ROW = {"tiny-t5": 6, "smollm2-135m": 2}  # more where they take little time, fewer where long
@@ -162,7 +163,7 @@ def report(options: argparse.Namespace, found: dict[Part, tuple[list[Measured], 
         if peers.ctranslate2 is None:
             text.append("CTranslate2: not measured; it is not installed here (`pip install ctranslate2`).")
     if targets := [*target_rows(found, TARGETS[torch.device(options.device).type])]:
-        text += ["## Targets", markdown_table(["", "target", "measured", ""], targets)]
+        text += ["## Targets", EARLIER_TARGETS, markdown_table(["", "target", "measured", ""], targets)]
     for part, (measured, remarks) in found.items():
         text += [f"## {part.title}", table(measured), "\n".join(f"- {remark}" for remark in remarks)]
     write_result(options.output, "Sampling: ours, transformers, CTranslate2", text, is_whole=not rest)

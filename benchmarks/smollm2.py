@@ -61,7 +61,7 @@ METHODS = ("st", "dpo-st")
 N_SHOTS = 3
 N_PARAMETERS = 134_515_008  # of SmolLM2-135M
 N_SAMPLES = 10  # a question, for pass@1 … pass@10
-RATES = (3e-6, 1e-5, 1e-6)  # of the first DPO step, for `rates`
+RATES = (3e-6, 1e-6)  # of the first DPO step, for `rates`
 
 
 @dataclass(frozen=True)

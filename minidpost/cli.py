@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -41,11 +41,13 @@ from minidpost.processes import (
 )
 from minidpost.selftraining.estimates import slots_for
 from minidpost.selftraining.presets import n_parameters, preset_of
+from minidpost.selftraining.run_directory import json_object
 from minidpost.storage import no_room, read_json
 from minidpost.text.templates import Template
 from minidpost.training.state import Terminated, interrupt
 
 RUNS = Path("runs")
+SEED = 42
 SLOTS = 64  # on a CPU
 MAX_MESSAGE = 1000  # characters in a message
 TEMPLATE_TEXT = (
@@ -164,6 +166,15 @@ class Parser(argparse.ArgumentParser):
         """Raise a UserError instead of printing the usage and exiting."""
         raise UserError(f"{message} (--help lists the flags)")
 
+    def warn_without(self, options: argparse.Namespace, names: Sequence[str], needed: str) -> None:
+        """A warning where one of these flags was given, without what it `needed` to have an effect.
+
+        A flag that was not given is None or False, so that a default other than that is put in later.
+        """
+        for name in names:
+            if vars(options)[name] not in (None, False):
+                warnings.warn(f"--{name.replace('_', '-')}: has no effect without {needed}", stacklevel=1)
+
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """argparse's; UserError at arguments that are not UTF-8, as they could not be written into any file."""
         arguments = list(sys.argv[1:] if args is None else args)
@@ -191,7 +202,7 @@ def model_parser(description: str) -> Parser:
         metavar="N",
         help=f"rows decoded at once (default: {SLOTS}; on a GPU more, by its memory)",
     )
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seed", type=int, default=SEED, metavar="N", help=f"of samples (default: {SEED})")
     parser.add_argument("--device", type=device, default=default_device())
     parser.add_argument(
         "--dtype",
@@ -302,7 +313,7 @@ def open_model(options: argparse.Namespace) -> tuple[Path, Model, Template]:
     """
     template_name = options.template
     if options.checkpoint is not None:
-        directory = on_rank_0(lambda: find_model(options.checkpoint))
+        directory = on_rank_0(lambda: named_model(options.checkpoint))
     else:
         directory, template_of_run = on_rank_0(default_checkpoint)
         template_name = template_name or template_of_run
@@ -323,20 +334,82 @@ def default_checkpoint() -> tuple[Path, str | None]:
     And the template that it was asked by, where the model does not record it: None for the one that it has.
     """
     for results in sorted(RUNS.glob("*/results.json"), key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            content: Any = read_json(results)
-            checkpoint = content["iterations"][content["best_iteration"]]["checkpoint"]
-            template = None
-            if checkpoint is None:  # without a warm-up the base itself may be the best one
-                # Older runs do not say what --model was, only what the directory was called that it stood for.
-                directory = find_model(content.get("base", content["model"]))
-                config_path = results.with_name("config.json")
-                config: Any = read_json(config_path) if config_path.is_file() else {"settings": {}}
-                template = config["settings"].get("template")
-            else:
-                directory = results.parent / checkpoint
-        except (OSError, ValueError, LookupError, TypeError, UserError):
-            continue  # of an older format, or not ours
-        if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
-            return directory, template
+        run = results.parent
+        directory = best_of_run(run)
+        if directory is not None:
+            # A model of the run's records its template; the base, which may be the best without a warm-up, does not.
+            return directory, None if directory.is_relative_to(run) else template_of_run(run)
     return find_model("tiny-t5-dpo-st"), None
+
+
+def named_model(name: str) -> Path:
+    """The directory of what --model or --checkpoint names (`find_model`).
+
+    UserError also for the directory of a run or of one of its iterations, with the path of a model in it.
+    """
+    path = Path(name)
+    if is_run_directory(path):
+        best, last = best_of_run(path), last_of_run(path)
+        if best is not None:
+            advice = f"its best model on dev is {best}"
+        elif last is not None:
+            advice = f"its last model is {last}"
+        else:
+            advice = "no model of it is here yet"
+        raise UserError(f"{name}: a run's directory, not a model's; {advice}")
+    if not (path / "config.json").is_file():
+        last = last_of_iteration(path)
+        if last is not None:
+            raise UserError(f"{name}: an iteration of a run, not a model's directory; its model is {last}")
+    return find_model(name)
+
+
+def is_run_directory(path: Path) -> bool:
+    """Whether a directory's config.json is that of a run, and not a model's."""
+    try:
+        return "settings" in json_object(path / "config.json")
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def best_of_run(run: Path) -> Path | None:
+    """A run's model that was best on dev; None where results.json is missing, of an older format, or not ours."""
+    try:
+        content: Any = read_json(run / "results.json")
+        checkpoint = content["iterations"][content["best_iteration"]]["checkpoint"]
+        if checkpoint is None:  # without a warm-up the base itself may be the best one
+            # Older runs do not say what --model was, only what the directory was called that it stood for.
+            directory = find_model(content.get("base", content["model"]))
+        else:
+            directory = run / checkpoint
+    except (OSError, ValueError, LookupError, TypeError, UserError):
+        return None
+    return directory if has_model(directory) else None
+
+
+def template_of_run(run: Path) -> str | None:
+    """The --template of a run; None where none was given, or its config.json is of an older format."""
+    try:
+        content: Any = read_json(run / "config.json")
+        template: str | None = content["settings"]["template"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return template
+
+
+def last_of_run(run: Path) -> Path | None:
+    """The last model that a run has finished and kept; None where there is none."""
+    iterations = [path for path in run.glob("iteration-*") if path.name.removeprefix("iteration-").isdecimal()]
+    iterations.sort(key=lambda path: int(path.name.removeprefix("iteration-")), reverse=True)
+    models = (last_of_iteration(path) for path in iterations)
+    return next((model for model in models if model is not None), None)
+
+
+def last_of_iteration(iteration: Path) -> Path | None:
+    """The last model of an iteration that is finished and was kept: SFT's, else DPO's, else None."""
+    return next((iteration / name for name in ("sft", "dpo") if has_model(iteration / name)), None)
+
+
+def has_model(directory: Path) -> bool:
+    """Whether a model's files are here; `--keep` removes weights."""
+    return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))

@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 import sample as sample_command
 from minidpost import cli
 from minidpost.cli import MAX_MESSAGE, one_line, run_command
-from minidpost.data import toy
+from minidpost.data import datasets, toy
 from minidpost.errors import UserError
 from minidpost.models.hub import find_model
 from minidpost.models.llama import Llama, LlamaConfig
@@ -37,7 +37,7 @@ from minidpost.models.t5 import T5, T5Config
 from minidpost.models.weights import load_model, load_template, save_model, tokenizer_files
 from minidpost.sampling.generate import Sample
 from minidpost.selftraining import rehearsal
-from minidpost.selftraining.presets import TINY_T5, Preset
+from minidpost.selftraining.presets import TINY_T5, Preset, preset_for
 from minidpost.selftraining.report import results_table
 from minidpost.text.templates import template_for
 from minidpost.text.tokenizer import load_tokenizer
@@ -320,6 +320,32 @@ def test_without_argument_the_base_answers_where_it_is_the_best(call, tiny_model
         assert cli.default_checkpoint() == (Path(found), "chat")
 
 
+def test_a_runs_directory_as_model_names_the_model_in_it(call, tiny_model_dir):
+    run = Path("runs/x")
+    for folder in ("iteration-2/sft", "iteration-10/dpo"):
+        shutil.copytree(tiny_model_dir, run / folder)
+    write_lines(run / "config.json", {"settings": {"model": "tiny-t5"}})
+    best = {"best_iteration": 0, "iterations": [{"checkpoint": "iteration-2/sft"}]}
+    for command, flag in (("train.py", "--model"), ("sample.py", "--checkpoint"), ("eval.py", "--checkpoint")):
+        for results, named, complaint in (
+            (None, run, "a run's directory, not a model's; its last model is runs/x/iteration-10/dpo"),
+            (best, run, "a run's directory, not a model's; its best model on dev is runs/x/iteration-2/sft"),
+            (
+                best,
+                run / "iteration-2",
+                "an iteration of a run, not a model's directory; its model is runs/x/iteration-2/sft",
+            ),
+        ):
+            (run / "results.json").unlink(missing_ok=True)
+            if results:
+                write_lines(run / "results.json", results)
+            outcome = call(command, flag, named)
+            assert (outcome.status, outcome.complaints) == (2, [f"{command}: {named}: {complaint}"])
+    shutil.rmtree(run / "iteration-2")
+    shutil.rmtree(run / "iteration-10")
+    assert "no model of it is here yet" in call("sample.py", "--checkpoint", run).err
+
+
 # -- eval.py ----------------------------------------------------------------------------------------------------------
 
 
@@ -344,13 +370,21 @@ def test_the_toy_test_sets_with_and_without_calculator(call, tiny_model_dir):
 
 
 def test_a_model_that_knows_the_answers_is_right(call, knowing_model_dir, monkeypatch):
-    from minidpost.data import datasets
-
     known = [datasets.Example(TOM, "7"), datasets.Example(MIA, "5")]
     monkeypatch.setattr(datasets, "load", lambda name, split, data_dir: known)
     outcome = call("eval.py", "--checkpoint", knowing_model_dir, "--split", "dev", "--calculator", "on")
     assert "toy/dev | on         | 2         | 50.0% (9.5–90.5)" in outcome.out
     assert "off" not in outcome.out
+
+
+def test_a_file_of_ones_own_is_measured(call, knowing_model_dir):
+    write_lines("mine.jsonl", {"question": TOM, "answer": 7}, {"question": MIA, "answer": 5})
+    flags = ["--checkpoint", knowing_model_dir, "--tasks", "mine.jsonl", "--calculator", "on"]
+    assert "mine/test | on         | 2         | 50.0% (9.5–90.5)" in call("eval.py", *flags).out
+    assert "mine/dev | on         | 1 " in call("eval.py", *flags, "--split", "dev").out
+    outcome = call("eval.py", *flags[:3], "mine.jsonl,./mine.jsonl")
+    complaint = "eval.py: --tasks ./mine.jsonl: another task has the name mine/test too; rename the file"
+    assert (outcome.status, outcome.complaints) == (2, [complaint])
 
 
 def test_real_sets(call, tiny_model_dir, shared):
@@ -453,6 +487,18 @@ def test_a_learning_rate_that_is_given_is_what_lora_has(call, tiny_model_dir, my
     preset = json.loads((run / "config.json").read_text())["settings"]["preset"]
     assert (preset["sft_learning_rate"], preset["lora_alpha"]) == (0.005, 3.0)
     assert max(row["lr"] for row in read_rows(run / "iteration-0/sft/log.jsonl")) == pytest.approx(0.005)
+
+
+def test_the_same_questions_are_held_out_whatever_the_seed(call, tiny_model_dir, tmp_path):
+    rows = [{"question": e.question, "answer": e.answer, "rationale": e.rationale} for e in toy.examples("train")[:20]]
+    path = write_lines(tmp_path / "mine.jsonl", *rows)
+    dev = [example.question for example in datasets.load(str(path), "dev")]
+    assert len(dev) == 2
+    for seed in (1, 2):
+        flags = ["--model", tiny_model_dir, "--data", path, "--method", "st", *QUICK[2:], "--seed", seed]
+        assert call("train.py", *flags, "--run-dir", f"run-{seed}").status in (0, 2)
+        pool = {row["question"] for row in read_rows(f"run-{seed}/iteration-1/samples-sft.jsonl")}
+        assert pool == {row["question"] for row in rows} - {*dev}
 
 
 def test_a_chat_format_is_trained_recorded_and_read_back(call, shared, my_data):
@@ -647,12 +693,34 @@ def test_all_of_a_preset_from_a_file_and_flags_above_it(call, tiny_model_dir, my
     assert second["dtype"] == "fp32"
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours", "kept"),
+    [
+        ("dpo-st", "rft", "iterations 1, --label-percentile none"),
+        ("rft", "st", "iterations 2, --label-percentile 90"),
+        ("rft", "rft", None),
+    ],
+)
+def test_another_methods_config_leaves_the_method_its_own(call, tiny_model_dir, my_data, theirs, ours, kept):
+    preset = preset_for(tiny_model_dir, theirs)
+    values = asdict(replace(preset, sft_epochs=1, max_new_tokens=4, pass_at=1, beta=0.5))
+    Path("config.json").write_text(json.dumps({"settings": {"method": theirs, "preset": values}}))
+    flags = ["--model", tiny_model_dir, "--data", my_data, "--limit", 2, "--run-dir", "run", "--samples", 2]
+    with warnings.catch_warnings(record=True) as caught:
+        assert call("train.py", *flags, "--method", ours, "--config", "config.json").status == 0
+    warning = f"--config config.json: of a run by --method {theirs}; --method {ours} keeps --{kept}"
+    assert [str(message.message) for message in caught] == ([] if kept is None else [warning])
+    used = json.loads(Path("run/config.json").read_text())["settings"]["preset"]
+    own = {name: vars(preset_for(tiny_model_dir, ours))[name] for name in ("iterations", "label_percentile")}
+    assert used == {**values, **own, "samples": 2}
+
+
 def test_runs_that_differ_have_directories_of_their_own(call, tiny_model_dir, my_data):
     flags = ["--model", tiny_model_dir, "--data", my_data, "--method", "sft", *QUICK]
     name = "tiny-random-sft-mine-42-limit=2-sft-epochs=1-samples=2-max-new-tokens=8"
     differing = (
         ([], name),
-        (["--beta", "0.3"], f"{name.replace('samples', 'beta=0.3-samples')}"),
+        (["--weight-decay", "0.3"], f"{name.replace('samples', 'weight-decay=0.3-samples')}"),
         (["--seed", "7"], name.replace("42", "7")),
         (["--no-calculator"], name.replace("limit=2", "limit=2-no-calculator")),
         (["--slots", "20", "--micro-batch-tokens", "500"], name),
@@ -662,8 +730,8 @@ def test_runs_that_differ_have_directories_of_their_own(call, tiny_model_dir, my
         assert (Path("runs") / expected).is_dir()
     assert len([*Path("runs").iterdir()]) == 4
     many = [
-        "--beta",
-        "0.3",
+        "--sft-examples-per-step",
+        "3",
         "--learning-rate-warmup",
         "0.2",
         "--weight-decay",
@@ -676,6 +744,22 @@ def test_runs_that_differ_have_directories_of_their_own(call, tiny_model_dir, my
     assert call("train.py", *flags, *many).status == 0
     (long,) = Path("runs").glob("tiny-random-sft-mine-42-9-changes-*")
     assert len(long.name) < 60
+
+
+def test_dpo_flags_are_warned_of_without_dpo_and_make_no_other_run(call, tiny_model_dir, my_data):
+    flags = ["--model", tiny_model_dir, "--data", my_data, "--method", "sft", *QUICK]
+    assert call("train.py", *flags).status == 0
+    (run,) = Path("runs").iterdir()
+    trained = snapshot(run / "iteration-0")
+    with pytest.warns(UserWarning, match="^--dpo-steps, --beta: no effect with --method sft, which has no DPO$"):
+        outcome = call("train.py", *flags, "--beta", "0.3", "--dpo-steps", "7")
+    assert outcome.status == 0
+    assert (list(Path("runs").iterdir()), snapshot(run / "iteration-0")) == ([run], trained)
+    preset = json.loads((run / "config.json").read_text())["settings"]["preset"]
+    assert (preset["beta"], preset["dpo_steps"]) == (0.3, 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what a file gives is no mistake
+        assert call("train.py", *flags, "--config", run / "config.json").status == 0
 
 
 def test_a_preset_belongs_to_the_model_and_not_to_its_path(call, my_data):
@@ -1010,6 +1094,7 @@ MISTAKES = [
     ("train.py --sft-learning-rate inf", "argument --sft-learning-rate: a number from 1e-09 to 1 is expected"),
     ("train.py --beta none", "argument --beta: a number from 1e-06 to 1,000.0 is expected, found None"),
     ("train.py --lora-rank 0", "--lora-rank: a whole number from 1 to 16,384, or none is expected, found 0"),
+    ("train.py --lora-rank 17", "--lora-rank 17: at most 16 is expected, the smaller side of this model's largest"),
     ("train.py --lora-alpha 8", "--lora-alpha: has no effect without --lora-rank, which is expected too"),
     ("train.py --label-cap 0", "--label-cap: a whole number from 1 to 1,000,000, or none is expected, found 0"),
     ("train.py --template chat", "a t5 has just one, none can be chosen"),
@@ -1057,6 +1142,10 @@ MISTAKES = [
     ("eval.py --checkpoint \x1b[31mred", "no model and no directory is called '\\x1b[31mred'"),
     ("eval.py --checkpoint flan-t5-lareg", "did you mean flan-t5-large?"),
     ("eval.py --tasks gsm9k", "there is no dataset 'gsm9k'; choose one of gsm8k, multiarith, asdiv, svamp, toy"),
+    ("eval.py --tasks none.jsonl", "none.jsonl: cannot be read (No such file or directory)"),
+    ("eval.py --tasks words.jsonl", "words.jsonl, line 2: `answer` must be a number or the text of one, found 'seven'"),
+    ("eval.py --tasks words.jsonl --split words", "words.jsonl has no split 'words'; choose one of train, dev, test"),
+    ("eval.py --tasks one.jsonl --split dev", "one.jsonl: at least 2 examples are needed"),
     ("eval.py --tasks gsm8k,svamp --split dev", "svamp has no split 'dev'; choose one of test"),
     ("eval.py --tasks toy,", "there is no dataset ''"),
     ("eval.py --pass-at 1,ten", "argument --pass-at: a whole number from 1 to 1,000,000 is expected, found 'ten'"),
@@ -1095,6 +1184,25 @@ def mistaken_files(tmp_path, tiny_model_dir) -> Path:
     bare = shutil.copytree(tiny_model_dir, tmp_path / "BARE")
     (bare / "spiece.model").unlink()
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("line", "flags"),
+    [
+        ("sample.py How? --top-k 5 --top-p 0.9", ["--top-k", "--top-p"]),
+        ("sample.py How? --chunk 8 --overwrite", ["--chunk", "--overwrite"]),
+        ("sample.py How? --seed 1", []),
+        ("eval.py --limit 1 --calculator on --temperature 0.5 --overwrite", ["--temperature", "--overwrite"]),
+    ],
+)
+def test_flags_without_an_effect_are_warned_of(call, tiny_model_dir, line, flags):
+    command, *arguments = line.split()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        outcome = call(command, *arguments, "--checkpoint", tiny_model_dir, "--max-new-tokens", 2)
+    assert outcome.status == 0
+    warned = [str(warning.message) for warning in caught if "has no effect without" in str(warning.message)]
+    assert [message.split(":")[0] for message in warned] == flags
 
 
 @pytest.mark.parametrize(("line", "complaint"), MISTAKES, ids=[line for line, _ in MISTAKES])

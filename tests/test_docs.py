@@ -1,14 +1,17 @@
 """README and docs: links lead somewhere, code links stand at their line, the walkthrough's numbers are true."""
 
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from minidpost.data import toy
 from minidpost.data.datasets import load
+from minidpost.errors import UserError
 from minidpost.models.hub import find_model
 from minidpost.models.weights import load_model, load_template
 from minidpost.sampling.generate import Sample, generate
@@ -16,7 +19,7 @@ from minidpost.sampling.sampler import SamplingSettings
 from minidpost.selftraining.methods import METHODS
 from minidpost.selftraining.presets import TINY_T5
 from minidpost.selftraining.selection import Candidates, jaccard, preference_pairs, pseudo_labels
-from minidpost.storage import read_json
+from minidpost.storage import read_json, write_json, write_jsonl
 from tools import make_walkthrough, update_links
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +72,57 @@ def test_the_walkthroughs_question_is_the_pools(record):
     example = pool[record["example_index"]]
     assert (example.question, example.answer) == (record["question"], record["answer"])
     assert record["example_index"] >= toy.SIZES["train"] == record["n_gold"]
+
+
+@pytest.fixture
+def made_run(tmp_path, record) -> Path:
+    """A run's files around the record's rows, which are those of question 1,020 here; question 1,010 has two pairs."""
+    run, sft = tmp_path / "run", find_model(make_walkthrough.TEACHER)
+    for name in ("iteration-0/sft", "iteration-1/dpo", "iteration-1/sft"):
+        shutil.copytree(sft, run / name)
+    preset = asdict(replace(TINY_T5, iterations=1))
+    settings = {**make_walkthrough.SETTINGS, "seed": 3, "preset": preset}
+    write_json(run / "config.json", {"settings": settings})
+    write_jsonl(run / "iteration-1/dpo/log.jsonl", [{}] * 45)
+    for iteration in range(2):
+        scores = {"sft": {"greedy": {"toy/dev": record["dev_before"]}}}
+        write_json(run / f"iteration-{iteration}/evaluation.json", scores)
+    for name, key in (("samples-dpo", "samples_dpo"), ("samples-sft", "samples_sft")):
+        rows = [row | {"example_index": 1020} for row in record[key]]
+        others = [row | {"example_index": 1010, "question": "Another?"} for row in record[key]]
+        write_jsonl(run / f"iteration-1/{name}.jsonl", [*others, *rows])
+    for name, key, n in (("pairs", "pairs", 2), ("pseudo-labels", "pseudo_labels", 1)):
+        others = [row | {"question": "Another?"} for row in record[key]] * n
+        write_jsonl(run / f"iteration-1/{name}.jsonl", [*others, *record[key]])
+    return run
+
+
+def test_the_walkthrough_takes_a_question_that_it_can_follow(monkeypatch, tmp_path, made_run, record):
+    monkeypatch.setattr(make_walkthrough, "RECORD", tmp_path / "record.json")
+    monkeypatch.setattr(make_walkthrough, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(sys, "argv", ["make_walkthrough.py", str(made_run)])
+    make_walkthrough.main()
+    made = read_json(tmp_path / "record.json")
+    assert (made["command"], made["example_index"]) == ("python train.py --seed 3 --iterations 1", 1020)
+    assert made["question"] == record["question"]
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert page == make_walkthrough.render(made)
+
+    # Where there is none, one line says so, and what was there stays.
+    monkeypatch.setattr(sys, "argv", ["make_walkthrough.py", str(made_run), "--example", "1010"])
+    with pytest.raises(UserError, match="--example 1010: no unlabelled question with one pair"):
+        make_walkthrough.main()
+    write_jsonl(made_run / "iteration-1/pairs.jsonl", [])
+    monkeypatch.setattr(sys, "argv", ["make_walkthrough.py", str(made_run)])
+    with pytest.raises(UserError, match="run: no unlabelled question has one pair"):
+        make_walkthrough.main()
+    assert read_json(tmp_path / "record.json") == made
+
+
+def test_the_walkthrough_points_at_a_step_that_slipped():
+    slipped = "He has <<2*3=6>>6 and <<6+1=7>>8 pens.\n#### 8"
+    assert make_walkthrough.slip(slipped) == "Look closely: step 2 computes 7 and then writes 8. "
+    assert make_walkthrough.slip(slipped.replace("8", "7")) == ""
 
 
 def test_the_walkthroughs_selection_is_the_methods(record):

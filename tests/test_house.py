@@ -104,7 +104,7 @@ def test_the_sampler_knows_nothing_of_text_and_models():
 
 
 @pytest.mark.parametrize(
-    ("family", "further"), [("t5", {"models.dropout"}), ("llama", {"models.dropped_attention", "precision"})]
+    ("family", "further"), [("t5", {"models.dropout"}), ("llama", {"models.dropped_attention", "precision", "errors"})]
 )
 def test_models_know_nothing_of_sampling(family, further):
     ours = our_modules(MODULES[f"minidpost.models.{family}"])

@@ -8,7 +8,6 @@ goes in; every number up to 999 is a piece, as the common ones are in T5's and L
 pieces.
 """
 
-import argparse
 import io
 import re
 import sys
@@ -22,8 +21,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from minidpost.cli import Parser, run_command  # noqa: E402
 from minidpost.data import toy  # noqa: E402
 from minidpost.data.example import Example  # noqa: E402
+from minidpost.errors import UserError  # noqa: E402
 from minidpost.models.llama import Llama, LlamaConfig  # noqa: E402
 from minidpost.models.t5 import T5, T5Config  # noqa: E402
 from minidpost.models.weights import save_model  # noqa: E402
@@ -170,16 +171,20 @@ FAMILIES = {
 
 def main() -> None:
     """Make the vocabulary, pre-train the model, write the directory."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("family", choices=FAMILIES)
-    parser.add_argument("--output", type=Path, help="default: weights/tiny-FAMILY")
+    parser.add_argument(
+        "--output", type=Path, help="the directory to make; must not exist yet (default: weights/tiny-FAMILY)"
+    )
     parser.add_argument("--examples", type=int, default=120000, help="problems to pre-train on")
     parser.add_argument("--vocab-size", type=int, default=2000)
     options = parser.parse_args()
 
     file_name, make_vocabulary, make_config, model_type = FAMILIES[options.family]
     directory = options.output or ROOT / "weights" / f"tiny-{options.family}"
-    directory.mkdir(parents=True, exist_ok=True)
+    if directory.exists():
+        raise UserError(f"{directory}: exists already; give --output a new name")
+    directory.mkdir(parents=True)
     (directory / file_name).write_bytes(make_vocabulary(options.vocab_size))
     tokenizer = load_tokenizer(directory)
     template = template_for(options.family, tokenizer)
@@ -197,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,11 +1,13 @@
 """Write docs/walkthrough.md: one question of a run followed through an iteration, every number computed from its files.
 
     python train.py --seed 1 --iterations 1 --run-dir runs/walkthrough
-    python tools/make_walkthrough.py runs/walkthrough --example 1010   # from the run, writes docs/walkthrough.json too
-    python tools/make_walkthrough.py                                   # the page again, from docs/walkthrough.json
+    python tools/make_walkthrough.py runs/walkthrough    # from the run, writes docs/walkthrough.json too
+    python tools/make_walkthrough.py                     # the page again, from docs/walkthrough.json
 
-docs/walkthrough.json holds the run's own rows of that question; docs/walkthrough.in.md the words, with {{names}} where
-a value goes. `values` computes each value with the product's own functions.
+The page needs a question with one preference pair and one pseudo-label: --example, else the present one, else the
+first one of the pool that has them. docs/walkthrough.json holds the run's own rows of that question;
+docs/walkthrough.in.md the words, with {{names}} where a value goes. `values` computes each value
+with the product's own functions.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -20,11 +23,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from minidpost.cli import Parser, run_command  # noqa: E402
+from minidpost.data.datasets import load  # noqa: E402
+from minidpost.errors import UserError  # noqa: E402
 from minidpost.models.hub import find_model  # noqa: E402
 from minidpost.models.weights import load_model, load_template  # noqa: E402
 from minidpost.sampling.generate import generate  # noqa: E402
 from minidpost.sampling.sampler import SamplingSettings  # noqa: E402
-from minidpost.selftraining.presets import TINY_T5  # noqa: E402
+from minidpost.selftraining.flags import flag_name, written  # noqa: E402
+from minidpost.selftraining.presets import TINY_T5, preset_for  # noqa: E402
 from minidpost.selftraining.selection import jaccard  # noqa: E402
 from minidpost.storage import read_json, read_jsonl, write_json  # noqa: E402
 from minidpost.text.calculator import evaluate_expression  # noqa: E402
@@ -35,32 +42,43 @@ from minidpost.training.batching import TokenizedExample  # noqa: E402
 from minidpost.training.dpo import PreferencePair, reference_log_probabilities  # noqa: E402
 from minidpost.training.losses import dpo_loss  # noqa: E402
 
+ANNOTATION = re.compile(r"<<([^=<>]*)=([^<>]*)>>")
 RECORD = ROOT / "docs" / "walkthrough.json"
 WORDS = ROOT / "docs" / "walkthrough.in.md"
 PAGE = ROOT / "docs" / "walkthrough.md"
 REFERENCE_SAMPLER = ROOT / "tests" / "sampling" / "reference_sampler.py"
 TEACHER = "tiny-t5-sft"  # the run's iteration-0/sft
+EXAMPLE = 1010  # the question of the present page
+SETTINGS = {"model": "tiny-t5", "method": "dpo-st", "data": "toy", "unlabelled": None, "limit": None}  # the page's
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parse the command line, render the page, and only then write it and its record."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, help="a finished run of tiny-t5 with an iteration of DPO-ST")
-    parser.add_argument("--example", type=int, default=1010, help="the question's place in the pool (default: 1010)")
+    parser.add_argument(
+        "--example", type=int, help=f"the question's place in the pool (default: {EXAMPLE}, or the first that will do)"
+    )
     options = parser.parse_args()
+    record = read_run(options.run, options.example) if options.run else read_json(RECORD)
+    page = render(record)
     if options.run:
-        write_json(RECORD, read_run(options.run, options.example))
-    PAGE.write_text(render(read_json(RECORD)), encoding="utf-8")
-    print(f"{PAGE.relative_to(ROOT)} is written")
+        write_json(RECORD, record)
+    PAGE.write_text(page, encoding="utf-8")
+    print(f"{PAGE.name} is written")
 
 
 # -- from the run ------------------------------------------------------------------------------------------------------
 
 
-def read_run(run: Path, example_index: int) -> dict:
-    """Everything the page needs of a run, for one question of its pool."""
+def read_run(run: Path, example_index: int | None) -> dict:
+    """Everything the page needs of a run, for one question of its pool; UserError where none will do."""
     iteration = run / "iteration-1"
-    config = read_json(run / "config.json")
-    preset = config["settings"]["preset"]
+    if not (iteration / "evaluation.json").is_file():
+        raise UserError(f"{run}: no run with a finished iteration 1 is here")
+    settings = read_json(run / "config.json")["settings"]
+    preset = settings["preset"]
+    example_index = chosen_example(run, example_index)
     samples_dpo = [r for _, r in read_jsonl(iteration / "samples-dpo.jsonl") if r["example_index"] == example_index]
     question = samples_dpo[0]["question"]
     samples_sft = [r for _, r in read_jsonl(iteration / "samples-sft.jsonl") if r["example_index"] == example_index]
@@ -71,7 +89,7 @@ def read_run(run: Path, example_index: int) -> dict:
     after = read_json(iteration / "evaluation.json")["sft"]["greedy"]["toy/dev"]
     pair = preference_pair(load_template(run / "iteration-0" / "sft"), pairs[0])
     return {
-        "command": "python train.py --seed 1 --iterations 1",
+        "command": command(run, settings),
         "temperature": preset["temperature"],
         "beta": preset["beta"],
         "dpo_steps": sum(1 for _ in read_jsonl(iteration / "dpo" / "log.jsonl")),
@@ -92,6 +110,57 @@ def read_run(run: Path, example_index: int) -> dict:
         "greedy_before": greedy_completion(run / "iteration-0" / "sft", question),
         "greedy_after": greedy_completion(iteration / "sft", question),
     }
+
+
+def command(run: Path, settings: dict) -> str:
+    """The command that made a run: its seed, and every hyperparameter that is not the preset's."""
+    for name, expected in SETTINGS.items():
+        if settings[name] != expected:
+            raise UserError(f"{run}: made with {name} = {settings[name]}, and the page is of {expected}")
+    words = ["python train.py", f"--seed {settings['seed']}"]
+    default = vars(preset_for(find_model("tiny-t5"), "dpo-st"))
+    words += [
+        f"{flag_name(name)} {written(value)}" for name, value in settings["preset"].items() if value != default[name]
+    ]
+    return " ".join(words)
+
+
+def chosen_example(run: Path, example_index: int | None) -> int:
+    """The question that is asked for, else the present page's, else the first one that the page can follow."""
+    iteration = run / "iteration-1"
+    samples: dict[int, list[dict]] = {}
+    for _, record in read_jsonl(iteration / "samples-dpo.jsonl"):
+        samples.setdefault(record["example_index"], []).append(record)
+    n_pairs, n_labels = (
+        Counter(record["question"] for _, record in read_jsonl(iteration / name))
+        for name in ("pairs.jsonl", "pseudo-labels.jsonl")
+    )
+    labelled = {example.question for example in load("toy", "train")}
+
+    def will_do(index: int) -> bool:
+        question = samples[index][0]["question"]
+        has_one_each = n_pairs[question] == 1 and n_labels[question] == 1
+        return question not in labelled and has_one_each and is_shown_whole(samples[index])
+
+    candidates = [index for index in sorted(samples) if will_do(index)]
+    if example_index is not None and example_index not in candidates:
+        raise UserError(f"--example {example_index}: no unlabelled question with one pair and one pseudo-label")
+    if not candidates:
+        raise UserError(f"{run}: no unlabelled question has one pair and one pseudo-label")
+    if example_index is None:
+        example_index = EXAMPLE if EXAMPLE in candidates else candidates[0]
+    return example_index
+
+
+def is_shown_whole(samples: list[dict]) -> bool:
+    """Whether the first correct sample begins with an annotation that two forced tokens ended: result and bracket."""
+    correct = next(sample for sample in samples if sample["is_correct"])
+    annotation = ANNOTATION.search(correct["completion"])
+    if annotation is None or True not in correct["forced"]:
+        return False
+    first = correct["forced"].index(True)
+    has_two = correct["forced"][first : first + 3] == [True, True, False]
+    return has_two and evaluate_expression(annotation[1]) == annotation[2]
 
 
 def preference_pair(template: Template, record: dict) -> PreferencePair:
@@ -135,7 +204,7 @@ def values(record: dict) -> dict[str, str]:
     chosen = TokenizedExample((), tuple(pair["chosen_ids"]))
     rejected = TokenizedExample((), tuple(pair["rejected_ids"]))
     rejected_sample = next(sample for sample in samples if sample["token_ids"] == pair["rejected_ids"])
-    expression, result = re.search(r"<<([^=<>]*)=([^<>]*)>>", correct["completion"]).groups()
+    expression, result = ANNOTATION.search(correct["completion"]).groups()
     assert evaluate_expression(expression) == result
     forced_ids = [i for i, is_forced in zip(correct["token_ids"], correct["forced"], strict=True) if is_forced]
     reference, policy = record["reference"], record["policy"]
@@ -181,6 +250,7 @@ def values(record: dict) -> dict[str, str]:
         "negative_margin": signed(-margin.item()),
         "loss": f"{loss.item():.4f}",
         "new_grades": grades(record["samples_sft"], record["answer"]),
+        "slip": slip(label["rationale"]),
         "label": label["rationale"].replace("\n", " ⏎ "),
         "n_examples": f"{record['n_gold'] + record['n_labels']:,}",
         "n_labels": f"{record['n_labels']:,}",
@@ -242,6 +312,14 @@ def duplicates(samples: list[dict], first: dict) -> str:
     return "\n".join(lines)
 
 
+def slip(rationale: str) -> str:
+    """A sentence on the first step that writes another number than it computed; empty where there is none."""
+    for number, match in enumerate(re.finditer(r"<<[^<>]*=([^<>]*)>>(\d*)", rationale), start=1):
+        if match[1] != match[2]:
+            return f"Look closely: step {number} computes {match[1]} and then writes {match[2]}. "
+    return ""
+
+
 def function_source(path: Path) -> str:
     """The code of a file from its first function on."""
     text = path.read_text(encoding="utf-8")
@@ -249,4 +327,4 @@ def function_source(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

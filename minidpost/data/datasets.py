@@ -15,10 +15,11 @@ import sys
 import tempfile
 import warnings
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from http.client import HTTPException
 from pathlib import Path
+from random import Random
 from typing import Any, BinaryIO, NamedTuple
 from urllib.request import urlopen
 
@@ -40,6 +41,8 @@ SPLITS: dict[str, tuple[str, ...]] = {
 MAX_TEXT = 20_000  # characters in a question or a rationale: ten times GSM8K's longest
 MAX_DOWNLOAD = 2**26  # bytes after which no more is taken from a server; the largest file has 4 million
 CHUNK = 2**16  # bytes read at once, from a server or to be hashed
+OWN_SPLITS = ("train", "dev", "test")  # of a user's own file
+OWN_SPLIT_SEED = 42  # of which questions of a user's file are dev: the same ones whatever --seed is
 
 
 class Source(NamedTuple):
@@ -78,10 +81,13 @@ SOURCES: dict[str, Source] = {  # by the file's place in data_dir
 def load(name: str, split: str, data_dir: str | Path = "data") -> list[Example]:
     """Return one split of one dataset, in file order; a file that `data_dir` lacks is fetched into it first.
 
-    Rationales come with GSM8K (the whole annotated solution, `#### n` included) and toy. UserError: an unknown name or
-    split, a file in `data_dir` that is not the pinned one, a fetch that fails.
+    A name that ends in .jsonl is a user's own file: "test" is all of it, "train" and "dev" are what `split_own` makes
+    of it. Rationales come with GSM8K (the whole annotated solution, `#### n` included) and toy. UserError: an unknown
+    name or split, a file in `data_dir` that is not the pinned one, a fetch that fails.
     """
     check_split(name, split)
+    if is_own(name):
+        return _own(name, split)
     if name == "toy":
         return toy.examples(split)
     if name == "gsm8k":
@@ -95,10 +101,16 @@ def load(name: str, split: str, data_dir: str | Path = "data") -> list[Example]:
 
 def check_split(name: str, split: str) -> None:
     """Raise UserError where a dataset or its split is unknown."""
-    if name not in SPLITS:
-        raise UserError(f"there is no dataset {name!r}; choose one of {', '.join(SPLITS)}")
-    if split not in SPLITS[name]:
-        raise UserError(f"{name} has no split {split!r}; choose one of {', '.join(SPLITS[name])}")
+    if is_own(name):
+        known: tuple[str, ...] = OWN_SPLITS
+    elif name in SPLITS:
+        known = SPLITS[name]
+    else:
+        raise UserError(
+            f"there is no dataset {name!r}; choose one of {', '.join(SPLITS)}, or a file that ends in .jsonl"
+        )
+    if split not in known:
+        raise UserError(f"{name} has no split {split!r}; choose one of {', '.join(known)}")
 
 
 def load_jsonl(path: str | Path, labelled: bool) -> list[Example]:
@@ -130,6 +142,24 @@ def load_jsonl(path: str | Path, labelled: bool) -> list[Example]:
     if n_repeated:
         warnings.warn(f"{path}: {n_repeated} rows left out, their questions stand above already", stacklevel=2)
     return [example for _, example in first.values()]
+
+
+def is_own(name: str) -> bool:
+    """Whether a dataset's name is the path of a user's own file."""
+    return name.endswith(".jsonl")
+
+
+def split_own(examples: Sequence[Example], name: str) -> tuple[list[Example], list[Example]]:
+    """A user's own examples as train and dev: a tenth of them, but at least one, is held out at random.
+
+    Which ones depends on the examples alone. UserError, which begins with the file's `name`, where there is only one.
+    """
+    if len(examples) < 2:
+        raise UserError(f"{name}: at least 2 examples are needed, a tenth being held out as dev")
+    shuffled = list(examples)
+    Random(OWN_SPLIT_SEED).shuffle(shuffled)
+    n_dev = max(1, len(shuffled) // 10)
+    return shuffled[n_dev:], shuffled[:n_dev]
 
 
 class QuestionFile:
@@ -278,6 +308,15 @@ def _plain(value: Decimal) -> str:
     """Write a number in digits alone: no exponent, no commas, no zeros after the last decimal that counts."""
     digits = format(value, "f")
     return digits.rstrip("0").rstrip(".") if "." in digits else digits
+
+
+def _own(path: str, split: str) -> list[Example]:
+    """One of the splits of a user's own file, whose rows need no rationale."""
+    examples = load_jsonl(path, labelled=False)
+    if split == "test":
+        return examples
+    train, dev = split_own(examples, path)
+    return train if split == "train" else dev
 
 
 def _gsm8k(split: str, data_dir: str | Path) -> list[Example]:

@@ -83,6 +83,11 @@ def n_adapter_parameters(model: Model, rank: int) -> int:
     return sum(rank * (layer.in_features + layer.out_features) for _, layer in adapted_layers(model))
 
 
+def highest_rank(model: Model) -> int:
+    """The rank above which adapters save nothing and can do no more: the smaller side of the largest adapted matrix."""
+    return max(min(layer.in_features, layer.out_features) for _, layer in adapted_layers(model))
+
+
 def add_adapters(model: Model, *, rank: int, alpha: float, seed: int) -> None:
     """Freeze a model and give it fresh adapters, which alone are trained from now on.
 

@@ -52,6 +52,7 @@ from minidpost.training.parallel import MAX_WHOLE_GRADIENTS, is_spread_by_layer
 GB = 10**9
 GPU_SLOTS = (1024, 512, 256, 128)  # of which the first that fits is taken
 FRACTION_FOR_SAMPLING = 1 / 3  # of a GPU's memory
+GPU_MARGIN = 1.3  # an estimate above what a GPU has free may be this much too high; the rehearsal decides
 TIGHT = 1.25  # free disk space below this multiple of what is needed is warned about
 MIN_PARAMETERS_FOR_WARNING = 50_000_000  # from here on training on a CPU takes long enough for a warning
 
@@ -64,7 +65,9 @@ def check_memory(
 ) -> str:
     """What training and sampling need and what is free, in one line; UserError where it cannot fit.
 
-    `model` may be on the meta device; `dtype` is that of sampling, `training_dtype` that of training's forward passes.
+    On a GPU an estimate that is a little too large is only a warning, as the rehearsal, which is always made there,
+    measures it. `model` may be on the meta device; `dtype` is that of sampling, `training_dtype` that of training's
+    forward passes.
     """
     n_ranks = world_size()
     needed = {
@@ -79,7 +82,8 @@ def check_memory(
         free //= processes_of_machine()
     if free is None:
         return f"memory: {text} (estimated)"
-    if max(needed.values()) > free:
+    on_gpu = torch.device(device).type == "cuda"
+    if max(needed.values()) > (GPU_MARGIN * free if on_gpu else free):
         less_memory = "--activation-checkpointing"
         if not preset.freezes_weights:
             less_memory += " or --lora-rank (training)"
@@ -87,7 +91,10 @@ def check_memory(
             f"memory: {text} needed (estimated), but {device} has {size_text(free)} free; a smaller model, or smaller "
             f"--micro-batch-tokens (training) and --slots (sampling), or {less_memory} might fit"
         )
-    return f"memory: {text} (estimated) of {size_text(free)} free on {device}"
+    line = f"memory: {text} (estimated) of {size_text(free)} free on {device}"
+    if max(needed.values()) > free:
+        warnings.warn(f"{line}: too much by the estimate, which may be too high; the rehearsal decides", stacklevel=2)
+    return line
 
 
 def training_bytes(

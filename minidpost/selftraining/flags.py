@@ -103,6 +103,8 @@ TYPES = {field.name: field.type for field in fields(Preset)}
 
 # What a continued run may change: how far it goes, and what changes results by rounding alone.
 MAY_CHANGE = ("iterations", "patience", "micro_batch_tokens", "activation_checkpointing", "slots")
+# What DPO alone has a use for: with a method without it, any other values make the same run.
+OF_DPO = (*GROUPS["DPO"], "dpo_samples", "pairs_per_question")
 
 
 def flag_name(name: str) -> str:
@@ -209,9 +211,10 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name in FLAGS}
 
 
-def read_hyperparameters(path: Path) -> dict[str, Any]:
+def read_hyperparameters(path: Path) -> tuple[dict[str, Any], str | None]:
     """The hyperparameters in a JSON file: an object of them, or the config.json of a run, which has all.
 
+    With them comes the run's method, None where the file is no run's or names no method that we have.
     UserError: no such file, no JSON, a name that is no hyperparameter, a value that is out of bounds.
     """
     try:
@@ -220,7 +223,10 @@ def read_hyperparameters(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: no such file") from None
     except (OSError, ValueError):
         raise UserError(f"--config {path}: not readable as JSON") from None
+    method = None
     if isinstance(content, dict) and isinstance(content.get("settings"), dict):
+        named = content["settings"].get("method")
+        method = next((name for name in METHODS if name == named), None)
         content = content["settings"].get("preset")
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: an object of hyperparameters is expected, or a run's config.json")
@@ -234,10 +240,16 @@ def read_hyperparameters(path: Path) -> dict[str, Any]:
             values[name] = check(name, value)
         except ValueError as error:
             raise UserError(f"--config {path}: {name}: {error}") from None
-    return values
+    return values, method
 
 
-def changes(preset: Preset, other: Preset) -> dict[str, Any]:
+def may_change(method: str) -> tuple[str, ...]:
+    """The hyperparameters that a continued run of a method may change."""
+    return MAY_CHANGE if METHODS[method].has_dpo else (*MAY_CHANGE, *OF_DPO)
+
+
+def changes(preset: Preset, other: Preset, method: str) -> dict[str, Any]:
     """The hyperparameters of `other` that differ from `preset`, but for those that a continued run may change."""
     before = asdict(preset)
-    return {name: value for name, value in asdict(other).items() if value != before[name] and name not in MAY_CHANGE}
+    free = may_change(method)
+    return {name: value for name, value in asdict(other).items() if value != before[name] and name not in free}

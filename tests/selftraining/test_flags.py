@@ -123,16 +123,20 @@ def write(path: Path, content) -> Path:
 
 def test_a_file_of_hyperparameters(tmp_path):
     path = write(tmp_path / "mine.json", {"beta": 1, "label_cap": None, "warm_up": False, "sft_epochs": 3})
-    assert read_hyperparameters(path) == {"beta": 1.0, "label_cap": None, "warm_up": False, "sft_epochs": 3}
+    values = {"beta": 1.0, "label_cap": None, "warm_up": False, "sft_epochs": 3}
+    assert read_hyperparameters(path) == (values, None)
 
 
 def test_a_whole_preset_there_and_back(tmp_path):
-    assert Preset(**read_hyperparameters(write(tmp_path / "all.json", asdict(LLAMA)))) == LLAMA
+    values, _ = read_hyperparameters(write(tmp_path / "all.json", asdict(LLAMA)))
+    assert Preset(**values) == LLAMA
 
 
-def test_a_runs_config_gives_its_hyperparameters(tmp_path):
-    run = {"format": 4, "settings": {"model": "tiny-t5", "preset": asdict(TINY_T5)}, "versions": {}}
-    assert Preset(**read_hyperparameters(write(tmp_path / "config.json", run))) == TINY_T5
+@pytest.mark.parametrize(("named", "method"), [("rft", "rft"), (None, None), ("another", None), ([1], None)])
+def test_a_runs_config_gives_its_hyperparameters_and_method(tmp_path, named, method):
+    run = {"format": 4, "settings": {"method": named, "preset": asdict(TINY_T5)}, "versions": {}}
+    values, found = read_hyperparameters(write(tmp_path / "config.json", run))
+    assert (Preset(**values), found) == (TINY_T5, method)
 
 
 @pytest.mark.parametrize(
@@ -167,8 +171,16 @@ def test_a_broken_file_is_one_line(tmp_path, content, complaint):
 
 
 def test_changes_are_what_a_continued_run_may_not_change():
-    assert changes(T5, T5) == {}
-    assert changes(T5, replace(T5, beta=0.5, samples=10)) == {"samples": 10, "beta": 0.5}
+    assert changes(T5, T5, "dpo-st") == {}
+    assert changes(T5, replace(T5, beta=0.5, samples=10), "dpo-st") == {"samples": 10, "beta": 0.5}
     for name in NAMES:
-        differs = name in changes(T5, replace(T5, **{name: other_value(name)}))
+        differs = name in changes(T5, replace(T5, **{name: other_value(name)}), "dpo-st")
         assert differs == (name not in MAY_CHANGE)
+
+
+@pytest.mark.parametrize("method", ["sft", "st", "rft", "rest-em"])
+def test_without_dpo_its_hyperparameters_tell_no_runs_apart(method):
+    of_dpo = {name for name in NAMES if "dpo" in name} | {"beta", "pairs_per_question"}
+    for name in NAMES:
+        differs = name in changes(T5, replace(T5, **{name: other_value(name)}), method)
+        assert differs == (name not in MAY_CHANGE and name not in of_dpo)

@@ -214,6 +214,24 @@ def test_too_little_memory_is_refused_in_one_line(monkeypatch):
     assert "free" not in check_memory(meta(), LLAMA, dtype=torch.float32, device="cpu")
 
 
+def test_on_a_gpu_an_estimate_a_little_too_large_is_a_warning(monkeypatch):
+    """It may be too high, and there the rehearsal measures what it is."""
+
+    def check(device: str, fraction: float) -> str:
+        needed = training_bytes(meta(), LLAMA, torch.bfloat16, device)
+        monkeypatch.setattr(estimates, "available_bytes", lambda device: int(fraction * needed))
+        return check_memory(meta(), LLAMA, dtype=torch.bfloat16, device=device, training_dtype=torch.bfloat16)
+
+    with pytest.warns(UserWarning, match="^memory: training .* free on cuda: too much .* the rehearsal decides$"):
+        assert "free on cuda" in check("cuda", 0.8)
+    for device, fraction in (("cuda", 0.75), ("cpu", 0.99)):
+        with pytest.raises(UserError, match=f"but {device} has .* free"):
+            check(device, fraction)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check("cuda", 1.01)
+
+
 def write_group(directory: Path, version: int, limit: str, used: int, of_files: int) -> None:
     """The files of a control group that has taken `used` bytes, a part of them for copies of files."""
     directory.mkdir(parents=True, exist_ok=True)
