@@ -292,6 +292,10 @@ class T5Cache:
         #     b(max_new − 1) … b(2) b(1) b(0) −inf −inf … −inf
         self.bias_HX = torch.cat([bias_SH.flip(0).T, torch.full_like(bias_SH.T, -torch.inf)], dim=1)
 
+    def set_bias(self, bias_SH: Tensor) -> None:
+        """Put another position bias, of as many distances, where the one before lies: recorded steps read it there."""
+        self.bias_HX[:, : len(bias_SH)] = bias_SH.flip(0).T
+
     def plan(self, n_rows: int) -> T5Plan:
         """The next step of the first `n_rows` rows."""
         return T5Plan(self.own.plan(n_rows), self.prompt.plan(n_rows))

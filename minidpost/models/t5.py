@@ -334,6 +334,13 @@ class T5(LanguageModel):
         bias_SH = self.position_bias(torch.arange(max_new, device=weight.device))
         return T5Cache(own, SharedPromptCache(prompts), bias_SH.to(own.keys_LBGSK.dtype))
 
+    @torch.inference_mode()
+    def refresh(self, cache: T5Cache) -> None:
+        """Bring an earlier cache up to the weights of now, of whose position bias it has a copy; eval mode begins."""
+        self.eval()
+        max_new = cache.bias_HX.shape[1] // 2
+        cache.set_bias(self.position_bias(torch.arange(max_new, device=cache.bias_HX.device)))
+
     def _kv_cache(self, n_rows: int, max_tokens: int) -> KVCache:
         """Keys and values of all decoder layers."""
         return KVCache(

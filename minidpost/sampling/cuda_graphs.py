@@ -10,6 +10,7 @@ this is used on a CPU, which launches nothing.
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ class SteppedModel(Protocol):
 
     def parameters(self) -> Iterator[Tensor]: ...
     def new_cache(self, n_rows: int, max_prompt: int, max_new: int, /) -> Any: ...
+    def refresh(self, cache: Any, /) -> None: ...
     def decode(self, cache: Any, ids_B: Tensor) -> Tensor: ...
     def step(self, cache: Any, plan: Any, ids_B: Tensor) -> Tensor: ...
 
@@ -74,6 +76,16 @@ class CUDAGraphs:
         self.record = CUDARecorder(self.padding.tokens.length_B.device) if record is None else record
         self.recorded: dict[tuple[int, ...], Recorded] = {}
         self.has_failed = False
+        self.is_in_use = False
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within this block nobody else is given these steps and their cache, see `recorded_steps`."""
+        self.is_in_use = True
+        try:
+            yield
+        finally:
+            self.is_in_use = False
 
     @property
     def model(self) -> SteppedModel:
@@ -132,13 +144,17 @@ _kept: weakref.WeakKeyDictionary[SteppedModel, Kept] = weakref.WeakKeyDictionary
 def recorded_steps(model: SteppedModel, n_rows: int, max_prompt: int, max_new: int) -> CUDAGraphs:
     """Steps of a model, and their `cache` with room for so much: those of its latest call where they have the room.
 
-    What is kept lives as long as the model. Where its weights have moved since, all is recorded anew.
+    What is kept lives as long as the model. Where its weights have moved since, all is recorded anew; where they have
+    changed in their place, what was recorded reads the new ones. Steps that are in use are left to whom they belong.
     """
     sizes = (n_rows, max_prompt, max_new)
     addresses = tuple(weight.data_ptr() for weight in model.parameters())
     kept = _kept.get(model)
+    if kept is not None and kept.steps.is_in_use:
+        kept = None
     if kept is not None and kept.addresses == addresses:
         if all(there >= asked for there, asked in zip(kept.sizes, sizes, strict=True)):
+            model.refresh(kept.steps.cache)
             return kept.steps
     if kept is not None:
         # Its memory is free before more is taken, and what is asked for next may be as much as was there.
