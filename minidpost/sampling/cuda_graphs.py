@@ -64,7 +64,8 @@ class Recorder(Protocol):
 class CUDAGraphs:
     """Called like `model.decode` of one cache, `step(ids_B) -> logits_BV`, but replays recorded steps.
 
-    Where recording fails, steps are plain from then on, with a warning. The logits are overwritten by the next step.
+    Where recording fails, steps are plain from then on, with a warning; a lack of memory is the caller's to mend. The
+    logits are overwritten by the next step.
     """
 
     def __init__(self, model: SteppedModel, cache: KVCache | T5Cache, record: Recorder | None = None):
@@ -116,6 +117,8 @@ class CUDAGraphs:
             padded_ids_B[:n_rows] = ids_B
             try:
                 self.recorded[sizes] = self.record(PlannedStep(self.model, self.cache, padded), padded_ids_B)
+            except torch.OutOfMemoryError:  # a RuntimeError, but with fewer rows there will be graphs
+                raise
             except RuntimeError as error:
                 warnings.warn(f"no CUDA graphs, decoding will be slower ({error})", stacklevel=3)
                 self.has_failed = True
