@@ -20,6 +20,15 @@ from torch import Tensor
 from minidpost.models.layers import attention, mask_bias
 from minidpost.precision import key_dtype, to_device
 
+# Fused attention on a GPU takes a mask as it is only where its lines begin at multiples of 8 numbers, and copies any
+# other in every layer.
+MASK_MULTIPLE = 8
+
+
+def whole_length(n_positions: int) -> int:
+    """Up to a multiple of MASK_MULTIPLE."""
+    return -(-n_positions // MASK_MULTIPLE) * MASK_MULTIPLE
+
 
 @dataclass(frozen=True)
 class StepPlan:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from minidpost.models.kvcache import KVCache, PromptPlan, StepPlan, T5Cache, T5Plan
+from minidpost.models.kvcache import KVCache, PromptPlan, StepPlan, T5Cache, T5Plan, whole_length
 
 POSITIONS_MULTIPLE = 64  # positions that a step reads are rounded up to a multiple of this
 MIN_ROWS = 16  # rows are rounded up to a power of two, and to this: below it a step takes no less time
@@ -147,10 +147,11 @@ _kept: weakref.WeakKeyDictionary[SteppedModel, Kept] = weakref.WeakKeyDictionary
 def recorded_steps(model: SteppedModel, n_rows: int, max_prompt: int, max_new: int) -> CUDAGraphs:
     """Steps of a model, and their `cache` with room for so much: those of its latest call where they have the room.
 
+    Both lengths are rounded up (`whole_length`), so that what is read of a cache has such a length even at its end.
     What is kept lives as long as the model. Where its weights have moved since, all is recorded anew; where they have
     changed in their place, what was recorded reads the new ones. Steps that are in use are left to whom they belong.
     """
-    sizes = (n_rows, max_prompt, max_new)
+    sizes = (n_rows, whole_length(max_prompt), whole_length(max_new))
     addresses = tuple(weight.data_ptr() for weight in model.parameters())
     kept = _kept.get(model)
     if kept is not None and kept.steps.is_in_use:

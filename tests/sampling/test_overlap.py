@@ -175,9 +175,9 @@ def test_a_models_cache_and_recorded_steps_are_kept():
     steps = cuda_graphs.recorded_steps(model, 8, 30, 20)
     assert cuda_graphs.recorded_steps(model, 8, 30, 20) is steps
     assert cuda_graphs.recorded_steps(model, 4, 12, 20) is steps
-    larger = cuda_graphs.recorded_steps(model, 6, 31, 20)
+    larger = cuda_graphs.recorded_steps(model, 6, 33, 20)
     assert larger is not steps
-    assert cuda_graphs.recorded_steps(model, 8, 31, 20) is larger  # it has the room of both
+    assert cuda_graphs.recorded_steps(model, 8, 33, 20) is larger  # it has the room of both
     model.embedding.weight.data = model.embedding.weight.data.clone()
     assert cuda_graphs.recorded_steps(model, 4, 12, 20) is not larger
     assert model in cuda_graphs._kept
@@ -236,3 +236,20 @@ def test_two_unfinished_samplings_of_a_model_share_nothing(monkeypatch):
     assert kept.is_in_use
     given_up.close()
     assert not kept.is_in_use
+
+
+@pytest.mark.usefixtures("own_recorder")
+@pytest.mark.parametrize("make_model", [tiny_t5, tiny_llama])
+def test_recorded_masks_have_whole_lengths(make_model, monkeypatch):
+    """Up to a cache's end."""
+    monkeypatch.setattr(cuda_graphs, "POSITIONS_MULTIPLE", 16)
+    model: T5 | Llama = make_model()
+    steps, plain = cuda_graphs.recorded_steps(model, 2, 7, 19), model.new_cache(2, 7, 19)
+    for cache in (steps.cache, plain):
+        model.prefill(cache, range(2), [[5, 6, 7, 8, 9, 3, 4], [3, 4]])
+    for _ in range(19):
+        ids_B = torch.tensor([2, 3])
+        torch.testing.assert_close(steps(ids_B), model.decode(plain, ids_B), rtol=0, atol=1e-12)
+    for _, n_read, *of_prompts in steps.recorded:  # rows, positions; prompts, their columns and positions
+        assert n_read % 8 == 0 and (not of_prompts or of_prompts[-1] % 8 == 0)
+    assert max(n_read for _, n_read, *_ in steps.recorded) in (24, 32)
