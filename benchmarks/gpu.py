@@ -29,7 +29,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -451,6 +451,7 @@ def sampling_at(rows: int, subject: Subject) -> dict[str, float]:
     }
 
 
+@torch.inference_mode()
 def device_step(rows: int, subject: Subject) -> dict[str, float]:
     """The seconds of one decoding step on the device, the bytes that it needs, and those that it reads.
 
@@ -458,7 +459,6 @@ def device_step(rows: int, subject: Subject) -> dict[str, float]:
     of its completion.
     """
     device = subject.bench.options.device
-    is_on_gpu = torch.device(device).type == "cuda"
     model: Any = subject.opened[0]
     work = subject.work(rows)
     assert work.scripts is not None
@@ -466,7 +466,7 @@ def device_step(rows: int, subject: Subject) -> dict[str, float]:
     max_prompt = max(map(len, work.prompts))
     max_new = cached_tokens(work.max_new_tokens, overlaps(device))
     steps = None
-    if is_on_gpu:
+    if is_recorded(device):
         steps = recorded_steps(model, rows + len(prompts), max_prompt, max_new)  # sampling's, if that was just measured
         cache = steps.cache
         cache.clear()
@@ -480,8 +480,7 @@ def device_step(rows: int, subject: Subject) -> dict[str, float]:
     # 2) The rows stand here and there in their completions.
     own = cache.own if isinstance(model.config, T5Config) else cache
     written = [37 * row % min(len(script), work.max_new_tokens) for row, script in enumerate(work.scripts[:rows])]
-    with torch.inference_mode():
-        own.set_lengths(range(rows), (own.lengths[:rows] + written).tolist())
+    own.set_lengths(range(rows), (own.lengths[:rows] + written).tolist())
     # 3) The same step again and again.
     ids_B = torch.full((rows,), 5, device=device)
     plan = cache.plan(rows)
@@ -492,8 +491,13 @@ def device_step(rows: int, subject: Subject) -> dict[str, float]:
         steps(ids_B)  # records it, if a step of these sizes has not been recorded yet
         run = steps.recorded[sizes_of(plan)].replay
     else:
-        run = torch.inference_mode()(lambda: model.step(cache, plan, ids_B))
+        run = partial(model.step, cache, plan, ids_B)
     return {"step_ms": 1000 * seconds_of(run, device, 20)} | n_bytes
+
+
+def is_recorded(device: str) -> bool:
+    """Whether steps are CUDA graphs."""
+    return torch.device(device).type == "cuda"
 
 
 def step_bytes(model: Any, cache: Any, plan: Any, rows: int) -> dict[str, float]:

@@ -25,6 +25,7 @@ from minidpost.errors import UserError
 from minidpost.models.t5 import T5
 from minidpost.models.weights import load_model
 from minidpost.sampling import sampler
+from minidpost.sampling.cuda_graphs import CUDAGraphs, Recorded
 from minidpost.sampling.sampler import Request, SamplingSettings, sample
 from minidpost.selftraining.presets import T5 as T5_PRESET
 from minidpost.storage import read_json, read_jsonl, write_json, write_jsonl
@@ -442,6 +443,26 @@ def test_another_machines_measurements_are_not_gone_on_with(tmp_path, monkeypatc
     with pytest.raises(SystemExit, match=r"is of another, torch 2\.6; this is no GPU, .* choose another --output"):
         gpu.main()
     assert not (tmp_path / "gpu.md").exists()
+
+
+@pytest.mark.parametrize("name", ["tiny-t5", "tiny-llama"])
+def test_a_gpus_step_is_one_that_is_recorded(name, monkeypatch):
+    """As on a GPU, but with a recorder of ours: it needs what a plain step needs, and reads more."""
+
+    def record(step, ids_B: torch.Tensor) -> Recorded:
+        logits_BV = step(ids_B)
+        return Recorded(ids_B, lambda: step(ids_B), logits_BV)
+
+    def recorded_steps(model, *sizes: int) -> CUDAGraphs:
+        return CUDAGraphs(model, model.new_cache(*sizes), record)
+
+    monkeypatch.setattr(gpu, "recorded_steps", recorded_steps)
+    options = SimpleNamespace(device="cpu", shared=Path("nowhere"))
+    subject = gpu.Subject(name, gpu.Bench(options, gpu.SCALES["try"], {}))
+    plain = gpu.device_step(20, subject)
+    monkeypatch.setattr(gpu, "is_recorded", lambda device: True)
+    recorded = gpu.device_step(20, subject)
+    assert recorded["step_gb"] == plain["step_gb"] < plain["read_gb"] < recorded["read_gb"]
 
 
 def test_plain_steps_are_not_measured_for_recorded_ones(tmp_path):
