@@ -1,18 +1,21 @@
 """What one GPU gives: sampling and training at true shapes, beside transformers, and the parts of the recipe added up.
 
-    python -m benchmarks.gpu                      everything, in under 25 minutes
-    python -m benchmarks.gpu --parts sampling --models flan-t5-large --rows 32,256
+    python -m benchmarks.gpu --output FILE.md     everything, in under 25 minutes (by estimate 11 to 13 on an H200)
+    python -m benchmarks.gpu --output FILE.md --parts sampling --models flan-t5-large --rows 32,256      a part of it
     python -m benchmarks.gpu --scale try --device cpu       a minute on two cores: that the script itself has no faults
 
 Weights are random, at the models' true shapes; lengths, questions and annotations are GSM8K's (see scripted.py). All
 weights of sampling are bf16; training has fp32 weights and bf16 autocast. *MBU* is the share of the memory's bandwidth
 and *MFU* the share of the multiplications' peak that the numbers of the method need at least: in a decoding step every
 weight of the decoder and every cached key and value is read once; a token of training costs 6 operations a parameter.
-Bandwidth and peak are those that a large copy and a large product reached on the same card, not the data sheet's.
+*As read* counts what a step reads of keys and values, which is as much of every row as of the longest. The first token
+is that of as many questions as there are rows, asked at once. Bandwidth and peak are those that a large copy and a
+large product reached on the same card, not the data sheet's.
 
-Every measurement is written to gpu.json as soon as it is there, and gpu.md is made of that; a second call measures what
-is missing. A measurement that fails is a line of the page, and the next one follows. What an earlier version had,
-gpu-before.json, stands beside it, and gpu-findings.md at the head of the page.
+Every measurement is written to gpu.json as soon as it is there, and gpu.md is made of that; a second call, or one after
+a call that was ended, measures what is missing, and only on the same machine. A measurement that fails is a line of the
+page, and the next one follows. What an earlier version had, gpu-before.json, stands beside it, and gpu-findings.md at
+the head of the page.
 """
 
 import argparse
@@ -22,26 +25,31 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from benchmarks.common import RESULTS, machine_line
+from benchmarks.scaling import RECIPE_MODEL, Rates, recipe_seconds
 from benchmarks.scripted import SHARED, Work, open_shape, sampled, scripted_work
 from benchmarks.training import gold_sequences, stand_in_pairs
 from minidpost.data import datasets
 from minidpost.models.hf_config import Model
 from minidpost.models.t5 import T5Config
 from minidpost.precision import default_device, prepare_device
-from minidpost.sampling.cuda_graphs import CUDAGraphs
-from minidpost.selftraining.presets import n_parameters, preset_of
+from minidpost.sampling.cuda_graphs import recorded_steps, sizes_of
+from minidpost.sampling.sampler import cached_tokens, overlaps
+from minidpost.selftraining.presets import T5, n_parameters, preset_of
 from minidpost.storage import markdown_table, read_json, write_json
 from minidpost.text.templates import Template
 from minidpost.training.dpo import reference_log_probabilities, train_dpo
@@ -88,6 +96,7 @@ SCALES = {
     "try": Scale(models=("tiny-t5", "tiny-llama"), rows=(2, 4), waves=2, max_new_tokens=12, steps=1, peak_size=256),
 }
 FIRST_STEPS = 3  # of a training, in which libraries are set up; not timed
+MICRO_BATCH_TOKENS = {"flan-t5-large": (16384, 32768)}  # of training; of other models the preset's
 
 
 @dataclass
@@ -104,7 +113,9 @@ class Bench:
             return
         started = time.perf_counter()
         try:
-            result = work()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "no CUDA graphs")  # plain steps would be measured in their place
+                result = work()
         except Exception as error:
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
@@ -152,8 +163,13 @@ def main() -> None:
 
     prepare_device(options.device)
     data = options.output.with_suffix(".json")
-    bench = Bench(options, scale, read_json(data) if data.is_file() else {})
-    bench.found.setdefault("machine", machine(options.device))
+    here = machine(options.device)
+    bench = Bench(options, scale, read_json(data) if data.is_file() else {"machine": here})
+    if bench.found["machine"] != here:
+        there = ", ".join(bench.found["machine"].values())
+        sys.exit(f"{data} is of {there}; this is {', '.join(here.values())}: choose another --output")
+    if len(bench.found) > 1:
+        print(f"{len(bench.found) - 1} measurements of {data} stay; another --output begins anew", file=sys.stderr)
     for part in options.parts:
         measurements = {
             "ceilings": ceilings,
@@ -253,14 +269,15 @@ class AttentionShape:
     queries: int
     read: int
     room: int
+    width: int = 64  # of a head
     rows_a_prompt: int = 1
     bias_heads: int = 1
 
 
 ATTENTION_SHAPES = {
     "smollm2-135m": AttentionShape(heads=3, queries=3, read=256, room=556),
-    "llama-3-8b": AttentionShape(heads=8, queries=4, read=256, room=556),
-    "flan-t5-large, own tokens": AttentionShape(heads=16, queries=1, read=128, room=301, bias_heads=16),
+    "llama-3-8b": AttentionShape(heads=8, queries=4, read=256, room=556, width=128),
+    "flan-t5-large, own tokens": AttentionShape(heads=16, queries=1, read=128, room=304, bias_heads=16),
     "flan-t5-large, prompts": AttentionShape(heads=16, queries=8, read=128, room=200, rows_a_prompt=8),
 }
 
@@ -282,17 +299,18 @@ def attention_times(shape: AttentionShape, rows: int, bench: Bench) -> dict[str,
     dtype = weights_dtype(bench)
     n = rows // shape.rows_a_prompt
     n_layers = 20  # so that keys and values come from memory, not from the cache
-    q = torch.randn(n, shape.heads, shape.queries, 64, device=device, dtype=dtype)
-    k, v = torch.randn(2, n_layers, n, shape.heads, shape.room, 64, device=device, dtype=dtype)
+    scale = shape.width**-0.5
+    q = torch.randn(n, shape.heads, shape.queries, shape.width, device=device, dtype=dtype)
+    k, v = torch.randn(2, n_layers, n, shape.heads, shape.room, shape.width, device=device, dtype=dtype)
     length_B = torch.randint(shape.read // 2, shape.read, (n,), device=device)
     bias = torch.zeros(n, shape.bias_heads, 1, shape.read, device=device, dtype=dtype)
     bias.masked_fill_(torch.arange(shape.read, device=device) >= length_B[:, None, None, None], -torch.inf)
 
     def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, bias, scale=0.125)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, bias, scale=scale)
 
     def products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        weight = torch.matmul(q * 0.125, k.mT).add_(bias).softmax(-1)
+        weight = torch.matmul(q * scale, k.mT).add_(bias).softmax(-1)
         return torch.matmul(weight, v)
 
     expected = products(q.float(), k[0, :, :, : shape.read].float(), v[0, :, :, : shape.read].float(), bias.float())
@@ -358,19 +376,35 @@ def shortened(work: Work) -> Work:
     return replace(work, scripts=[script[: work.max_new_tokens] for script in work.scripts])
 
 
+@dataclass
+class Subject:
+    """A model that is sampled from, opened when it is first needed, and the work for each number of rows."""
+
+    name: str
+    bench: Bench
+    works: dict[int, Work] = field(default_factory=dict)
+
+    @cached_property
+    def opened(self) -> tuple[nn.Module, Template]:
+        """The model with its sampling weights, and how it writes."""
+        options = self.bench.options
+        return open_shape(self.name, weights_dtype(self.bench), options.device, options.shared)
+
+    def work(self, rows: int) -> Work:
+        """What so many rows are given to do."""
+        if rows not in self.works:
+            self.works[rows] = work_for(self.opened[1], rows, self.bench)
+        return self.works[rows]
+
+
 def sampling(bench: Bench) -> None:
     """Tokens a second with the calculator, for every model and number of rows; and the device's part of a step."""
     for name in bench.scale.models:
-        opened: list[tuple[nn.Module, Template]] = []
-
-        def open_once(name: str = name, opened: list[Any] = opened) -> tuple[nn.Module, Template]:
-            if not opened:
-                opened.append(open_shape(name, weights_dtype(bench), bench.options.device, bench.options.shared))
-            return opened[0]
-
+        subject = Subject(name, bench)
         for rows in bench.scale.rows:
-            bench.measure(f"sampling/{name}/{rows}", lambda rows=rows: sampling_at(rows, *open_once(), bench))
-        opened.clear()
+            bench.measure(f"sampling/{name}/{rows}", lambda rows=rows, subject=subject: sampling_at(rows, subject))
+            bench.measure(f"step/{name}/{rows}", lambda rows=rows, subject=subject: device_step(rows, subject))
+        del subject
         free_memory()
 
 
@@ -379,10 +413,13 @@ def weights_dtype(bench: Bench) -> torch.dtype:
     return torch.bfloat16 if torch.device(bench.options.device).type == "cuda" else torch.float32
 
 
-def sampling_at(rows: int, model: Any, template: Template, bench: Bench) -> dict[str, float]:
-    """One number of rows: the whole, and what the device alone takes for a step."""
-    device = bench.options.device
-    work = work_for(template, rows, bench)
+def sampling_at(rows: int, subject: Subject) -> dict[str, float]:
+    """One number of rows: the whole, with and without the calculator, and the first token."""
+    device = subject.bench.options.device
+    model, _ = subject.opened
+    work = subject.work(rows)
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # opening the model took fp32 weights
     sampled(model, work.part(rows, 4), rows)  # sets libraries up
     wait(device)
     started = time.perf_counter()
@@ -400,93 +437,128 @@ def sampling_at(rows: int, model: Any, template: Template, bench: Bench) -> dict
     sampled(model, work, rows, has_calculator=False)
     wait(device)
     seconds_without = time.perf_counter() - started
+    first = shortened(work.part(rows, 1))
+    first_seconds = seconds_of(lambda: sampled(model, first, rows), device, 3)
     n_tokens = sum(map(len, completions))
-    result |= {
+    return result | {
         "completions": len(completions),
         "tokens": n_tokens,
         "seconds": seconds,
         "tokens_s": n_tokens / seconds,
         "tokens_s_without_calculator": n_tokens / seconds_without,
+        "first_token_ms": 1000 * first_seconds,
         "peak_gb": peak_gb(device),
     }
-    return result | device_step(model, work, rows, device)
 
 
-def device_step(model: Any, work: Work, rows: int, device: str) -> dict[str, float]:
-    """The seconds of one decoding step on the device, half of the completions written, and the bytes that it needs."""
+@torch.inference_mode()
+def device_step(rows: int, subject: Subject) -> dict[str, float]:
+    """The seconds of one decoding step on the device, the bytes that it needs, and those that it reads.
+
+    Rows are as in the midst of a sampling: those of one question continue one prompt, and each has written another part
+    of its completion.
+    """
+    device = subject.bench.options.device
+    model: Any = subject.opened[0]
+    work = subject.work(rows)
+    assert work.scripts is not None
+    prompts = work.prompts[: rows : work.n_samples]
     max_prompt = max(map(len, work.prompts))
-    n_written = sum(map(len, work.scripts or [])) // (2 * len(work.prompts))
-    cache = model.new_cache(rows + 16, max_prompt, work.max_new_tokens + 8)
-    prompts = work.prompts[:rows]
-    for start in range(0, rows, 16):
-        end = min(start + 16, rows)
-        model.prefill(cache, range(start, end), [prompts[i % len(prompts)] for i in range(start, end)])
-    own = cache.own if isinstance(model.config, T5Config) else cache
-    n_new = min(n_written, work.max_new_tokens - 2)
-    with torch.inference_mode():
-        own.set_lengths(range(rows), (own.lengths[:rows] + n_new).tolist())
-    ids_B = torch.full((rows,), 5, device=device)
-    if torch.device(device).type == "cuda":
-        graphs = CUDAGraphs(model, cache)
-        graphs(ids_B)
-        replay = next(iter(graphs.recorded.values())).replay if graphs.recorded else None
+    max_new = cached_tokens(work.max_new_tokens, overlaps(device))
+    steps = None
+    if is_recorded(device):
+        steps = recorded_steps(model, rows + len(prompts), max_prompt, max_new)  # sampling's, if that was just measured
+        cache = steps.cache
+        cache.clear()
     else:
-        replay = None
+        cache = model.new_cache(rows + len(prompts), max_prompt, max_new)
+
+    # 1) Each prompt is prefilled once, for all its rows.
+    model.prefill(cache, range(rows, rows + len(prompts)), prompts)
+    for row in range(rows):
+        cache.copy_rows([rows + row // work.n_samples], [row])
+    # 2) The rows stand here and there in their completions.
+    own = cache.own if isinstance(model.config, T5Config) else cache
+    written = [37 * row % min(len(script), work.max_new_tokens) for row, script in enumerate(work.scripts[:rows])]
+    own.set_lengths(range(rows), (own.lengths[:rows] + written).tolist())
+    # 3) The same step again and again.
+    ids_B = torch.full((rows,), 5, device=device)
     plan = cache.plan(rows)
+    if steps is not None:
+        plan = steps.padding.pad(plan)
+    n_bytes = step_bytes(model, cache, plan, rows)
+    if steps is not None:
+        steps(ids_B)  # records it, if a step of these sizes has not been recorded yet
+        run = steps.recorded[sizes_of(plan)].replay
+    else:
+        run = partial(model.step, cache, plan, ids_B)
+    return {"step_ms": 1000 * seconds_of(run, device, 20)} | n_bytes
 
-    @torch.inference_mode()
-    def plain() -> None:
-        model.step(cache, plan, ids_B)
 
-    seconds = seconds_of(replay or plain, device, 20)
-    return {"step_ms": 1000 * seconds, "step_gb": step_bytes(model, cache, rows) / 1e9}
+def is_recorded(device: str) -> bool:
+    """Whether steps are CUDA graphs."""
+    return torch.device(device).type == "cuda"
 
 
-def step_bytes(model: Any, cache: Any, rows: int) -> int:
-    """What a step must read at least: the weights it multiplies with, and each row's keys and values.
+def step_bytes(model: Any, cache: Any, plan: Any, rows: int) -> dict[str, float]:
+    """GB that a step must read at least, and those that it reads by its plan: weights, keys and values.
 
-    T5's encoder has done its work, and a prompt that several rows continue is read once for all of them.
+    T5's encoder has done its work, and so have the matrices that make keys and values of prompts. A prompt that several
+    rows continue is read once for all of them.
     """
     is_t5 = isinstance(model.config, T5Config)
     stack = model.stacks[1]
-    weights = n_parameters(stack) + model.config.vocab_size * model.config.d_model
-    itemsize = next(model.parameters()).itemsize
+    n_weights = n_parameters(stack) + model.config.vocab_size * model.config.d_model
     own = cache.own if is_t5 else cache
     n_layers, _, n_heads, _, d_head = own.keys_LBGSK.shape
-    positions = int(own.lengths[:rows].sum())
+    n_rows, n_read, *of_prompts = sizes_of(plan)
+    needed = int(own.lengths[:rows].sum()) + rows  # the new token's too
+    read = n_rows * n_read
     if is_t5:
-        store = cache.prompt.store
-        positions += int(store.lengths[:rows].sum())
-    return itemsize * (weights + 2 * n_layers * n_heads * d_head * positions)
+        crossing = [layer.cross_attention for layer in stack.layers]
+        n_weights -= sum(n_parameters(attention.key) + n_parameters(attention.value) for attention in crossing)
+        slots = np.unique(cache.prompt.prompt_slot_of_row_B[:rows])
+        needed += int(cache.prompt.store.lengths[slots].sum())
+        n_prompts, _, n_read_of_prompts = of_prompts
+        read += n_prompts * n_read_of_prompts
+
+    def gigabytes(n_positions: int) -> float:
+        n_numbers = n_weights + 2 * n_layers * n_heads * d_head * n_positions
+        return next(model.parameters()).itemsize * n_numbers / 1e9
+
+    return {"step_gb": gigabytes(needed), "read_gb": gigabytes(read)}
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
 def training(bench: Bench) -> None:
-    """Tokens a second of SFT and DPO with the model's own preset."""
+    """Tokens a second of SFT and DPO with the model's own preset, or micro-batches of other sizes."""
+    asked_for = bench.options.micro_batch_tokens
     for name in bench.scale.models:
         if name == "llama-3-8b":
             continue  # 16 bytes a parameter do not fit on one card
-        bench.measure(f"sft/{name}", lambda name=name: sft_of(name, bench))
-        bench.measure(f"dpo/{name}", lambda name=name: dpo_of(name, bench))
+        for tokens in (asked_for,) if asked_for else MICRO_BATCH_TOKENS.get(name, (None,)):
+            of = f"{name}/{tokens}" if tokens else name
+            bench.measure(f"sft/{of}", lambda name=name, tokens=tokens: sft_of(name, bench, tokens))
+            bench.measure(f"dpo/{of}", lambda name=name, tokens=tokens: dpo_of(name, bench, tokens))
 
 
-def trained_on(name: str, bench: Bench) -> tuple[Model, Any, list[Any], list[Any]]:
+def trained_on(name: str, bench: Bench, micro_batch_tokens: int | None) -> tuple[Model, Any, list[Any], list[Any]]:
     """A model with fp32 weights, its preset, examples and pairs."""
     model, template = open_shape(name, torch.float32, bench.options.device, bench.options.shared)
     preset = preset_of(model.config, "dpo-st")
-    if bench.options.micro_batch_tokens:
-        preset = replace(preset, micro_batch_tokens=bench.options.micro_batch_tokens)
+    if micro_batch_tokens:
+        preset = replace(preset, micro_batch_tokens=micro_batch_tokens)
     data = "gsm8k" if (bench.options.shared / "data" / "gsm8k" / "train.jsonl").is_file() else "toy"
     labelled = datasets.load(data, "train", bench.options.shared / "data")[:2000]
     gold = list(gold_sequences(labelled, template, preset).values())
     return model, preset, gold, stand_in_pairs(gold[:500], preset)
 
 
-def sft_of(name: str, bench: Bench) -> dict[str, float]:
+def sft_of(name: str, bench: Bench, micro_batch_tokens: int | None) -> dict[str, float]:
     """A few optimizer steps of SFT."""
-    model, preset, gold, _ = trained_on(name, bench)
+    model, preset, gold, _ = trained_on(name, bench, micro_batch_tokens)
     n_steps = FIRST_STEPS + bench.scale.steps
     settings = preset.sft(SEED)
     with TemporaryDirectory() as scratch:
@@ -496,9 +568,9 @@ def sft_of(name: str, bench: Bench) -> dict[str, float]:
         return speed_of(model, log, bench.options.device)
 
 
-def dpo_of(name: str, bench: Bench) -> dict[str, float]:
+def dpo_of(name: str, bench: Bench, micro_batch_tokens: int | None) -> dict[str, float]:
     """A few optimizer steps of DPO, and the reference's log-probabilities before."""
-    model, preset, _, pairs = trained_on(name, bench)
+    model, preset, _, pairs = trained_on(name, bench, micro_batch_tokens)
     device = bench.options.device
     n_steps = FIRST_STEPS + bench.scale.steps
     settings = replace(preset.dpo(len(pairs), SEED), steps=n_steps)
@@ -597,7 +669,7 @@ def profile_of(name: str, bench: Bench, path: Path) -> dict[str, float]:
     sampled(model, work, rows)
 
     def sft_steps() -> None:
-        trained, preset, gold, _ = trained_on(name, bench)
+        trained, preset, gold, _ = trained_on(name, bench, bench.options.micro_batch_tokens)
         settings = replace(preset.sft(SEED), epochs=1)
         train_sft(trained, gold[: 2 * settings.examples_per_step], settings)
 
@@ -634,8 +706,9 @@ def page(found: dict[str, Any], before: dict[str, Any] | None = None, findings: 
     tables = (
         (
             [
-                *("sampling", "rows", "tokens/s", "before", "calculator off", "the device's part of a step, ms"),
-                *("rows / that, tokens/s", "MBU", "GB", "transformers, tokens/s"),
+                *("sampling", "rows", "tokens/s", "before", "calculator off", "first token, ms"),
+                *("the device's part of a step, ms", "rows / that, tokens/s", "MBU", "as read", "GB"),
+                "transformers, tokens/s",
             ],
             sampling_lines(found, before, bandwidth),
         ),
@@ -649,10 +722,33 @@ def page(found: dict[str, Any], before: dict[str, Any] | None = None, findings: 
         cells = [*rows]
         if cells:
             lines += [markdown_table(heads, cells), ""]
+    lines += recipe(found)
     errors = [f"- {name}: {value['error']}" for name, value in found.items() if "error" in value]
     if errors:
         lines += ["Failed:", "", *errors, ""]
     return "\n".join(lines)
+
+
+def recipe(found: dict[str, Any]) -> list[str]:
+    """The time of the paper's recipe by the fastest of what was measured; nothing where a part is missing."""
+
+    def fastest(part: str) -> str | None:
+        names = [name for name in found if name.startswith(f"{part}/{RECIPE_MODEL}/") and "tokens_s" in found[name]]
+        return max(names, key=lambda name: found[name]["tokens_s"], default=None)
+
+    names = [name for name in map(fastest, ("sampling", "sft", "dpo")) if name is not None]
+    if len(names) < 3:
+        return []
+    rates = [found[name]["tokens_s"] for name in names]
+    stages = recipe_seconds(Rates(*rates, reference=found[names[2]]["reference_tokens_s"]), T5)
+    explained = " ".join((recipe_seconds.__doc__ or "").split())
+    return [
+        f"{explained} These are the times of {RECIPE_MODEL} by {', '.join(names)}; saving, starting and the recording "
+        "of steps are left out.",
+        "",
+        markdown_table(["stage", "minutes"], [[stage, f"{seconds / 60:.1f}"] for stage, seconds in stages.items()]),
+        "",
+    ]
 
 
 def sampling_lines(found: dict[str, Any], before: dict[str, Any], bandwidth: float | None) -> Iterator[list[str]]:
@@ -662,15 +758,22 @@ def sampling_lines(found: dict[str, Any], before: dict[str, Any], bandwidth: flo
             continue
         _, model, rows = name.split("/")
         peer = found.get(f"peer/{model}/{rows}", {}).get("tokens_s")
+        step = found.get(f"step/{model}/{rows}", {})
+        milliseconds = step.get("step_ms")
+        shares = [
+            f"{1000 * step[name] / milliseconds / bandwidth:.0%}" if bandwidth and name in step else "–"
+            for name in ("step_gb", "read_gb")
+        ]
         yield [
             model,
             rows,
             f"{value['tokens_s']:,.0f}",
             rate(before.get(name)),
             f"{value['tokens_s_without_calculator']:,.0f}",
-            f"{value['step_ms']:.2f}",
-            f"{1000 * int(rows) / value['step_ms']:,.0f}",
-            f"{value['step_gb'] / value['step_ms'] * 1000 / bandwidth:.0%}" if bandwidth else "–",
+            f"{value['first_token_ms']:,.0f}" if "first_token_ms" in value else "–",
+            f"{milliseconds:.2f}" if milliseconds else "–",
+            f"{1000 * int(rows) / milliseconds:,.0f}" if milliseconds else "–",
+            *shares,
             f"{value['peak_gb']:.1f}",
             f"{peer:,.0f} ({value['tokens_s'] / peer:.1f}×)" if peer else "–",
         ]
@@ -691,7 +794,7 @@ def training_lines(found: dict[str, Any], before: dict[str, Any], peak: float | 
         yield [
             name.replace("/", ", "),
             f"{value['tokens_s']:,.0f}",
-            rate(before.get(name)),
+            rate(before.get(name, before.get("/".join(name.split("/")[:2])))),
             f"{value['step_ms']:.0f}",
             f"{value['tokens_a_step']:,.0f}",
             f"{value['tokens_s'] * flops / peak / 1e12:.0%}" if peak and flops else "–",

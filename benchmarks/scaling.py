@@ -73,6 +73,7 @@ MAX_CACHES = 1024  # that work side by side
 RECIPE_MODEL = "flan-t5-large"
 N_QUESTIONS = 6705  # [paper] GSM8K's training questions without the dev set
 N_PROMPT, N_TARGET = 61, 106  # mean lengths in T5's tokens
+N_DEV, N_TESTS = 768, 5015  # questions of dev, and of all four test sets
 
 
 class Clocked(ScriptedModel):
@@ -146,11 +147,12 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Rates:
-    """Tokens a second: of completions when sampling; of prompts and targets in SFT and in DPO."""
+    """Tokens a second: of completions when sampling; of prompts and targets in SFT, in DPO and for DPO's reference."""
 
     sampling: float
     sft: float
     dpo: float
+    reference: float | None = None  # None: three times DPO's
 
 
 def main() -> None:
@@ -340,20 +342,24 @@ def sampling_rate(options: argparse.Namespace, n_questions: int = 256) -> float:
 
 
 def recipe_seconds(rates: Rates, preset: Preset) -> dict[str, float]:
-    """The time of the paper's whole recipe from the speed of its parts, a stage each, evaluation left out.
+    """The time of the paper's whole recipe from the speed of its parts, a stage each.
 
     An upper bound in two respects: every sample becomes a pseudo-label, and the reference scores every pair that DPO's
-    steps take (a third of a training's work) as if none came twice.
+    steps take as if none came twice. Answers of evaluation are taken to be as long as gold rationales.
     """
     n_tokens, n_pairs = N_PROMPT + N_TARGET, preset.dpo_steps * preset.dpo_pairs_per_step
-    epoch, scored = N_QUESTIONS * n_tokens / rates.sft, n_pairs * 2 * n_tokens / rates.dpo
+    epoch, scored = N_QUESTIONS * n_tokens / rates.sft, n_pairs * 2 * n_tokens
+    # All sets after the warm-up and after every iteration, dev after DPO too; dev's pass@k each time.
+    of_dev = N_DEV * (1 + preset.pass_at)
+    n_answers = (1 + preset.iterations) * (N_TESTS + of_dev) + preset.iterations * of_dev
     stages = {
         "SFT, warm-up": preset.sft_epochs * epoch,
         "samples for DPO": preset.iterations * N_QUESTIONS * preset.dpo_samples * N_TARGET / rates.sampling,
-        "DPO, reference": preset.iterations * scored / 3,
-        "DPO, steps": preset.iterations * scored,
+        "DPO, reference": preset.iterations * scored / (rates.reference or 3 * rates.dpo),
+        "DPO, steps": preset.iterations * scored / rates.dpo,
         "samples for SFT": preset.iterations * N_QUESTIONS * preset.samples * N_TARGET / rates.sampling,
         "SFT, every iteration": preset.iterations * preset.sft_epochs * (1 + preset.samples) * epoch,
+        "evaluation": n_answers * N_TARGET / rates.sampling,
     }
     return {**stages, "all": sum(stages.values())}
 

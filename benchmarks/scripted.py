@@ -33,7 +33,9 @@ from minidpost.selftraining.presets import T5
 from minidpost.text.templates import Template, template_for
 from minidpost.text.tokenizer import load_tokenizer
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+REPOSITORY = Path(__file__).resolve().parents[1]
+# Beside the repository, or within it where it was copied to another machine.
+SHARED = REPOSITORY / "shared" if (REPOSITORY / "shared").is_dir() else REPOSITORY.parent / "shared"
 BUNDLED = {"tiny-t5": "tiny-t5-dpo-st", "tiny-llama": "tiny-llama"}  # name: directory of weights/
 SHAPES = {  # name: config, tokenizer, both in ../shared
     "flan-t5-small": ("flan-t5-small", "t5"),

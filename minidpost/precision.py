@@ -35,7 +35,18 @@ def prepare_device(device: str) -> None:
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Copy without waiting for what a GPU is still doing."""
-    return tensor.to(device, non_blocking=True)
+    return pinned(tensor, device).to(device, non_blocking=True)
+
+
+def pinned(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host in memory that a GPU can read by itself; as it is where `device` is no GPU.
+
+    From other memory a copy of more than 64 KB waits for all that the GPU is still doing. The pinned tensor may be let
+    go at once: torch records an event behind the copy, and gives the memory to no other tensor before.
+    """
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        return tensor.pin_memory()
+    return tensor
 
 
 def sampling_dtype(name: str, device: str, n_parameters: int) -> torch.dtype:

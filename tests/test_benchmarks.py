@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from math import log
@@ -24,6 +25,7 @@ from minidpost.errors import UserError
 from minidpost.models.t5 import T5
 from minidpost.models.weights import load_model
 from minidpost.sampling import sampler
+from minidpost.sampling.cuda_graphs import CUDAGraphs, Recorded
 from minidpost.sampling.sampler import Request, SamplingSettings, sample
 from minidpost.selftraining.presets import T5 as T5_PRESET
 from minidpost.storage import read_json, read_jsonl, write_json, write_jsonl
@@ -161,6 +163,12 @@ def test_the_recipes_time_adds_up():
     assert stages["SFT, warm-up"] == pytest.approx(8 * 6705 * (61 + 106) / 500)
     assert stages["samples for DPO"] == pytest.approx(3 * 5 * 6705 * 106 / 1000)
     assert stages["DPO, steps"] == pytest.approx(3 * 150 * 96 * 2 * (61 + 106) / 250)
+    assert stages["DPO, reference"] == pytest.approx(stages["DPO, steps"] / 3)
+    measured = recipe_seconds(Rates(sampling=1000.0, sft=500.0, dpo=250.0, reference=1000.0), T5_PRESET)
+    assert measured["DPO, reference"] == pytest.approx(stages["DPO, steps"] / 4)
+    # Dev and the tests four times, dev after DPO three times, ten samples of dev seven times.
+    n_answers = 4 * (768 + 5015) + 3 * 768 + 7 * 10 * 768
+    assert stages["evaluation"] == pytest.approx(n_answers * 106 / 1000)
     assert stages["all"] == pytest.approx(sum(seconds for stage, seconds in stages.items() if stage != "all"))
 
 
@@ -385,8 +393,11 @@ def test_the_gpus_page_stands_beside_what_was_before():
         "machine": {"gpu": "a GPU", "line": "torch"},
         "ceilings/bandwidth": {"gb_s": 2000.0},
         "ceilings/product": {"tflop_s": 500.0},
-        "sampling/m/32": {"tokens_s": 800.0, "tokens_s_without_calculator": 820.0, "step_ms": 2.0, "step_gb": 1.0}
+        "sampling/m/32": {"tokens_s": 800.0, "tokens_s_without_calculator": 820.0, "first_token_ms": 40.0}
         | {"peak_gb": 3.0},
+        "step/m/32": {"step_ms": 2.0, "step_gb": 1.0, "read_gb": 1.6},
+        "sampling/m/64": {"tokens_s": 900.0, "tokens_s_without_calculator": 920.0, "peak_gb": 4.0},
+        "step/m/64": {"error": "OutOfMemoryError: 80 GB"},
         "peer/m/32": {"tokens_s": 100.0},
         "sft/m": {"tokens_s": 1e5, "step_ms": 10.0, "tokens_a_step": 1000.0, "flops_a_token": 1e9, "peak_gb": 5.0},
         "attention/m/32": {"products": 10.0, "efficient": 20.0, "cudnn": "no such kernel", "bytes": 10_000_000},
@@ -394,11 +405,80 @@ def test_the_gpus_page_stands_beside_what_was_before():
     }
     page = gpu.page(found, {"sampling/m/32": {"tokens_s": 400.0}}, "It is **fast**.")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
-    assert ["m", "32", "800", "400", "820", "2.00", "16,000", "25%", "3.0", "100 (8.0×)"] in rows
+    step = ["2.00", "16,000", "25%", "40%"]
+    assert ["m", "32", "800", "400", "820", "40", *step, "3.0", "100 (8.0×)"] in rows
+    assert ["m", "64", "900", "–", "920", "–", *["–"] * 4, "4.0", "–"] in rows
     assert ["sft, m", "100,000", "–", "10", "1,000", "20%", "5.0", "–"] in rows
     assert ["m", "32", "1,000", "20", "–", "10"] in rows
     assert "- dpo/m: OutOfMemoryError: 80 GB" in page
+    assert "- step/m/64: OutOfMemoryError: 80 GB" in page
     assert "It is **fast**." in page
+    assert "SFT, warm-up" not in page
+
+
+def test_the_gpus_page_adds_up_the_recipe():
+    """By the fastest of each part."""
+    found = {
+        "machine": {"gpu": "a GPU", "line": "torch"},
+        "sampling/flan-t5-large/32": {"error": "broken"},
+        "sampling/flan-t5-large/64": {"tokens_s": 1000.0, "tokens_s_without_calculator": 1000.0, "peak_gb": 3.0},
+        "dpo/flan-t5-large/16384": {"tokens_s": 250.0, "step_ms": 10.0, "tokens_a_step": 1000.0, "peak_gb": 5.0}
+        | {"reference_tokens_s": 1000.0},
+    }
+    for tokens, tokens_s in ((16384, 500.0), (32768, 400.0)):
+        training = {"tokens_s": tokens_s, "step_ms": 10.0, "tokens_a_step": 1000.0, "peak_gb": 5.0}
+        found[f"sft/flan-t5-large/{tokens}"] = training
+    stages = recipe_seconds(Rates(sampling=1000.0, sft=500.0, dpo=250.0, reference=1000.0), T5_PRESET)
+    page = gpu.page(found)
+    assert "by sampling/flan-t5-large/64, sft/flan-t5-large/16384, dpo/flan-t5-large/16384;" in page
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    assert ["all", f"{stages['all'] / 60:.1f}"] in rows
+
+
+def test_another_machines_measurements_are_not_gone_on_with(tmp_path, monkeypatch):
+    """A share of the bandwidth would be one of another card's."""
+    write_json(tmp_path / "gpu.json", {"machine": {"gpu": "another", "line": "torch 2.6"}})
+    command = ["gpu.py", "--device", "cpu", "--parts", "ceilings", "--output", str(tmp_path / "gpu.md")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match=r"is of another, torch 2\.6; this is no GPU, .* choose another --output"):
+        gpu.main()
+    assert not (tmp_path / "gpu.md").exists()
+
+
+@pytest.mark.parametrize("name", ["tiny-t5", "tiny-llama"])
+def test_a_gpus_step_is_one_that_is_recorded(name, monkeypatch):
+    """As on a GPU, but with a recorder of ours: it needs what a plain step needs, and reads more."""
+
+    def record(step, ids_B: torch.Tensor) -> Recorded:
+        logits_BV = step(ids_B)
+        return Recorded(ids_B, lambda: step(ids_B), logits_BV)
+
+    def recorded_steps(model, *sizes: int) -> CUDAGraphs:
+        return CUDAGraphs(model, model.new_cache(*sizes), record)
+
+    monkeypatch.setattr(gpu, "recorded_steps", recorded_steps)
+    options = SimpleNamespace(device="cpu", shared=Path("nowhere"))
+    subject = gpu.Subject(name, gpu.Bench(options, gpu.SCALES["try"], {}))
+    plain = gpu.device_step(20, subject)
+    monkeypatch.setattr(gpu, "is_recorded", lambda device: True)
+    recorded = gpu.device_step(20, subject)
+    assert recorded["step_gb"] == plain["step_gb"] < plain["read_gb"] < recorded["read_gb"]
+
+
+def test_plain_steps_are_not_measured_for_recorded_ones(tmp_path):
+    """And what was measured before an error stays."""
+
+    def plain() -> dict[str, float]:
+        warnings.warn("no CUDA graphs, decoding will be slower (a reason)", stacklevel=1)
+        return {"tokens_s": 1.0}
+
+    options = SimpleNamespace(output=tmp_path / "gpu.md")
+    bench = gpu.Bench(options, gpu.SCALES["try"], {"machine": {"gpu": "a GPU", "line": "torch"}})
+    bench.measure("peer/m/32", lambda: {"tokens_s": 2.0})
+    bench.measure("peer/m/64", plain)
+    found = read_json(tmp_path / "gpu.json")
+    assert found["peer/m/32"] == {"tokens_s": 2.0}
+    assert "no CUDA graphs" in found["peer/m/64"]["error"]
 
 
 @pytest.mark.slow
@@ -409,7 +489,7 @@ def test_the_gpus_benchmark_runs_on_a_cpu(tmp_path):
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=1200)
     found = read_json(tmp_path / "gpu.json")
     parts = {name.split("/")[0] for name in found}
-    assert parts == {"machine", "ceilings", "tests", "attention", "sampling", "sft", "dpo", "peer", "profile"}
+    assert parts == {"machine", "ceilings", "tests", "attention", "sampling", "step", "sft", "dpo", "peer", "profile"}
     assert not [name for name, value in found.items() if "error" in value]
     again = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert " s] " not in again.stderr

@@ -1,7 +1,8 @@
 """What a step makes the host wait for: models are on the meta device, which refuses to be read, in place of a GPU.
 
 A GPU works behind the host, and any value that the host reads makes it wait for all that came before. Copies to the
-device that are not marked as non-blocking, and indices that lie on the host, wait as well: a dispatch mode finds them.
+device that are not marked as non-blocking or not from pinned memory, and indices that lie on the host, wait as well: a
+dispatch mode finds them.
 """
 
 import pytest
@@ -12,7 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minidpost import precision
 from minidpost.models.lora import add_adapters
+from minidpost.precision import to_device
 from minidpost.sampling.token_choice import SamplingSettings, choose
 from minidpost.training.batching import TokenizedExample
 from minidpost.training.dpo import PreferencePair, dpo_gradients
@@ -25,12 +28,15 @@ EXAMPLES = [TokenizedExample(*ids) for ids in zip(PROMPTS, TARGETS, strict=True)
 
 
 class Waits(TorchFunctionMode):
-    """Notes what would wait for a GPU: a blocking copy to or from it, an index that lies on the host or is a list."""
+    """Notes what would wait for a GPU: a blocking copy to or from it, an index that lies on the host or is a list.
 
-    def __init__(self):
+    `pinned` are the tensors of the host that copies may be from.
+    """
+
+    def __init__(self, pinned):
         super().__init__()
         self.found = []
-        self.copies = Copies(self.found)
+        self.copies = Copies(self.found, pinned)
 
     def __enter__(self):
         self.copies.__enter__()
@@ -50,9 +56,10 @@ class Waits(TorchFunctionMode):
 class Copies(TorchDispatchMode):
     """Notes the operations in which tensors of the host and of the device meet."""
 
-    def __init__(self, found):
+    def __init__(self, found, pinned):
         super().__init__()
         self.found = found
+        self.pinned = pinned
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -64,8 +71,11 @@ class Copies(TorchDispatchMode):
         kinds = {tensor.device.type for tensor in tensors if tensor.dim() or is_copy}
         if isinstance(named.get("device"), torch.device):
             kinds.add(named["device"].type)
-        if kinds == {"cpu", "meta"} and not named.get("non_blocking"):
-            self.found.append(schema.name)
+        if kinds == {"cpu", "meta"}:
+            addresses = {tensor.data_ptr() for tensor in self.pinned}
+            is_pinned = all(tensor.data_ptr() in addresses for tensor in tensors if tensor.is_cpu)
+            if not is_pinned or not named.get("non_blocking"):
+                self.found.append(schema.name)
         return function(*args, **kwargs)
 
 
@@ -83,21 +93,35 @@ def no_autocast(monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
 
 
+@pytest.fixture
+def pinned(monkeypatch) -> list[torch.Tensor]:
+    """What was pinned, as it would be for a GPU; kept here, so that its memory is no other tensor's."""
+    tensors = []
+
+    def pin(tensor, device):
+        tensors.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(precision, "pinned", pin)
+    return tensors
+
+
 @pytest.mark.parametrize(
     "wait",
     [
-        lambda x: torch.zeros(3).to("meta"),
-        lambda x: x.copy_(torch.zeros(3)),
+        lambda x: precision.pinned(torch.zeros(3), "meta").to("meta"),
+        lambda x: torch.zeros(3).to("meta", non_blocking=True),
+        lambda x: x.copy_(precision.pinned(torch.zeros(3), "meta")),
         lambda x: x[[0, 2]],
         lambda x: x[torch.tensor([0, 2])],
     ],
-    ids=["to", "copy", "list", "index"],
+    ids=["to", "pageable", "copy", "list", "index"],
 )
-def test_waits_are_found(wait):
+def test_waits_are_found(wait, pinned):
     x = torch.zeros(3, device="meta")
-    with Waits() as waits:
-        torch.zeros(3).to("meta", non_blocking=True)
-        x.copy_(torch.zeros(3), non_blocking=True)
+    with Waits(pinned) as waits:
+        to_device(torch.zeros(3), "meta")
+        x.copy_(precision.pinned(torch.zeros(3), "meta"), non_blocking=True)
         x[1:] += 2.0
         assert waits.found == []
         wait(x)
@@ -114,7 +138,7 @@ def test_values_cannot_be_read(read):
 
 @pytest.mark.parametrize("lora_rank", [None, 2])
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_a_step_of_training_reads_the_gradient_norm_alone(family, lora_rank, monkeypatch):
+def test_a_step_of_training_reads_the_gradient_norm_alone(family, lora_rank, pinned, monkeypatch):
     model = build(family, lora_rank)
     pairs = [PreferencePair(EXAMPLES[0], EXAMPLES[2]), PreferencePair(EXAMPLES[2], EXAMPLES[0])]
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], foreach=True)
@@ -127,7 +151,7 @@ def test_a_step_of_training_reads_the_gradient_norm_alone(family, lora_rank, mon
 
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: read(tensor) if tensor.is_meta else item(tensor))
     sft_gradients(model, EXAMPLES, 100)  # a Llama's frequencies are copied once in a process
-    with Waits() as waits:
+    with Waits(pinned) as waits:
         sft_gradients(model, EXAMPLES, 8, dtype=torch.float32)  # several micro-batches
         dpo_gradients(model, pairs, torch.zeros(2, 2), beta=0.1, micro_batch_tokens=8, dtype=torch.float32)
         assert (reads, waits.found) == ([], [])
@@ -138,14 +162,14 @@ def test_a_step_of_training_reads_the_gradient_norm_alone(family, lora_rank, mon
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_a_step_of_sampling_reads_nothing(family, temperature):
+def test_a_step_of_sampling_reads_nothing(family, temperature, pinned):
     """The prefill and rows that come and go included: the ids that are chosen are all that the host ever reads."""
     model = build(family)
     cache = model.new_cache(4, max_prompt=4, max_new=6)
     ids_B = torch.zeros(4, dtype=torch.long, device="meta")
     uniform_B = torch.zeros(4, dtype=torch.float64, device="meta") if temperature else None
     model.prefill(cache, range(4), PROMPTS)  # a Llama's frequencies are copied once in a process
-    with Waits() as waits:
+    with Waits(pinned) as waits:
         model.prefill(cache, range(4), PROMPTS)
         for _ in range(3):
             ids_B = choose(model.decode(cache, ids_B), uniform_B, SamplingSettings(temperature))

@@ -12,6 +12,7 @@ from minidpost.precision import (
     key_dtype,
     prepare_device,
     sampling_dtype,
+    to_device,
     training_dtype,
 )
 
@@ -90,6 +91,19 @@ def test_autocast_is_in_the_precision_that_is_asked_for():
         with autocast(torch.device("cpu"), dtype):
             assert linear(x_12).dtype == expected
     assert linear.weight.dtype == torch.float32
+
+
+def test_a_gpu_reads_from_pinned_memory_alone(monkeypatch):
+    """A copy of much else would wait; what lies on a device, or goes nowhere, is not pinned."""
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: copies.append((tensor, non_blocking)))
+    for device in ("cuda", torch.device("cuda", 1), "cpu"):
+        to_device(torch.zeros(1), device)
+    to_device(torch.zeros(1, device="meta"), "cuda")
+    assert [non_blocking for _, non_blocking in copies] == [True] * 4
+    assert [tensor.item() for tensor, _ in copies[:3]] == [1, 1, 0]
+    assert copies[3][0].is_meta
 
 
 def test_cudnn_attention_is_off_for_cuda_alone(monkeypatch):

@@ -20,6 +20,15 @@ from torch import Tensor
 from minidpost.models.layers import attention, mask_bias
 from minidpost.precision import key_dtype, to_device
 
+# Fused attention on a GPU takes a mask as it is only where its lines begin at multiples of 8 numbers, and copies any
+# other in every layer.
+MASK_MULTIPLE = 8
+
+
+def whole_length(n_positions: int) -> int:
+    """Up to a multiple of MASK_MULTIPLE."""
+    return -(-n_positions // MASK_MULTIPLE) * MASK_MULTIPLE
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -291,6 +300,10 @@ class T5Cache:
         # Of each head a table with the greatest distance first, and after distance 0 as much −inf:
         #     b(max_new − 1) … b(2) b(1) b(0) −inf −inf … −inf
         self.bias_HX = torch.cat([bias_SH.flip(0).T, torch.full_like(bias_SH.T, -torch.inf)], dim=1)
+
+    def set_bias(self, bias_SH: Tensor) -> None:
+        """Put another position bias, of as many distances, where the one before lies: recorded steps read it there."""
+        self.bias_HX[:, : len(bias_SH)] = bias_SH.flip(0).T
 
     def plan(self, n_rows: int) -> T5Plan:
         """The next step of the first `n_rows` rows."""

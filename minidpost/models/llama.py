@@ -329,6 +329,10 @@ class Llama(LanguageModel):
             device=self.embedding.weight.device,
         )
 
+    def refresh(self, cache: KVCache) -> None:
+        """Bring an earlier cache up to the weights of now, of which it has no copy; eval mode begins."""
+        self.eval()
+
     @torch.inference_mode()
     def prefill(self, cache: KVCache, row_ids: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[int]:
         """Start the rows afresh on their prompts, of which the last ids are given back: each row decodes its own first.

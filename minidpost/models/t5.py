@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidpost.models.dropout import drop
-from minidpost.models.kvcache import CachedPrompts, CachedTokens, KVCache, SharedPromptCache, T5Cache, T5Plan, indices
+from minidpost.models.kvcache import (
+    CachedPrompts,
+    CachedTokens,
+    KVCache,
+    SharedPromptCache,
+    T5Cache,
+    T5Plan,
+    indices,
+    whole_length,
+)
 from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, linear, mask_bias
 
 
@@ -334,6 +343,13 @@ class T5(LanguageModel):
         bias_SH = self.position_bias(torch.arange(max_new, device=weight.device))
         return T5Cache(own, SharedPromptCache(prompts), bias_SH.to(own.keys_LBGSK.dtype))
 
+    @torch.inference_mode()
+    def refresh(self, cache: T5Cache) -> None:
+        """Bring an earlier cache up to the weights of now, of whose position bias it has a copy; eval mode begins."""
+        self.eval()
+        max_new = cache.bias_HX.shape[1] // 2
+        cache.set_bias(self.position_bias(torch.arange(max_new, device=cache.bias_HX.device)))
+
     def _kv_cache(self, n_rows: int, max_tokens: int) -> KVCache:
         """Keys and values of all decoder layers."""
         return KVCache(
@@ -351,7 +367,7 @@ class T5(LanguageModel):
         """Encode the prompts together and start the rows afresh on them; the id that each row decodes first."""
         device = self.embedding.weight.device
         lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths)
+        longest = padded_length(max(lengths), cache.prompt.store.keys_LBGSK.shape[3], device)
         padded = [token_id for prompt in prompts for token_id in (*prompt, *[0] * (longest - len(prompt)))]
         source_QS = indices(padded, device).view(len(prompts), longest)
         mask_QS = torch.arange(longest, device=device) < indices(lengths, device)[:, None]
@@ -383,6 +399,11 @@ class T5(LanguageModel):
             prompt = CachedPrompts(cache.prompt, index, plan.prompts, scale=1.0)
             x_B1D = layer(x_B1D, own, prompt)
         return self.logits(self.finish(x_B1D))[:, 0]
+
+
+def padded_length(longest: int, room: int, device: torch.device) -> int:
+    """What prompts are padded to: on a GPU to a length that suits its masks, where the cache has room for that."""
+    return min(whole_length(longest), room) if device.type == "cuda" else longest
 
 
 def relative_bucket(offset_TS: Tensor, bidirectional: bool, n_buckets: int, max_distance: int) -> Tensor:

@@ -10,13 +10,14 @@ this is used on a CPU, which launches nothing.
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from minidpost.models.kvcache import KVCache, PromptPlan, StepPlan, T5Cache, T5Plan
+from minidpost.models.kvcache import KVCache, PromptPlan, StepPlan, T5Cache, T5Plan, whole_length
 
 POSITIONS_MULTIPLE = 64  # positions that a step reads are rounded up to a multiple of this
 MIN_ROWS = 16  # rows are rounded up to a power of two, and to this: below it a step takes no less time
@@ -28,6 +29,7 @@ class SteppedModel(Protocol):
 
     def parameters(self) -> Iterator[Tensor]: ...
     def new_cache(self, n_rows: int, max_prompt: int, max_new: int, /) -> Any: ...
+    def refresh(self, cache: Any, /) -> None: ...
     def decode(self, cache: Any, ids_B: Tensor) -> Tensor: ...
     def step(self, cache: Any, plan: Any, ids_B: Tensor) -> Tensor: ...
 
@@ -62,7 +64,8 @@ class Recorder(Protocol):
 class CUDAGraphs:
     """Called like `model.decode` of one cache, `step(ids_B) -> logits_BV`, but replays recorded steps.
 
-    Where recording fails, steps are plain from then on, with a warning. The logits are overwritten by the next step.
+    Where recording fails, steps are plain from then on, with a warning; a lack of memory is the caller's to mend. The
+    logits are overwritten by the next step.
     """
 
     def __init__(self, model: SteppedModel, cache: KVCache | T5Cache, record: Recorder | None = None):
@@ -74,6 +77,16 @@ class CUDAGraphs:
         self.record = CUDARecorder(self.padding.tokens.length_B.device) if record is None else record
         self.recorded: dict[tuple[int, ...], Recorded] = {}
         self.has_failed = False
+        self.is_in_use = False
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within this block nobody else is given these steps and their cache, see `recorded_steps`."""
+        self.is_in_use = True
+        try:
+            yield
+        finally:
+            self.is_in_use = False
 
     @property
     def model(self) -> SteppedModel:
@@ -104,6 +117,8 @@ class CUDAGraphs:
             padded_ids_B[:n_rows] = ids_B
             try:
                 self.recorded[sizes] = self.record(PlannedStep(self.model, self.cache, padded), padded_ids_B)
+            except torch.OutOfMemoryError:  # a RuntimeError, but with fewer rows there will be graphs
+                raise
             except RuntimeError as error:
                 warnings.warn(f"no CUDA graphs, decoding will be slower ({error})", stacklevel=3)
                 self.has_failed = True
@@ -132,13 +147,18 @@ _kept: weakref.WeakKeyDictionary[SteppedModel, Kept] = weakref.WeakKeyDictionary
 def recorded_steps(model: SteppedModel, n_rows: int, max_prompt: int, max_new: int) -> CUDAGraphs:
     """Steps of a model, and their `cache` with room for so much: those of its latest call where they have the room.
 
-    What is kept lives as long as the model. Where its weights have moved since, all is recorded anew.
+    Both lengths are rounded up (`whole_length`), so that what is read of a cache has such a length even at its end.
+    What is kept lives as long as the model. Where its weights have moved since, all is recorded anew; where they have
+    changed in their place, what was recorded reads the new ones. Steps that are in use are left to whom they belong.
     """
-    sizes = (n_rows, max_prompt, max_new)
+    sizes = (n_rows, whole_length(max_prompt), whole_length(max_new))
     addresses = tuple(weight.data_ptr() for weight in model.parameters())
     kept = _kept.get(model)
+    if kept is not None and kept.steps.is_in_use:
+        kept = None
     if kept is not None and kept.addresses == addresses:
         if all(there >= asked for there, asked in zip(kept.sizes, sizes, strict=True)):
+            model.refresh(kept.steps.cache)
             return kept.steps
     if kept is not None:
         # Its memory is free before more is taken, and what is asked for next may be as much as was there.

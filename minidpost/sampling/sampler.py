@@ -34,6 +34,7 @@ what is drawn for it is thrown away.
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -86,7 +87,9 @@ class DecodingModel(Protocol):
     def new_cache(self, n_rows: int, max_prompt: int, max_new: int, /) -> Cache: ...
     def prefill(self, cache: Any, row_ids: Sequence[int], prompts: Sequence[Sequence[int]], /) -> list[int]: ...
     def decode(self, cache: Any, ids_B: Tensor, /) -> Tensor: ...
-    def step(self, cache: Any, plan: Any, ids_B: Tensor, /) -> Tensor: ...  # for CUDA graphs alone
+    # For CUDA graphs alone:
+    def step(self, cache: Any, plan: Any, ids_B: Tensor, /) -> Tensor: ...
+    def refresh(self, cache: Any, /) -> None: ...
 
 
 class Override(Protocol):
@@ -267,17 +270,20 @@ def sample_chunks(job: Job, chunks: Iterable[Chunk], n_slots: int) -> Iterator[R
     max_new_tokens = cached_tokens(job.settings.max_new_tokens, job.overlap)
     cache: Any
     step: Callable[[Tensor], Tensor]
+    in_use: AbstractContextManager[None] = nullcontext()
     if job.use_cuda_graphs:
         step = recorded_steps(job.model, n_cache_rows, job.max_prompt, max_new_tokens)
         cache = step.cache
+        in_use = step.in_use()
     else:
         cache = job.model.new_cache(n_cache_rows, job.max_prompt, max_new_tokens)
         step = partial(job.model.decode, cache)
-    while chunk is not None:
-        cache.clear()
-        n_requests = sum(map(len, chunk))
-        yield from sample_chunk(job, chunk, min(n_slots, n_requests), cache=cache, step=step)
-        chunk = next(remaining, None)
+    with in_use:
+        while chunk is not None:
+            cache.clear()
+            n_requests = sum(map(len, chunk))
+            yield from sample_chunk(job, chunk, min(n_slots, n_requests), cache=cache, step=step)
+            chunk = next(remaining, None)
 
 
 def sample_chunk(

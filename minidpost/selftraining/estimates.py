@@ -31,7 +31,7 @@ from torch import Tensor
 
 from minidpost.errors import UserError
 from minidpost.models.hf_config import Model
-from minidpost.models.kvcache import KVCache, SharedPromptCache, T5Cache
+from minidpost.models.kvcache import KVCache, SharedPromptCache, T5Cache, whole_length
 from minidpost.models.layers import Linear
 from minidpost.models.lora import n_adapter_parameters
 from minidpost.models.t5 import T5Config
@@ -188,6 +188,8 @@ def sampling_bytes(model: Model, preset: Preset, dtype: torch.dtype, device: str
     max_prompt = min(preset.max_source, MAX_PROMPT_TOKENS)
     n_rows = preset.slots + prefill_batch(preset.slots, device)
     max_new_tokens = cached_tokens(preset.max_new_tokens, overlaps(device))
+    if torch.device(device).type == "cuda":  # as cuda_graphs.recorded_steps has it
+        max_prompt, max_new_tokens = whole_length(max_prompt), whole_length(max_new_tokens)
     cache = empty_model(model.config).to(dtype).new_cache(n_rows, max_prompt, max_new_tokens)
     stores = [cache.own, cache.prompt.store] if isinstance(cache, T5Cache) else [cache]
     n_keys = sum(store.keys_LBGSK.numel() for store in stores)

@@ -14,13 +14,14 @@ import gc
 import random
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minidpost.errors import when_memory_runs_out
 from minidpost.models.hf_config import Model
@@ -28,7 +29,7 @@ from minidpost.models.kvcache import T5Cache
 from minidpost.models.weights import load_model
 from minidpost.processes import rank, world_size
 from minidpost.progress import Progress
-from minidpost.sampling.cuda_graphs import CUDAGraphs
+from minidpost.sampling.cuda_graphs import recorded_steps
 from minidpost.sampling.sampler import cached_tokens, default_chunk_size, overlaps, prefill_batch
 from minidpost.sampling.token_choice import choose
 from minidpost.selftraining.estimates import Plan, forward_flops, model_size, run_flops, size_text, training_flops
@@ -109,9 +110,15 @@ def rehearse_sampling(plan: Plan) -> None:
     prompts = [*plan.tokens.prompt_ids.values(), *(tuple(plan.template.prompt_ids(text)) for text in evaluated)]
     prompt = max(prompts, key=len)
     max_new_tokens = cached_tokens(settings.max_new_tokens, overlaps(plan.device))
-    cache = model.new_cache(n_slots + n_prompts, len(prompt), max_new_tokens)
-    is_on_gpu = torch.device(plan.device).type == "cuda"
-    step = CUDAGraphs(model, cache) if is_on_gpu else partial(model.decode, cache)
+    sizes = (n_slots + n_prompts, len(prompt), max_new_tokens)
+    cache: Any
+    step: Callable[[Tensor], Tensor]
+    if torch.device(plan.device).type == "cuda":
+        step = recorded_steps(model, *sizes)
+        cache = step.cache
+    else:
+        cache = model.new_cache(*sizes)
+        step = partial(model.decode, cache)
 
     # 1) Prefill as many prompts as are prefilled together, and give every slot one of them.
     first_ids = model.prefill(cache, range(n_slots, n_slots + n_prompts), [prompt] * n_prompts)

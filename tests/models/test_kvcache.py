@@ -7,6 +7,7 @@ import torch
 from llama_oracle import LLAMA_SHAPES, random_llama
 from t5_oracle import SHAPES, random_t5
 
+from minidpost.models import t5
 from minidpost.models.kvcache import KVCache, SharedPromptCache
 from minidpost.models.layers import Linear, RMSNorm, attention, mask_bias
 from minidpost.models.t5 import T5
@@ -80,6 +81,24 @@ def test_append_gives_what_it_wrote():
         assert torch.equal(used_BGSK[0, :, 0], new_B1GK[0, 0])
         assert torch.equal(used_BGSK[1, :, 2], new_B1GK[1, 0])
     assert cache.lengths.tolist() == [0, 2, 0]  # not before advance
+
+
+def test_prompts_padded_as_on_a_gpu_give_the_same_logits(monkeypatch):
+    """To a multiple of 8, or to the cache's end; on a CPU not at all."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [t5.padded_length(n, 20, gpu) for n in (1, 8, 9, 17)] == [8, 8, 16, 20]
+    assert t5.padded_length(9, 20, cpu) == 9
+    model = fp64_model("gated-untied")
+    caches = [model.new_cache(2, 20, 4) for _ in range(2)]
+    prompts = [[5, 6, 7, 8, 9, 3, 4, 2, 5, 5], [3, 4]]
+    model.prefill(caches[0], range(2), prompts)
+    padded_length = t5.padded_length
+    monkeypatch.setattr(t5, "padded_length", lambda longest, room, device: padded_length(longest, room, gpu))
+    model.prefill(caches[1], range(2), prompts)
+    assert caches[0].prompt.store.lengths.tolist() == caches[1].prompt.store.lengths.tolist()
+    for _ in range(3):
+        plain_BV, padded_BV = (model.decode(cache, torch.tensor([2, 3])) for cache in caches)
+        torch.testing.assert_close(padded_BV, plain_BV, rtol=0, atol=1e-12)
 
 
 class Script:

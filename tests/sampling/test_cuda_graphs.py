@@ -176,6 +176,18 @@ def test_where_recording_fails_a_warning_says_so():
     assert got == list(sample(model, requests, settings, END))
 
 
+def test_a_lack_of_memory_in_recording_is_an_error():
+    """Plain steps would be slow for good, where fewer slots would do."""
+
+    def fail(step: Callable[[Tensor], Tensor], ids_B: Tensor) -> Recorded:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    recorded = RecordedModel(tiny_t5(), fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(sample(recorded, ragged_requests(2, 3), SamplingSettings(max_new_tokens=5, slots=2), END))
+    assert not recorded.step.has_failed
+
+
 class ModelOf(RecordedModel):
     """A model that says it lies on some device."""
 

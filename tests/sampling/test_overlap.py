@@ -1,9 +1,13 @@
 """Steps that begin before the host has read the one before: the same completions, and the host is never waited for."""
 
+from collections.abc import Callable
+from functools import partial
+from itertools import zip_longest
 from random import Random
 from typing import ClassVar
 
 import pytest
+import torch
 from test_cuda_graphs import RecordedModel, Recorder
 from test_sampler import (
     CASES,
@@ -18,7 +22,9 @@ from test_sampler import (
     toy_calculator,
     without_results,
 )
+from torch import Tensor
 
+from minidpost.models.kvcache import KVCache, T5Cache
 from minidpost.models.llama import Llama
 from minidpost.models.t5 import T5
 from minidpost.sampling import cuda_graphs, sampler
@@ -151,24 +157,99 @@ def test_random_work_is_the_same_work(monkeypatch):
         assert runs[0] == runs[1], (settings, sampler.CHUNK, sampler.PREFILL_BATCH)
 
 
-def test_a_models_cache_and_recorded_steps_are_kept(monkeypatch):
-    """While it has the room and the weights lie where they lay; and no longer than the model lives."""
+@pytest.fixture
+def own_recorder(monkeypatch):
+    """What is kept of a model is recorded without a GPU."""
 
     class OwnRecorder(cuda_graphs.CUDAGraphs):
-        def __init__(self, model: T5, cache: object):
+        def __init__(self, model: T5 | Llama, cache: T5Cache | KVCache):
             super().__init__(model, cache, Recorder())
 
     monkeypatch.setattr(cuda_graphs, "CUDAGraphs", OwnRecorder)
+
+
+@pytest.mark.usefixtures("own_recorder")
+def test_a_models_cache_and_recorded_steps_are_kept():
+    """While it has the room and the weights lie where they lay; and no longer than the model lives."""
     model = tiny_t5()
     steps = cuda_graphs.recorded_steps(model, 8, 30, 20)
     assert cuda_graphs.recorded_steps(model, 8, 30, 20) is steps
     assert cuda_graphs.recorded_steps(model, 4, 12, 20) is steps
-    larger = cuda_graphs.recorded_steps(model, 6, 31, 20)
+    larger = cuda_graphs.recorded_steps(model, 6, 33, 20)
     assert larger is not steps
-    assert cuda_graphs.recorded_steps(model, 8, 31, 20) is larger  # it has the room of both
+    assert cuda_graphs.recorded_steps(model, 8, 33, 20) is larger  # it has the room of both
     model.embedding.weight.data = model.embedding.weight.data.clone()
     assert cuda_graphs.recorded_steps(model, 4, 12, 20) is not larger
     assert model in cuda_graphs._kept
     n_kept = len(cuda_graphs._kept)
     del model
     assert len(cuda_graphs._kept) == n_kept - 1
+
+
+@pytest.mark.usefixtures("own_recorder")
+@pytest.mark.parametrize("make_model", [tiny_t5, tiny_llama])
+def test_kept_steps_follow_weights_trained_in_place(make_model):
+    """T5's position bias among them, of which a cache has a copy."""
+    model: T5 | Llama = make_model()
+    prompts = [[5, 6, 7], [8, 9, 3]]
+
+    def logits(step: Callable[[Tensor], Tensor], cache: T5Cache | KVCache) -> list[Tensor]:
+        cache.clear()
+        model.prefill(cache, range(2), prompts)
+        return [step(torch.tensor(ids)).clone() for ids in ([4, 5], [7, 3], [2, 9])]
+
+    first = cuda_graphs.recorded_steps(model, 2, 3, 8)
+    before = logits(first, first.cache)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.3)
+    again = cuda_graphs.recorded_steps(model, 2, 3, 8)
+    assert again is first
+    plain = model.new_cache(2, 3, 8)
+    expected = logits(partial(model.decode, plain), plain)
+    torch.testing.assert_close(logits(again, again.cache), expected, rtol=0, atol=1e-12)
+    assert not torch.allclose(before[-1], expected[-1])
+
+
+@pytest.mark.usefixtures("own_recorder")
+def test_two_unfinished_samplings_of_a_model_share_nothing(monkeypatch):
+    """The second gets a cache of its own; what is kept is free again when a sampling has ended or is given up."""
+    model, settings = tiny_t5(), SamplingSettings(0.8, max_new_tokens=12, slots=4)
+    both = ragged_requests(3, 4), ragged_requests(4, 3)[1:]
+    expected = [written(list(sample(model, requests, settings, END))) for requests in both]
+    job = sampler.Job
+
+    def on_gpu(**values: object) -> sampler.Job:
+        return job(**values | {"use_cuda_graphs": True})
+
+    monkeypatch.setattr(sampler, "Job", on_gpu)
+    first, second = (sample(model, requests, settings, END) for requests in both)
+    rows: list[list[Row]] = [[next(first)], [next(second)]]
+    for row_1, row_2 in zip_longest(first, second):  # in turns
+        rows[0] += [row_1] if row_1 else []
+        rows[1] += [row_2] if row_2 else []
+    assert [written(rows_of_one) for rows_of_one in rows] == expected
+
+    kept = cuda_graphs._kept[model].steps
+    given_up = sample(model, both[0], settings, END)
+    next(given_up)
+    assert kept.is_in_use
+    given_up.close()
+    assert not kept.is_in_use
+
+
+@pytest.mark.usefixtures("own_recorder")
+@pytest.mark.parametrize("make_model", [tiny_t5, tiny_llama])
+def test_recorded_masks_have_whole_lengths(make_model, monkeypatch):
+    """Up to a cache's end."""
+    monkeypatch.setattr(cuda_graphs, "POSITIONS_MULTIPLE", 16)
+    model: T5 | Llama = make_model()
+    steps, plain = cuda_graphs.recorded_steps(model, 2, 7, 19), model.new_cache(2, 7, 19)
+    for cache in (steps.cache, plain):
+        model.prefill(cache, range(2), [[5, 6, 7, 8, 9, 3, 4], [3, 4]])
+    for _ in range(19):
+        ids_B = torch.tensor([2, 3])
+        torch.testing.assert_close(steps(ids_B), model.decode(plain, ids_B), rtol=0, atol=1e-12)
+    for _, n_read, *of_prompts in steps.recorded:  # rows, positions; prompts, their columns and positions
+        assert n_read % 8 == 0 and (not of_prompts or of_prompts[-1] % 8 == 0)
+    assert max(n_read for _, n_read, *_ in steps.recorded) in (24, 32)

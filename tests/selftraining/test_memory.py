@@ -183,11 +183,11 @@ def test_sampling_needs_weights_cache_and_logits():
 
 
 def test_on_a_gpu_a_completion_has_room_for_one_token_more():
-    """Steps overlap there, so that a row is decoded once after its last token; keys are bf16 too."""
+    """Steps overlap there, so that a row is decoded once after its last token; lengths are whole; keys are bf16 too."""
     preset = replace(LLAMA, slots=8, max_source=30, max_new_tokens=20)
     on_cpu, on_gpu = (sampling_bytes(meta(), preset, torch.bfloat16, device) for device in ("cpu", "cuda"))
     numbers_a_position = 2 * (8 + sampler.PREFILL_BATCH) * 4 * 2 * 16
-    assert on_cpu - on_gpu == (3 * (30 + 20) - 2 * (30 + 21)) * numbers_a_position
+    assert on_cpu - on_gpu == (3 * (30 + 20) - 2 * (32 + 24)) * numbers_a_position
 
 
 @pytest.mark.parametrize("name", ["flan-t5-large", "Meta-Llama-3-8B"])
