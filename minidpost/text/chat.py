@@ -118,7 +118,7 @@ def chat_format_of(directory: str | Path, tokenizer: Tokenizer) -> ChatFormat:
 
 def _format_of_template(path: Path, source: str, tokenizer: Tokenizer) -> ChatFormat:
     """Run a template: for a question alone, and with an answer to it, which shows what ends a turn."""
-    # Templates name these two by what they are. Of others none is known to.
+    # Templates name these two by their role; other tokens they spell out.
     said = read_special_tokens(path.parent)
     name_of: dict[int | None, str] = {token_id: name for name, token_id in tokenizer.special_ids.items()}
     names = {
