@@ -55,14 +55,13 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
         if not is_finite(stored.tensor):
             not_finite.append(f"{stored.path}: tensor {stored.theirs}")
         set_parameter(model, stored.ours, nn.Parameter(stored.tensor.to(device, dtype)))
-    check_tied_head(Path(directory), model)
     if not_finite:
         warnings.warn(f"{not_finite[0]} holds NaN or infinity ({len(not_finite)} such in all)", stacklevel=2)
     return model.eval()
 
 
 def check_weights(directory: str | Path) -> None:
-    """Refuse, before anything begins, a directory that `load_model` would refuse; no tensor is read.
+    """Refuse, before anything begins, a directory that `load_model` would refuse.
 
     UserError as `load_model`'s, for config.json, the index, the files' headers and lengths, and the names, shapes and
     types of the tensors. What is left to find when they are read is NaN, a warning, and a disk that fails.
@@ -73,8 +72,9 @@ def check_weights(directory: str | Path) -> None:
 def checked_files(directory: Path) -> tuple[Model, dict[Path, dict[str, str]]]:
     """A model without memory for a directory's weights, and for each file the tensors to read: their name, our name.
 
-    Only config.json, the index and the headers of the files are read. UserError where one of them is missing or
-    broken, or where a tensor is missing, unexpected, or of another shape or type.
+    Only config.json, the index and the headers of the files are read, and a second copy of the embedding where there is
+    one. UserError where one of them is missing or broken, or where a tensor is missing, unexpected, or of another shape
+    or type.
     """
     # 1) Which tensors lie in which file, and what the model looks like.
     names_of_file = tensor_files(directory)
@@ -91,6 +91,7 @@ def checked_files(directory: Path) -> tuple[Model, dict[Path, dict[str, str]]]:
 
     # 3) Each tensor must have a place, and fit there.
     files: dict[Path, dict[str, str]] = {}
+    head_path = None  # where a tied model has an output matrix all the same
     for path, names in names_of_file.items():
         files[path] = {}
         with open_tensors(path) as tensors:
@@ -101,26 +102,27 @@ def checked_files(directory: Path) -> tuple[Model, dict[Path, dict[str, str]]]:
                     files[path][theirs] = ours
                 elif not mapping.is_redundant(theirs, config):
                     raise UserError(f"{path}: unexpected tensor {theirs}")
+                elif theirs == "lm_head.weight":
+                    head_path = path
 
     # 4) And each place a tensor.
     if missing:
         raise UserError(f"{directory}: missing tensor {min(missing)} ({len(missing)} missing in all)")
+    if head_path is not None:
+        check_tied_head(head_path, files)
     return model, files
 
 
-def check_tied_head(directory: Path, model: Model) -> None:
-    """UserError where config.json has the embedding as output matrix, and a file an output matrix that is another."""
-    if not model.config.tied:
-        return
-    head_file = next((path for path, names in tensor_files(directory).items() if "lm_head.weight" in names), None)
-    if head_file is None:
-        return
-    with open_tensors(head_file) as tensors:
-        head_VD = read_tensor(tensors, head_file, "lm_head.weight")
-    embedding_VD = model.embedding.weight
-    if head_VD.shape != embedding_VD.shape or not torch.equal(head_VD.to(embedding_VD), embedding_VD):
+def check_tied_head(path: Path, files: dict[Path, dict[str, str]]) -> None:
+    """UserError where a file has an output matrix that is not the embedding, though config.json says that it is."""
+    theirs_at = {ours: (file, theirs) for file, names in files.items() for theirs, ours in names.items()}
+    embedding_path, embedding_name = theirs_at["embedding.weight"]
+    with open_tensors(path) as tensors, open_tensors(embedding_path) as others:
+        head_VD = read_tensor(tensors, path, "lm_head.weight")
+        embedding_VD = read_tensor(others, embedding_path, embedding_name)
+    if not torch.equal(head_VD.to(embedding_VD.dtype), embedding_VD):
         raise UserError(
-            f"{head_file}: lm_head.weight is not the embedding, though tie_word_embeddings in config.json says so; "
+            f"{path}: lm_head.weight is not the embedding, though tie_word_embeddings in config.json says so; "
             "set it to false there"
         )
 

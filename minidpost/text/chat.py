@@ -26,11 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from minidpost.errors import UserError
 from minidpost.storage import read_json
 from minidpost.text.templates import LlamaTemplate, Tokenizer, tidy
@@ -142,33 +137,15 @@ def _split_at(special_ids: Mapping[str, int], text: str) -> list[str]:
     return re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
 
 
-class _GenerationBlock(Extension):
-    """`{% generation %} … {% endgeneration %}`, by which templates mark what an assistant wrote: shown as it is."""
-
-    tags = {"generation"}  # noqa: RUF012 – declared by jinja2
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """What is inside the block."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 def _rendered(path: Path, source: str, **variables: Any) -> str:
     """What a template makes of its variables; UserError whatever goes wrong in it."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]
-    )
-    environment.globals["raise_exception"] = _raise
+    from minidpost.text.jinja import render  # here: slow to import, and most commands need none
+
     try:
-        return environment.from_string(source).render(variables, tools=None, documents=None, enable_thinking=False)
+        return render(source, variables | {"tools": None, "documents": None, "enable_thinking": False})
     except Exception as error:  # a template may fail in any way that a program may
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: not usable as a chat template: {reason:.200}") from None
-
-
-def _raise(message: str) -> None:
-    """What templates call where messages are not as they want them."""
-    raise ValueError(message)
 
 
 def _template_source(directory: Path) -> tuple[Path, str | None]:

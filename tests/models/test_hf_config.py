@@ -202,6 +202,7 @@ def test_a_tied_head_of_its_own_on_the_disk_is_refused(tmp_path):
     rewrite(tmp_path, lambda tensors: tensors["lm_head.weight"][0].add_(1))
     with pytest.raises(UserError, match=r"lm_head\.weight is not the embedding, though tie_word_embeddings"):
         load_model(tmp_path)
+    assert_refused(tmp_path, "lm_head.weight is not the embedding")  # before anything begins, too
 
 
 def test_quantised_weights_are_refused_by_their_config(tmp_path):
