@@ -73,6 +73,24 @@ def run_command(main: Callable[[], None], if_interrupted: str = "nothing was wri
     except UserError as error:  # there is no group, and so nobody to agree with on who speaks
         print(f"{os.path.basename(sys.argv[0])}: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except SystemExit as end:  # --help
+        if started_by_torchrun():
+            _end_at_once(int(end.code or 0))
+        raise
+    if started_by_torchrun():
+        _end_at_once(0)
+
+
+def _end_at_once(status: int) -> NoReturn:
+    """End one of several processes without what Python and torch do at the end.
+
+    After an error that may wait for ranks that are waiting for this one. After success a thread of gloo's may abort the
+    process, by asking for Python's lock while Python ends: about one run in some hundred.
+    """
+    with suppress(OSError):  # a full disk
+        sys.stderr.flush()
+        sys.stdout.flush()
+    os._exit(status)
 
 
 def _run_process(main: Callable[[], None], if_interrupted: str) -> None:
@@ -94,12 +112,7 @@ def _run_process(main: Callable[[], None], if_interrupted: str) -> None:
             print(message, file=sys.stderr)
         if world_size() == 1:
             sys.exit(status)
-        # At once: what Python and torch do at the end may wait for ranks that are waiting for this one, and torchrun
-        # ends those when this one has ended.
-        with suppress(OSError):  # a full disk
-            sys.stderr.flush()
-            sys.stdout.flush()
-        os._exit(status)
+        _end_at_once(status)  # torchrun ends the others
 
     # What the handler raises may come out of a library's C code as another error, such as a ValueError.
     was_terminated = threading.Event()

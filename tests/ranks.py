@@ -72,7 +72,7 @@ def on_ranks(n_ranks: int, work: Callable[..., Any], *arguments: Any, are_joined
                         process = processes[readers.index(reader)]
                         process.join()
                         results[reader], error = process.exitcode, None
-                        if process.exitcode <= 0:
+                        if process.exitcode < 0:
                             raise ChildProcessError(f"a process ended with {process.exitcode}") from None
                     if error is not None:
                         raise error

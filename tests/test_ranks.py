@@ -16,6 +16,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -283,8 +284,8 @@ QUICK = """
 """.split()
 
 
-def command(name: str, arguments: list, out: Path) -> None:
-    """A command as its file is run, with what it shows in files by rank."""
+def command(name: str, arguments: list, out: Path) -> int:
+    """A command as its file is run, with what it shows in files by rank: 0 where it ends well."""
     for number, suffix in ((1, "out"), (2, "err")):
         with open(out / f"{os.environ['RANK']}.{suffix}", "wb") as stream:
             os.dup2(stream.fileno(), number)
@@ -298,6 +299,7 @@ def command(name: str, arguments: list, out: Path) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+    return 0
 
 
 @pytest.fixture
@@ -314,7 +316,7 @@ def train(n_ranks: int, arguments: list, name: str) -> list[str]:
     out.mkdir(exist_ok=True)
     statuses = on_ranks(n_ranks, command, "train.py", [*arguments, "--run-dir", name], out, are_joined=False)
     shown = [(out / f"{number}.err").read_text() for number in range(n_ranks)]
-    assert statuses == [None] * n_ranks, shown
+    assert statuses == [0] * n_ranks, shown
     return shown
 
 
@@ -406,6 +408,47 @@ def test_a_failing_process_ends_without_the_others(tmp_path, error, status, told
     assert (tmp_path / "0.err").read_text() == ""
 
 
+ENDS_BADLY = """
+import atexit, os, sys
+import torch.distributed as dist
+from minidpost.cli import run_command
+
+def main():
+    atexit.register(os.abort)
+    dist.barrier()
+    print("the last words")
+    if sys.argv[1:] == ["--help"]:
+        sys.exit()
+
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["--help"]])
+def test_processes_end_well_whatever_happens_while_python_ends(flags):
+    """As a thread of gloo's may abort them then."""
+    store = dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False)
+    group = {
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": f"{store.port}",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", ENDS_BADLY, *flags],
+            env={**os.environ, **group, "WORLD_SIZE": "2", "RANK": f"{number}", "LOCAL_RANK": f"{number}"},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    shown = [process.communicate(timeout=60)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert shown == ["the last words\n"] * 2
+
+
 def test_sample_and_eval_write_what_one_process_writes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_jsonl("questions.jsonl", [{"question": example.question} for example in EXAMPLES * 3])
@@ -422,7 +465,7 @@ def test_sample_and_eval_write_what_one_process_writes(tmp_path, monkeypatch):
         statuses += on_ranks(
             n_ranks, command, "eval.py", [*flags, "--output", out / "eval.json"], out, are_joined=False
         )
-        assert statuses == [None] * 2 * n_ranks, [path.read_text() for path in out.glob("*.err")]
+        assert statuses == [0] * 2 * n_ranks, [path.read_text() for path in out.glob("*.err")]
         shown[n_ranks] = [(out / f"{number}.out").read_text() for number in range(n_ranks)]
     assert shown[2] == [*shown[1], ""]  # rank 0 alone shows something
     for name in ("samples.jsonl", "eval.json"):
