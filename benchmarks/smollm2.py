@@ -9,8 +9,8 @@
 
 Every part goes on where it was stopped; what it finds lies in benchmarks/results/smollm2/ as JSON. `--scale whole` is
 the paper's recipe (6,705 labelled questions, K = 3, three iterations, all of GSM8K's test questions), for a GPU;
-`--scale part` is what two cores can do in some hours, and says so in the page; `--scale try` shows that everything
-works. Nothing is chosen by a test question.
+`--scale part` is a part of which two cores do the warm-up and `rates` in some hours, `--scale few` one that they finish
+in about five hours; the page says so. `--scale try` shows that everything works. Nothing is chosen by a test question.
 
 A seed's ST and DPO-ST runs have the same warm-up, bit for bit, so that it is trained once and copied: the difference
 between them is the DPO step's alone.
@@ -108,6 +108,20 @@ SCALES = {
         n_base=200,
         n_rate_questions=150,
         rate_epochs=1,
+    ),
+    "few": Scale(
+        flags=(
+            *("--template", "chat", "--limit", "1000", "--sft-epochs", "2", "--sft-examples-per-step", "16"),
+            *("--sft-dropout", "0"),
+            *("--dpo-samples", "1", "--dpo-pairs-per-step", "16", "--dpo-max-epochs", "1"),
+            *("--dpo-learning-rate", "3e-6", "--samples", "3"),
+            *("--micro-batch-tokens", "4096", "--pass-questions", "50"),
+        ),
+        iterations=1,
+        n_test=200,
+        n_other_test=100,
+        n_dev=100,
+        n_base=100,
     ),
     "try": Scale(
         flags=(
