@@ -4,7 +4,7 @@
     python -m benchmarks.smollm2 train  --model FILE.gguf    train.py with --method st and --method dpo-st
     python -m benchmarks.smollm2 rates  --model FILE.gguf    DPO with several learning rates, on dev
     python -m benchmarks.smollm2 grade  --model FILE.gguf    its models' greedy answers to the test questions
-    python -m benchmarks.smollm2 report                      smollm2.md
+    python -m benchmarks.smollm2 report                      its page, smollm2-SCALE.md
     python -m benchmarks.smollm2 all    --model FILE.gguf    base, train and grade side by side, for a GPU
 
 Every part goes on where it was stopped; what it finds lies in benchmarks/results/smollm2/ as JSON. `--scale whole` is
@@ -55,7 +55,6 @@ from minidpost.training.state import TrainingState
 
 ROOT = Path(__file__).resolve().parents[1]
 FOUND = RESULTS / "smollm2"
-PAGE = RESULTS / "smollm2.md"
 TESTS = ("gsm8k", "multiarith", "asdiv", "svamp")
 METHODS = ("st", "dpo-st")
 N_SHOTS = 3
@@ -496,7 +495,7 @@ def machine() -> dict[str, Any]:
 
 
 def report(scale: str) -> None:
-    """Write smollm2.md from what has been found at a scale."""
+    """Write a scale's page, smollm2-SCALE.md, from what has been found at it."""
     paths = sorted(FOUND.glob(f"{scale}-[0-9]*.json"))
     found = [read_json(path) for path in paths]
     seeds = [path.stem.rpartition("-")[2] for path in paths]
@@ -512,7 +511,7 @@ def report(scale: str) -> None:
         "half-width of its 95 % interval over the questions; all models are the last iteration's named in their row.",
         "",
     ]
-    findings = FOUND / "findings.md"
+    findings = FOUND / f"{scale}-findings.md"
     if findings.is_file():
         lines += [findings.read_text(encoding="utf-8").strip(), ""]
     lines += [accuracy_table(base, found), ""]
@@ -521,8 +520,9 @@ def report(scale: str) -> None:
     for path in sorted(FOUND.glob(f"{scale}-rates-[0-9]*.json")):
         lines += [rates_table(read_json(path)), ""]
     lines += completions_of(base)
-    PAGE.write_text("\n".join(lines), encoding="utf-8")
-    print(PAGE.read_text(encoding="utf-8"))
+    page = "\n".join(lines)
+    (RESULTS / f"smollm2-{scale}.md").write_text(page, encoding="utf-8")
+    print(page)
 
 
 def accuracy_table(base: dict[str, Any], found: Sequence[dict[str, Any]]) -> str:
