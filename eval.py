@@ -1,6 +1,6 @@
 """Measure a model: greedy accuracy, and where asked pass@k and maj@k, with and without the calculator.
 
-    python eval.py                                      # the newest model on the toy test sets
+    python eval.py                                      # the best model of the newest run, toy test sets
     python eval.py --checkpoint tiny-t5-dpo-st --pass-at 1,10 --maj-at 10 --limit 100
     python eval.py --checkpoint runs/mine/iteration-3/sft --tasks gsm8k,svamp --calculator on
     python eval.py --tasks mine.jsonl                   # your own questions and answers
@@ -108,7 +108,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """The command line; UserError for flags that contradict each other."""
-    parser = cli.model_parser(__doc__.splitlines()[0])
+    parser = cli.model_parser(__doc__)
     tasks = ", ".join(datasets.SPLITS)
     parser.add_argument(
         "--tasks",

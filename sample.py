@@ -1,6 +1,6 @@
 """Answer word problems with a trained model: greedily, or with several samples a question.
 
-    python sample.py                                    # five questions of the toy world, the newest model
+    python sample.py                                    # five toy questions, the best model of the newest run
     python sample.py "Tom has 3 apples and buys 4 more. How many apples does he have?"
     python sample.py --checkpoint runs/mine/iteration-3/sft --samples 8 --temperature 0.7 "How many …?"
     python sample.py --input questions.jsonl --output completions.jsonl
@@ -98,7 +98,7 @@ class Questions:
 
 def parse_options() -> argparse.Namespace:
     """The command line; UserError for flags that contradict each other."""
-    parser = cli.model_parser(__doc__.splitlines()[0])
+    parser = cli.model_parser(__doc__)
     parser.add_argument(
         "questions", nargs="*", metavar="QUESTION", help=f"what to answer (default: {N_SHOWN} of the toy dev set)"
     )

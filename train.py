@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from minidpost.cli import (
+    DEVICE_TEXT,
     MINUTES,
     POSITIVE,
     TEMPLATE_TEXT,
@@ -193,7 +194,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of everything random (default: 42)")
     parser.add_argument("--no-calculator", action="store_true", help="let the model do its own arithmetic")
-    parser.add_argument("--device", type=device, default=default_device(), help="cpu, cuda, … (default: cuda if any)")
+    parser.add_argument("--device", type=device, default=default_device(), help=DEVICE_TEXT)
     parser.add_argument(
         "--dtype",
         choices=("auto", *DTYPES),

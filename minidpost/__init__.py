@@ -1,6 +1,6 @@
 """DPO-augmented self-training (Wang, Li, Lu, ACL 2024, arXiv 2407.18248), written out in PyTorch.
 
-The public API, for notebooks and examples; the commands use the rooms. See README.md and examples/dpo_st.py.
+The public API, for notebooks and examples; the commands import from the folders. See README.md and examples/dpo_st.py.
 """
 
 from minidpost.data.datasets import load as load_dataset

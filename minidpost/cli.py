@@ -54,6 +54,7 @@ TEMPLATE_TEXT = (
     "how a decoder-only model is asked: the paper's Alpaca frame, or the checkpoint's own chat format (default: as the "
     "checkpoint was trained here, else alpaca)"
 )
+DEVICE_TEXT = "cpu, cuda, … (default: cuda if any)"
 MAX_COUNT = 10**6  # of rows, tokens, samples …: what is larger must be a typing error
 
 Value = TypeVar("Value", int, float)
@@ -200,7 +201,7 @@ class Parser(argparse.ArgumentParser):
 
 def model_parser(description: str) -> Parser:
     """A parser with the flags of every command that loads one model and samples from it."""
-    parser = Parser(description=description)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint",
         metavar="DIR",
@@ -208,7 +209,9 @@ def model_parser(description: str) -> Parser:
         "of the newest run, else tiny-t5-dpo-st)",
     )
     parser.add_argument("--template", choices=TEMPLATES, help=TEMPLATE_TEXT)
-    parser.add_argument("--max-new-tokens", type=POSITIVE, default=300, metavar="N", help="default: 300")
+    parser.add_argument(
+        "--max-new-tokens", type=POSITIVE, default=300, metavar="N", help="longest completion, in tokens (default: 300)"
+    )
     parser.add_argument(
         "--slots",
         type=POSITIVE,
@@ -216,7 +219,7 @@ def model_parser(description: str) -> Parser:
         help=f"rows decoded at once (default: {SLOTS}; on a GPU more, by its memory)",
     )
     parser.add_argument("--seed", type=int, default=SEED, metavar="N", help=f"of samples (default: {SEED})")
-    parser.add_argument("--device", type=device, default=default_device())
+    parser.add_argument("--device", type=device, default=default_device(), help=DEVICE_TEXT)
     parser.add_argument(
         "--dtype",
         choices=("auto", *DTYPES),

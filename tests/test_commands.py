@@ -1069,6 +1069,8 @@ def test_help(call, command):
     outcome = call(command, "--help")
     assert (outcome.status, outcome.err) == (0, "")
     assert {"--seed", "--device", "--slots", "--max-new-tokens"} <= set(re.findall(r"--[\w-]+", outcome.out))
+    assert f"    python {command} " in outcome.out  # examples
+    assert re.search(r"--device DEVICE +cpu, cuda", outcome.out)
 
 
 MISTAKES = [

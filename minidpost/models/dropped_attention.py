@@ -93,7 +93,7 @@ def weights(q_NHTK: Tensor, k_NGSK: Tensor, mask_NHTS: Tensor) -> Tensor:
 
 
 def by_keys(x_NHTX: Tensor, y_NGXY: Tensor) -> Tensor:
-    """x y, (N, H, T, Y), where each of the G heads of y is for H / G neighbouring ones of x."""
+    """x y, (N, H, T, Y), where each of the G heads of y is for H / G neighbouring ones of x; X and Y are any widths."""
     n_rows, n_heads, n_queries, _ = x_NHTX.shape
     product_NGRY = x_NHTX.reshape(n_rows, y_NGXY.shape[1], -1, x_NHTX.shape[-1]) @ y_NGXY
     return product_NGRY.view(n_rows, n_heads, n_queries, -1)

@@ -175,8 +175,8 @@ class PromptPlan:
 
     def by_prompt(self, q_B1HK: Tensor) -> Tensor:
         """Put the queries of the rows into the table, (Q, H, R, K)."""
-        q_CHK = q_B1HK[:, 0].index_select(0, self.table_QR.flatten())  # C = Q · R
-        q_QRHK = torch.unflatten(q_CHK, 0, self.table_QR.shape)
+        q_NHK = q_B1HK[:, 0].index_select(0, self.table_QR.flatten())  # N = Q · R, the cells line by line
+        q_QRHK = torch.unflatten(q_NHK, 0, self.table_QR.shape)
         return q_QRHK.transpose(1, 2)
 
     def by_row(self, y_QHRK: Tensor) -> Tensor:

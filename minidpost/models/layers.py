@@ -5,9 +5,10 @@ step has few rows, and each row has one position. The log-probabilities of label
 training on a CPU is faster for it.
 
 Letters of the shapes, here and in the other files of this folder: B rows, T new or target positions, S source or
-cached positions, N packed tokens, Q distinct prompts, R queries that share keys, D model width, F feed-forward width,
-H heads, G key and value heads, K head width, V vocabulary, L layers, O outputs of a matrix; M rank of an adapter
-(lora.py); C cells of the table of rows and prompts, X entries of the table of position biases (both in kvcache.py).
+cached positions, N items of a flattened or selected dimension (packed tokens, positions with a label), Q distinct
+prompts, R queries that share keys, D model width, F feed-forward width, H heads, G key and value heads, K head width,
+V vocabulary, L layers, O outputs of a matrix, M rank of an adapter (lora.py), X entries of the table of position biases
+(kvcache.py).
 """
 
 from collections.abc import Iterator
@@ -129,9 +130,9 @@ class _TokenLogProbabilities(torch.autograd.Function):
         dtype = torch.promote_types(logits_NV.dtype, torch.float32)
         log_total_N = torch.empty(len(logits_NV), dtype=dtype)
         for rows in position_groups(logits_NV):
-            logits_RV = logits_NV[rows].to(dtype)
-            highest_R1 = logits_RV.amax(-1, keepdim=True)
-            log_total_N[rows] = (logits_RV - highest_R1).exp_().sum(-1).log_().add_(highest_R1[:, 0])
+            group_NV = logits_NV[rows].to(dtype)
+            highest_N1 = group_NV.amax(-1, keepdim=True)
+            log_total_N[rows] = (group_NV - highest_N1).exp_().sum(-1).log_().add_(highest_N1[:, 0])
         ctx.save_for_backward(logits_NV, label_N, log_total_N)
         return logits_NV.gather(1, label_N[:, None])[:, 0].to(dtype) - log_total_N
 
@@ -142,9 +143,9 @@ class _TokenLogProbabilities(torch.autograd.Function):
         logits_NV, label_N, log_total_N = ctx.saved_tensors
         grad_NV = torch.empty_like(logits_NV)
         for rows in position_groups(logits_NV):
-            grad_R1 = grad_N[rows, None]
-            grad_RV = (logits_NV[rows] - log_total_N[rows, None]).exp_().mul_(-grad_R1)
-            grad_NV[rows] = grad_RV.scatter_add_(1, label_N[rows, None], grad_R1)
+            grad_N1 = grad_N[rows, None]
+            group_grad_NV = (logits_NV[rows] - log_total_N[rows, None]).exp_().mul_(-grad_N1)
+            grad_NV[rows] = group_grad_NV.scatter_add_(1, label_N[rows, None], grad_N1)
         return grad_NV, None
 
 

@@ -34,7 +34,7 @@ from minidpost.selftraining.selection import Candidates, pseudo_labels
 from minidpost.storage import read_jsonl
 from minidpost.training.batching import TokenizedExample
 
-# Hyperparameters that change no result but by rounding, or that say how far a run is to go.
+# Hyperparameters that change results only by rounding and by which units dropout hits, or that say how far a run goes.
 NOT_A_VARIANT = {"slots", "micro_batch_tokens", "activation_checkpointing", "iterations", "patience"}
 # Settings outside the preset that results depend on.
 VARIANT_SETTINGS = ("template", "dtype", "train_dtype")

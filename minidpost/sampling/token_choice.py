@@ -132,8 +132,8 @@ def inverse_cdf(scores_BV: Tensor, uniform_B: Tensor, temperature: float = 1.0) 
 
     # 2) Which id of the block, by what is left of the target.
     before_block_B = F.pad(cumulated_BN, (1, 0)).gather(-1, block_B[:, None])[:, 0]
-    weight_BK = gather_block(weight_BV, block_B)
-    id_B = block_B * BLOCK + first_above(weight_BK.cumsum(-1), target_B - before_block_B)
+    block_weight_BN = gather_block(weight_BV, block_B)  # N = BLOCK ids
+    id_B = block_B * BLOCK + first_above(block_weight_BN.cumsum(-1), target_B - before_block_B)
     return id_B.clamp(max=scores_BV.shape[-1] - 1)  # where logits are NaN, the search ends after the last id
 
 

@@ -7,9 +7,8 @@ or 4. Sampling needs the weights, the KV cache, and the logits of all slots. The
 roughly, and rather too high; what a rehearsal measures (rehearsal.py) is exact.
 
 A run's models stay on the disk (those that --keep names), 4 bytes a parameter for each SFT and DPO, or 2 with
---save-dtype bf16, and with LoRA their adapters too. While
-a training is at work, so do two saved states of it, weights and AdamW's moments, 12 bytes a parameter that is trained:
-the last one, until the next is whole.
+--save-dtype bf16, and with LoRA their adapters too. While a training is at work, so do two saved states of it, weights
+and AdamW's moments, 12 bytes a parameter that is trained: the last one, until the next is whole.
 
 FLOPs are counted as in the paper's figure 1 (after Yuan et al. 2023, appendix E). Training costs 6 a parameter and
 token, a forward pass 2. With LoRA training costs 4, as frozen weights pass gradients on but get none. An encoder's

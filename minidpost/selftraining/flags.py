@@ -92,7 +92,7 @@ GROUPS: dict[str, dict[str, Flag]] = {
         "pass_questions": Flag("take the first so many of dev for pass@k; none: all"),
         "test_questions": Flag("take the first so many of each test set; 0: no test sets, none: all", low=0),
     },
-    "memory and speed (results change by rounding alone; a run may be continued with other values)": {
+    "memory and speed (results change only by rounding and dropout's units; a run may go on with other values)": {
         "micro_batch_tokens": Flag("padded tokens of a forward pass in training, at most"),
         "activation_checkpointing": Flag("compute activations twice in training, for less memory"),
         "slots": Flag("completions that are sampled at the same time; on a GPU more, by its memory"),
@@ -101,7 +101,7 @@ GROUPS: dict[str, dict[str, Flag]] = {
 FLAGS = {name: flag for group in GROUPS.values() for name, flag in group.items()}
 TYPES = {field.name: field.type for field in fields(Preset)}
 
-# What a continued run may change: how far it goes, and what changes results by rounding alone.
+# What a continued run may change: how far it goes, and what changes results only by rounding and by dropout's units.
 MAY_CHANGE = ("iterations", "patience", "micro_batch_tokens", "activation_checkpointing", "slots")
 # What DPO alone has a use for: with a method without it, any other values make the same run.
 OF_DPO = (*GROUPS["DPO"], "dpo_samples", "pairs_per_question")

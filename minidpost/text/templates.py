@@ -274,7 +274,7 @@ class LlamaTemplate:
     def __init__(self, tokenizer: Tokenizer, eos_id: int | None = None):
         """Bind the template to a vocabulary; UserError if it is none of Llama's kind.
 
-        Targets end in `eos_id`, or else in the tokenizer's own; a completion ends at any of both.
+        Targets end in `eos_id`, or else in the tokenizer's own; a completion ends at either.
         """
         self._tokenizer = tokenizer
         own_or_given = tokenizer.eos_id if eos_id is None else eos_id
