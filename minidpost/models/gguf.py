@@ -33,7 +33,15 @@ import torch
 
 from minidpost.errors import UserError
 from minidpost.models.gguf_tokenizer import read_vocabulary, tokenizer_from
-from minidpost.models.hf_config import LLAMA_FAMILIES, llama_names, read_float, read_int, read_llama, read_text
+from minidpost.models.hf_config import (
+    LLAMA_FAMILIES,
+    llama_names,
+    read_bool,
+    read_float,
+    read_int,
+    read_llama,
+    read_text,
+)
 from minidpost.models.llama import RopeScaling, scaled_frequencies
 from minidpost.models.weights import empty_model
 from minidpost.progress import Progress
@@ -233,6 +241,7 @@ UNKNOWN_SETTINGS = (  # of other architectures, with which a model of these thre
     "logit_scale",
     "final_logit_softcapping",
     "rope.scale_linear",
+    "rope.scaling.attn_factor",
 )
 
 
@@ -242,20 +251,25 @@ def config_from(metadata: dict[str, Any], names: Iterable[str]) -> dict[str, Any
     KeyError: metadata that is missing. ValueError: a value that is out of bounds, or a model that we do not have.
     """
     # 1) What would be another kind of model, and where nothing further down would notice.
+    n_parts = read_int(metadata, "split.count", 0, 2**16, 1)
+    if n_parts > 1:  # said first, as only the first part has any other metadata
+        raise ValueError(
+            f"one of {n_parts} parts; join them with llama.cpp's llama-gguf-split --merge "
+            f"NAME-00001-of-{n_parts:05d}.gguf NAME.gguf"
+        )
     architecture = read_text(metadata, "general.architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture {architecture!r:.80} is not known; known: {', '.join(ARCHITECTURES)}")
     kind = metadata.get("general.type", "model")
     if kind != "model":
         raise ValueError(f"general.type is {kind!r:.80}, a model is expected (adapters are not merged here)")
-    n_parts = read_int(metadata, "split.count", 0, 2**16, 1)
-    if n_parts > 1:
-        raise ValueError(f"one of {n_parts} parts; join them with llama.cpp's llama-gguf-split --merge")
     prefix = f"{architecture}."
     values = {key: _of_all_layers(key, value) for key, value in metadata.items() if key.startswith(prefix)}
     for key in UNKNOWN_SETTINGS:
         if prefix + key in values:
             raise ValueError(f"metadata {prefix}{key} is not known here; the model would compute something else")
+    if not read_bool(values, f"{prefix}attention.causal", True):
+        raise ValueError(f"{prefix}attention.causal is false; only causal attention is known")
     if read_int(values, f"{prefix}expert_count", 0, MAX_SIZE, 0):
         raise ValueError("a mixture of experts; only dense models are known")
 
@@ -275,17 +289,25 @@ def config_from(metadata: dict[str, Any], names: Iterable[str]) -> dict[str, Any
     # 3) Positions.
     context_length = read_int(values, f"{prefix}context_length", 1, 2**30)
     window = read_int(values, f"{prefix}attention.sliding_window", 0, 2**30, 0)
+    names = set(names)
+    has_biases = "blk.0.attn_q.bias" in names or "blk.0.ffn_gate.bias" in names
+    family = architecture
     if 0 < window < context_length:
-        raise ValueError(f"{prefix}attention.sliding_window is {window}; only attention to all positions is known")
+        # Mistral, for which GGUF has no name of its own: sequences must fit in the window, as check_length says.
+        if architecture != "llama" or has_biases:
+            raise ValueError(
+                f"{prefix}attention.sliding_window is {window}; a window is known of Mistral alone, which is of "
+                "architecture llama and has no biases"
+            )
+        family = "mistral"
 
     # 4) The rest, under Hugging Face's names.
-    names = set(names)
     vocabulary = read_vocabulary(metadata)
     eos_ids = vocabulary.eos_ids
     epsilon = f"{prefix}attention.layer_norm_rms_epsilon"
     config = {
-        "architectures": [LLAMA_FAMILIES[architecture].architecture],
-        "model_type": architecture,
+        "architectures": [LLAMA_FAMILIES[family].architecture],
+        "model_type": family,
         "vocab_size": len(vocabulary.tokens),
         "hidden_size": d_model,
         "intermediate_size": read_int(values, f"{prefix}feed_forward_length", 1, MAX_SIZE),
@@ -306,7 +328,9 @@ def config_from(metadata: dict[str, Any], names: Iterable[str]) -> dict[str, Any
             config[f"{role}_token_id"] = vocabulary.named_ids[role]
 
     # 5) What a family has of its own: biases of a Llama show in its tensors, those of Qwen follow from its name.
-    if architecture == "llama":
+    if family == "mistral":
+        config["sliding_window"] = window
+    elif architecture == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in names
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in names
     else:
@@ -326,13 +350,16 @@ def _of_all_layers(key: str, value: Any) -> Any:
 
 
 def _linear_scaling(values: dict[str, Any], prefix: str) -> dict[str, Any] | None:
-    """The object that config.json has for linearly scaled rotary frequencies; None where they are not scaled."""
-    kind = values.get(f"{prefix}rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    if kind != "linear":
+    """The object that config.json has for linearly scaled rotary frequencies; None where they are not scaled.
+
+    A factor without a kind scales linearly, as in llama.cpp.
+    """
+    kind = values.get(f"{prefix}rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
         raise ValueError(f"{prefix}rope.scaling.type {kind!r:.80} is not known; known: none, linear")
     factor = read_float(values, f"{prefix}rope.scaling.factor", 1, 2**20, 1.0)
+    if kind == "none" or factor == 1:
+        return None
     return {"rope_type": "linear", "factor": float(factor)}
 
 
@@ -396,8 +423,9 @@ def targets(config: dict[str, Any]) -> dict[str, Target]:
     """Every tensor that a model of this config.json has, by its name in GGUF."""
     ours = read_llama(config)
     parameters = dict(empty_model(ours).named_parameters())
-    # llama.cpp rotates Qwen's heads as Hugging Face does, in two halves.
-    n_interleaved = {"attn_q": ours.n_heads, "attn_k": ours.n_kv_heads} if ours.family == "llama" else {}
+    # llama.cpp rotates Qwen's heads as Hugging Face does, in two halves; a Mistral is a Llama to it.
+    is_interleaved = ours.family in ("llama", "mistral")
+    n_interleaved = {"attn_q": ours.n_heads, "attn_k": ours.n_kv_heads} if is_interleaved else {}
 
     found = {}
     for our_name, name in llama_names(ours):
@@ -526,8 +554,10 @@ def convert_gguf(path: Path, directory: Path, *, sha256: str, dtype: torch.dtype
 def _scaling_from(content: Bytes, factors: StoredTensor, config: dict[str, Any]) -> dict[str, Any]:
     """What config.json says of the rotary frequencies, from the tensor of what they are divided by."""
     n_factors = config["head_dim"] // 2
-    if config["model_type"] != "llama" or factors.shape != (n_factors,):
+    if config["model_type"] not in ("llama", "mistral") or factors.shape != (n_factors,):
         raise ValueError(f"unknown tensor {ROPE_FACTORS} of shape {factors.shape}")
+    if config["rope_scaling"] is not None:
+        raise ValueError(f"{ROPE_FACTORS} beside rope.scaling.factor; rotary frequencies are scaled once here")
     values = np.concatenate([*read_values(content, factors, np.arange(n_factors))])
     return llama3_scaling(values.ravel(), config["rope_theta"])
 

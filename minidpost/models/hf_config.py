@@ -54,6 +54,7 @@ def read_config(directory: str | Path) -> Config:
     path, hf = config_file(Path(directory))
     mapping = HF_MAPPINGS[hf["model_type"]]
     try:
+        check_usual(hf)
         config: Config = mapping.read(hf)
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]} is missing") from None
@@ -86,6 +87,18 @@ def config_json(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """Our settings as the content of a config.json that transformers reads."""
     content = mapping_for(config).write(config)
     return {**content, "torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+# Settings that transformers has for many models, and their only value here: with another the model would compute
+# something else.
+USUAL: dict[str, bool | int] = {"is_causal": True, "partial_rotary_factor": 1}
+
+
+def check_usual(hf: dict[str, Any]) -> None:
+    """ValueError where a setting that no family here is built for has another value than the usual one."""
+    for key, usual in USUAL.items():
+        if hf.get(key, usual) not in (usual, None):
+            raise ValueError(f"{key} is {hf[key]!r:.40}; only {str(usual).lower()} is known")
 
 
 # -- single settings ---------------------------------------------------------------------------------------------------
@@ -145,6 +158,8 @@ T5_SIZES = {  # our name: theirs, and bounds that keep every product of sizes be
     "n_buckets": ("relative_attention_num_buckets", 4, 2**20),
 }
 
+T5_ACTIVATIONS = {"relu": "relu", "gated-gelu": "gelu_new"}  # feed_forward_proj: dense_act_fn
+
 
 def read_t5(hf: dict[str, Any]) -> T5Config:
     """T5's settings from the content of config.json, what is absent as transformers fills it in.
@@ -153,8 +168,11 @@ def read_t5(hf: dict[str, Any]) -> T5Config:
     """
     hf = without_nulls(hf)
     feed_forward = hf.get("feed_forward_proj", "relu")
-    if feed_forward not in ("relu", "gated-gelu"):
-        raise ValueError(f"feed_forward_proj {feed_forward!r} is not known; known: relu, gated-gelu")
+    if feed_forward not in [*T5_ACTIVATIONS]:  # a list, as what stands there may be anything
+        raise ValueError(f"feed_forward_proj {feed_forward!r} is not known; known: {', '.join(T5_ACTIVATIONS)}")
+    activation = T5_ACTIVATIONS[feed_forward]
+    if hf.get("dense_act_fn", activation) != activation:  # transformers takes this one where both are there
+        raise ValueError(f"dense_act_fn is {hf['dense_act_fn']!r:.40}, which with {feed_forward} is {activation}")
     sizes = read_sizes(hf, T5_SIZES)
     last_id = sizes["vocab_size"] - 1
     tied = read_bool(hf, "tie_word_embeddings", True)
@@ -325,9 +343,14 @@ def read_llama(hf: dict[str, Any]) -> LlamaConfig:
     d_head = read_int(hf, "head_dim", 1, 2**20, max(1, sizes["d_model"] // sizes["n_heads"]))
     if d_head % 2:
         raise ValueError(f"head_dim {d_head} is odd; rotary positions need pairs")
-    rope = hf.get("rope_parameters", hf.get("rope_scaling", {}))  # transformers 5 has all in the former
+    # transformers 5 writes all of it into rope_parameters, but reads rope_scaling first where both are there, and
+    # rope_theta in either of them before that beside them.
+    rope = hf.get("rope_scaling", {})
+    if rope == {}:
+        rope = hf.get("rope_parameters", {})
     if not isinstance(rope, dict):
         raise ValueError(f"rope_scaling is {rope!r}, an object is expected")
+    rope_theta = read_float(rope, "rope_theta", 1, 2**60, read_float(hf, "rope_theta", 1, 2**60, 10000.0))
     max_positions = read_int(hf, "max_position_embeddings", 1, 2**30)
     attention_bias = family.has_bias_settings and read_bool(hf, "attention_bias", False)
     return LlamaConfig(
@@ -339,7 +362,7 @@ def read_llama(hf: dict[str, Any]) -> LlamaConfig:
         n_kv_heads=n_kv_heads,
         d_head=d_head,
         norm_eps=read_float(hf, "rms_norm_eps", 0, 1, 1e-6),
-        rope_theta=float(read_float(hf if "rope_theta" in hf else rope, "rope_theta", 1, 2**60, 10000.0)),
+        rope_theta=float(rope_theta),
         rope_scaling=read_rope_scaling(rope),
         max_positions=max_positions,
         window=read_window(hf, family, max_positions),
@@ -387,6 +410,7 @@ def read_rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
 
     ValueError: a kind that we do not have, or numbers that are out of bounds.
     """
+    check_usual(rope)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None

@@ -26,7 +26,7 @@ from minidpost.errors import UserError
 from minidpost.models.gguf import convert_gguf, source_of
 from minidpost.models.hf_config import read_config
 from minidpost.models.lora import ADAPTER_CONFIG
-from minidpost.models.weights import INDEX, WEIGHTS, shards_of
+from minidpost.models.weights import INDEX, RECORD, WEIGHTS, shards_of
 from minidpost.storage import read_json, sha256_of
 from minidpost.text.chat import CHAT_FILES
 from minidpost.text.tokenizer import FILE_NAMES
@@ -53,7 +53,7 @@ PUBLISHED: dict[str, tuple[str, str]] = {  # name: repository, and its tokenizer
     "mistral-7b": ("mistralai/Mistral-7B-v0.3", "tokenizer.model"),  # of the three, the one without sliding window
 }
 BROKEN_INDEX = (OSError, ValueError, KeyError, AttributeError, TypeError)  # what reading one may raise
-SETTINGS = (*CHAT_FILES, "special_tokens_map.json", "generation_config.json")  # fetched where they are there
+SETTINGS = (*CHAT_FILES, "special_tokens_map.json", "generation_config.json", RECORD)  # fetched where they are there
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 _PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"  # of a repository's id: neither `.` nor `-` at its ends

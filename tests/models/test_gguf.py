@@ -349,6 +349,33 @@ def test_linear_scaling_of_positions(tmp_path):
     assert found.rope_scaling == RopeScaling("linear", 4.0)
 
 
+@pytest.mark.parametrize(("kind", "scaling"), [(None, RopeScaling("linear", 4.0)), ("none", None)])
+def test_a_factor_without_a_kind_scales_linearly(tmp_path, kind, scaling):
+    """As in llama.cpp, where "none" alone keeps a factor from being applied."""
+    changes = {"llama__rope__scaling__type": kind, "llama__rope__scaling__factor": 4.0}
+    found = read_config(convert(model_file(tmp_path / "a.gguf", **changes), tmp_path / "a"))
+    assert found.rope_scaling == scaling
+
+
+def test_a_window_makes_a_mistral_of_a_llama(tmp_path):
+    """Its rows are interleaved as a Llama's; sequences that fit in the window are computed, as transformers does."""
+    twin = random_twin(transformers.MistralConfig(**SIZES, head_dim=32, sliding_window=16, tie_word_embeddings=False))
+    as_llama = transformers.LlamaConfig(**SIZES, head_dim=32, tie_word_embeddings=False)
+    same_names = transformers.AutoModelForCausalLM.from_config(as_llama)
+    same_names.load_state_dict(twin.state_dict())
+    tensors = {name: (values, "F32") for name, values in stored_tensors(same_names).items()}
+    metadata = metadata_of(as_llama) | {"llama.attention.sliding_window": 16}
+    directory = convert(write_gguf(tmp_path / "a.gguf", metadata, tensors), tmp_path / "a")
+    config = read_config(directory)
+    assert (config.family, config.window) == ("mistral", 16)
+
+    ids_BT = torch.randint(0, len(TOKENS), (3, 16), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(directory)(ids_BT), twin(ids_BT).logits, rtol=1e-4, atol=1e-4)
+        with pytest.raises(UserError, match="17 tokens are longer than this model's sliding window of 16"):
+            load_model(directory)(torch.zeros(1, 17, dtype=torch.long))
+
+
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_scaling_is_known_by_its_factors(tmp_path, factor):
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -362,6 +389,10 @@ def test_llama3_scaling_is_known_by_its_factors(tmp_path, factor):
     directory = convert(write_gguf(tmp_path / "a.gguf", metadata_of(config), tensors), tmp_path / "a")
     expected = RopeScaling("llama3", factor, 1.0, 4.0, original_max_positions=8192)
     assert read_config(directory).rope_scaling == expected
+
+    scaled_twice = metadata_of(config) | {"llama.rope.scaling.factor": 2.0}
+    with pytest.raises(UserError, match=r"rope_freqs\.weight beside rope\.scaling\.factor; .* scaled once here"):
+        convert(write_gguf(tmp_path / "c.gguf", scaled_twice, tensors), tmp_path / "c")
 
     tensors["rope_freqs.weight"] = (factors * np.linspace(1, 1.1, 32, dtype=np.float32), "F32")
     with pytest.raises(UserError, match=r"rope_freqs\.weight is not Llama-3's scaling"):
@@ -713,7 +744,10 @@ def refusal(path: Path, directory: Path) -> str:
     ("changes", "complaint"),
     [
         ({"general__type": "adapter"}, "general.type is 'adapter', a model is expected (adapters are not merged here)"),
-        ({"split__count": 3}, "one of 3 parts; join them with llama.cpp's llama-gguf-split --merge"),
+        (
+            {"split__count": 3},
+            "one of 3 parts; join them with llama.cpp's llama-gguf-split --merge NAME-00001-of-00003.gguf NAME.gguf",
+        ),
         ({"llama__block_count": None}, "metadata llama.block_count is missing"),
         ({"llama__block_count": "two"}, "llama.block_count is 'two', a number from 1 to 1024 is expected"),
         ({"llama__block_count": 2**31}, "llama.block_count is 2147483648, a number from 1 to 1024"),
@@ -731,7 +765,8 @@ def refusal(path: Path, directory: Path) -> str:
         ({"llama__rope__scaling__type": "yarn"}, "llama.rope.scaling.type 'yarn' is not known; known: none, linear"),
         ({"llama__attention__layer_norm_rms_epsilon": None}, "metadata llama.attention.layer_norm_rms_epsilon is mis"),
         ({"llama__attention__layer_norm_rms_epsilon": float("inf")}, "layer_norm_rms_epsilon is inf, "),
-        ({"llama__attention__sliding_window": 256}, "llama.attention.sliding_window is 256; only attention to all"),
+        ({"llama__attention__causal": False}, "llama.attention.causal is false; only causal attention is known"),
+        ({"llama__rope__scaling__attn_factor": 0.5}, "metadata llama.rope.scaling.attn_factor is not known here"),
         ({"llama__expert_count": 8}, "a mixture of experts; only dense models are known"),
         ({"llama__attention__scale": 0.1}, "metadata llama.attention.scale is not known here"),
         (
@@ -799,6 +834,31 @@ def test_vocabularies_of_sentencepiece_that_are_refused(tmp_path, changes, compl
     }
     path = model_file(tmp_path / "a.gguf", **{key.replace(".", "__"): value for key, value in whole.items()})
     assert complaint in refusal(path, tmp_path / "new")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama-biases"])
+def test_windows_of_others_than_mistral_are_refused(tmp_path, family):
+    architecture = family.partition("-")[0]
+    changes = {f"{architecture}__attention__sliding_window": 256}
+    complaint = refusal(model_file(tmp_path / "a.gguf", family, **changes), tmp_path / "new")
+    assert complaint.startswith(f"{architecture}.attention.sliding_window is 256; a window is known of Mistral alone")
+
+
+def test_every_part_of_a_file_says_how_to_join_them(tmp_path):
+    """The parts after the first have no metadata but their number."""
+    import gguf
+
+    path = tmp_path / "a-00002-of-00003.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.kv_data[0].clear()
+    writer.add_uint16("split.no", 1)
+    writer.add_uint16("split.count", 3)
+    writer.add_tensor("blk.1.ffn_norm.weight", np.zeros(64, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert refusal(path, tmp_path / "new").startswith("one of 3 parts; join them with llama.cpp's llama-gguf-split")
 
 
 def test_other_architectures_are_refused_with_the_list(tmp_path):

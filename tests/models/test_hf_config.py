@@ -265,6 +265,38 @@ def test_both_ways_of_writing_rope_settings_are_read(saved):
     assert read_config(saved) == expected
 
 
+def test_of_two_rope_settings_the_one_counts_that_transformers_takes(saved):
+    """Files of transformers 5, to which somebody has added what older ones have."""
+    new = {"rope_type": "default", "rope_theta": 3e4}
+    rewrite_json(
+        saved / "config.json", rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2}, rope_parameters=new
+    )
+    ours, theirs = read_config(saved), transformers.AutoConfig.from_pretrained(saved).rope_parameters
+    assert (theirs["rope_type"], theirs["factor"]) == ("linear", 2)
+    assert (ours.rope_scaling, ours.rope_theta) == (RopeScaling("linear", 2.0), theirs["rope_theta"])
+    rewrite_json(saved / "config.json", rope_scaling=None)
+    ours, theirs = read_config(saved), transformers.AutoConfig.from_pretrained(saved).rope_parameters
+    assert (ours.rope_scaling, ours.rope_theta) == (None, theirs["rope_theta"]) == (None, 3e4)
+
+
+@pytest.mark.parametrize("settings", [{"partial_rotary_factor": 0.5}, {"rope_scaling": {"partial_rotary_factor": 0.5}}])
+def test_heads_that_are_turned_in_part_are_refused(saved, settings):
+    rewrite_json(saved / "config.json", **settings)
+    assert_refused(saved, "partial_rotary_factor is 0.5; only 1 is known")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_models_that_see_what_follows_are_refused(tmp_path, family):
+    """Embedding models made of language models: transformers 5 gives their attention no causal mask."""
+    for is_causal in (True, None):
+        hf = {"model_type": family, **SIZES, "is_causal": is_causal}
+        (tmp_path / "config.json").write_text(json.dumps(hf))
+        assert read_config(tmp_path).family == family
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **SIZES, "is_causal": False}))
+    with pytest.raises(UserError, match=r"config\.json: is_causal is False; only true is known$"):
+        read_config(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -44,6 +44,7 @@ OTHER_WANTED = {
     "tokenizer_config.json": b'{"add_bos_token": false}',
     "special_tokens_map.json": b"{}",
     "chat_template.jinja": b"{{ bos_token }}",
+    "minidpost.json": b'{"template": "chat"}',  # of a model that was trained here
     "tokenizer.model": b"pieces",
     "model.safetensors": b"weights" * 1000,
 }

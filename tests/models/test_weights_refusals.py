@@ -104,6 +104,24 @@ def test_config_of_another_model(saved, text):
     assert_refused(saved, str(saved / "config.json"), "model_type", "'t5'")
 
 
+def test_an_activation_of_its_own_is_refused(saved):
+    """transformers takes dense_act_fn where it differs from what feed_forward_proj says."""
+    activation = {"relu": "relu", "gated-gelu": "gelu_new"}[
+        json.loads((saved / "config.json").read_text())["feed_forward_proj"]
+    ]
+    rewrite_json(saved / "config.json", dense_act_fn=activation)
+    load_model(saved)
+    rewrite_json(saved / "config.json", dense_act_fn="silu")
+    assert_refused(saved, "dense_act_fn is 'silu', which with ", activation)
+
+
+def test_a_decoder_that_sees_what_follows_is_refused(saved):
+    rewrite_json(saved / "config.json", is_causal=True)
+    load_model(saved)
+    rewrite_json(saved / "config.json", is_causal=False)
+    assert_refused(saved, "is_causal is False; only true is known")
+
+
 @pytest.mark.parametrize("value", ["gated-silu", "gelu", 3, ["relu"]])
 def test_unknown_feed_forward(saved, value):
     rewrite_json(saved / "config.json", feed_forward_proj=value)
