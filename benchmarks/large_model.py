@@ -32,10 +32,11 @@ from typing import Any
 import torch
 
 from benchmarks.common import RESULTS, instruction_set, machine_line, write_result
+from minidpost.cli import run_command
 from minidpost.models.hf_config import Model, mapping_for
 from minidpost.models.llama import LlamaConfig
 from minidpost.models.weights import WritableTensor, empty_model, load_model, write_directory
-from minidpost.processes import process_group, rank, world_size
+from minidpost.processes import rank, world_size
 from minidpost.selftraining.presets import n_parameters
 from minidpost.selftraining.steps import save_trained
 from minidpost.storage import markdown_table
@@ -284,8 +285,7 @@ def measure_restore(base: Path, work: Path, *, is_half_trained: bool) -> dict[st
 def measure(name: str, directory: Path) -> dict[str, Any]:
     """One of MEASUREMENTS, on this rank."""
     if world_size() > 1:  # libraries are no weights
-        import torch.distributed.fsdp
-        import torch.distributed.tensor  # noqa: F401
+        from torch.distributed import fsdp, tensor  # noqa: F401
 
     kind, _, which = name.partition("-")
     base = directory / "fp32"
@@ -295,6 +295,17 @@ def measure(name: str, directory: Path) -> dict[str, Any]:
         return measure_model(base, directory, torch.float32 if which == "fp32" else torch.bfloat16)
     measured = measure_state if kind == "state" else measure_restore
     return measured(base, directory, is_half_trained=which == "half")
+
+
+def write_measured(name: str, directory: Path) -> None:
+    """Make one of MEASUREMENTS and leave what came out for the process that has asked for it."""
+    found = measure(name, directory)
+    result_path(directory, rank()).write_text(json.dumps(found), encoding="utf-8")
+
+
+def result_path(directory: Path, number: int) -> Path:
+    """Where a rank leaves what it has measured."""
+    return directory / f"rank-{number}.json"
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------
@@ -317,11 +328,6 @@ def by_processes(name: str, n_processes: int, directory: Path) -> dict[str, Any]
             found[key] = value if known is None or (value is not None and value > known) else known
         path.unlink()
     return found
-
-
-def result_path(directory: Path, number: int) -> Path:
-    """Where a rank leaves what it has measured."""
-    return directory / f"rank-{number}.json"
 
 
 def memory_row(name: str, n_processes: int, found: dict[str, Any]) -> list[str]:
@@ -392,9 +398,7 @@ def main() -> None:
     parser.add_argument("--measure", choices=MEASUREMENTS, help="make one measurement alone, within --directory")
     options = parser.parse_args()
     if options.measure is not None:
-        with process_group():
-            found = measure(options.measure, options.directory)
-            result_path(options.directory, rank()).write_text(json.dumps(found), encoding="utf-8")
+        run_command(lambda: write_measured(options.measure, options.directory))
         return
     config = shape(options.width, options.layers, options.vocabulary)
     results: dict[tuple[str, int], dict[str, Any]] = {}

@@ -125,11 +125,11 @@ def test_every_stage_is_rehearsed_with_adamws_moments(plan, always, monkeypatch,
 
 
 def test_large_batches_are_rehearsed_beside_gradients_that_are_not_summed_yet(plan, always, monkeypatch):
-    """Of several processes each holds all gradients before the last micro-batch of a step, and so must the rehearsal."""
+    """Of several processes each holds all gradients before the last micro-batch of a step: so must the rehearsal."""
     summed = []
     monkeypatch.setattr(parallel, "sums_gradients", lambda model, now: summed.append(now))
     rehearse(plan, shape_of(plan))
-    # DPO's reference and a first step; labelled, pseudo-labels, pairs: of each a small micro-batch before the large one.
+    # DPO's reference and a first step; labelled, pseudo-labels, pairs: each a small micro-batch before the large one.
     assert summed == [True, True, *[False, True] * 3]
 
 
