@@ -7,12 +7,14 @@ holds, rank 0 writes, and the others read: all machines see the same directories
 the first to fail is the only one that says why.
 """
 
+import ctypes
 import json
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -61,6 +63,13 @@ def available_memory() -> int:
     else:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([free, *room_in_groups()])
+
+
+def give_back_memory() -> None:
+    """Return to the system what was freed: glibc keeps tensors' memory below 32 MiB for later, hundreds of MB of it."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def room_in_groups() -> Iterator[int]:
@@ -159,12 +168,33 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor of which each rank has a slice, gathered on all of them; any other as it is."""
+    """A tensor of which each rank has a slice, gathered on all of them; any other as it is.
+
+    On a CPU nothing is held beside the result: each rank sends its rows to their place. What torch does there
+    (`full_tensor`) takes the result's size once or one and a half times more.
+    """
     if world_size() == 1:
         return tensor
-    from torch.distributed.tensor import DTensor  # here, as it is slow to import
+    from torch.distributed.tensor import DTensor, Shard  # here, as it is slow to import
 
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if not tensor.is_cpu or tuple(tensor.placements) != (Shard(0),):
+        return tensor.full_tensor()
+    gathered = torch.empty(tensor.shape, dtype=tensor.dtype)
+    for source in range(world_size()):
+        rows = gathered[rows_of_rank(len(gathered), source)]
+        if source == rank():
+            rows.copy_(tensor.to_local())
+        if len(rows) > 0:
+            dist.broadcast(rows, src=source)
+    return gathered
+
+
+def rows_of_rank(n_rows: int, number: int) -> slice:
+    """Which rows of a tensor lie on a rank: equal parts, of which the last may be shorter or empty."""
+    per_rank = -(-n_rows // world_size())
+    return slice(min(number * per_rank, n_rows), min((number + 1) * per_rank, n_rows))
 
 
 def max_over_ranks(*numbers: int) -> list[int]:

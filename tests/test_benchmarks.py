@@ -16,7 +16,19 @@ import torch
 from llama_oracle import LLAMA_SHAPES, random_llama
 from t5_oracle import SHAPES, random_t5
 
-from benchmarks import default_run, estimates, gpu, host, logprob_gap, peers, profiling, sampling, scaling, smollm2
+from benchmarks import (
+    default_run,
+    estimates,
+    gpu,
+    host,
+    large_model,
+    logprob_gap,
+    peers,
+    profiling,
+    sampling,
+    scaling,
+    smollm2,
+)
 from benchmarks.profiling import profile
 from benchmarks.scaling import Clocked, Limits, Rates, least_seconds, recipe_seconds
 from benchmarks.scripted import ScriptedModel, Work, natural_work, scripted_work
@@ -534,3 +546,44 @@ def test_memory_estimates_are_read_from_what_a_run_says():
     case = estimates.Case("smollm2-135m", ("--lora-rank", "16"), n_processes=2)
     row = estimates.row_of(case, (8.4e9, 26e6), (8.3e9, 1e9), rest=300_000_000)
     assert row == ["smollm2-135m", "--lora-rank 16", "2", "8.4", "8.0", "1.05"]
+
+
+# -- a large model ----------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_held_against_what_is_in_flight():
+    found = {"own": 2 * 10**9, "made": 10**9, "peak": 3.2 * 10**9, "of files": 0}
+    assert large_model.memory_row("model-fp32", 2, found) == [
+        "finished model, fp32", "2", "2.000", "1.000", "3.200", "0.000", "1.07", "yes",
+    ]  # fmt: skip
+    assert large_model.memory_row("model-fp32", 2, found | {"peak": 3.4 * 10**9})[-2:] == ["1.13", "**no**"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the memory of a process")
+def test_what_a_process_has_to_itself_is_watched():
+    """The largest that there was, although it is gone at the end."""
+    with large_model.watched() as peak:
+        large = torch.ones(2**24)
+        time.sleep(0.1)
+        del large
+    assert 2**26 <= peak.own < 1.5 * 2**26
+
+
+@pytest.mark.slow
+def test_a_large_model_is_measured_on_one_and_two_processes(tmp_path, monkeypatch):
+    """Small here, with two layers of which the upper one is trained; one command writes both tables."""
+    page = tmp_path / "page.md"
+    flags = ["--width", "128", "--layers", "2", "--vocabulary", "4000", "--directory", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["large_model", *flags, "--output", str(page)])
+    large_model.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
+    rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| ")]
+    heads = [number for number, row in enumerate(rows) if row[0].strip("| ") == "what"]
+    memory = rows[heads[0] + 2 : heads[1]]
+    times = rows[heads[1] + 2 :]
+    assert [row[1].strip() for row in memory] == ["1"] * 8 + ["2"] * 8
+    assert [row[1].strip() for row in times] == ["1"] * 4 + ["2"] * 4
+    of_one, of_two = ([float(row[2]) for row in memory[start : start + 8]] for start in (0, 8))
+    assert of_two == pytest.approx([size / 2 for size in of_one], abs=0.002)  # slices
+    half, whole = of_one[6], of_one[4]
+    assert half == pytest.approx(whole / 2, abs=0.002)  # one layer of two and the head, without the embedding

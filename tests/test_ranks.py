@@ -232,6 +232,71 @@ def test_slices_of_a_model_are_written_as_the_whole(tmp_path, family, lora_rank,
     assert not torch.equal(loaded.embedding.weight, model.embedding.weight) or lora_rank is not None
 
 
+def gathered_and_extra_bytes(n_rows: int, width: int) -> tuple[list[float], int]:
+    """The first column of a tensor of which each rank had a slice, and the memory that its gathering took (Linux)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    values = torch.arange(n_rows, dtype=torch.float32)[:, None].expand(n_rows, width).clone()
+    spread = distribute_tensor(values, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)])
+    del values
+    wait_for_all()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+    at_rest = status_bytes("VmRSS")
+    gathered = processes.whole(spread)
+    extra = status_bytes("VmHWM") - at_rest
+    assert torch.equal(gathered, gathered[:, :1].expand_as(gathered))
+    return gathered[:, 0].tolist(), extra
+
+
+def status_bytes(field: str) -> int:
+    """A size in the process's status."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of memory")
+def test_gathering_a_tensor_takes_its_memory_once():
+    n_bytes = 4 * 1001 * 2**14  # above what the allocator takes from what it has
+    for gathered, extra in on_ranks(2, gathered_and_extra_bytes, 1001, 2**14):
+        assert gathered == [*range(1001)]
+        assert 0.9 * n_bytes < extra < 1.25 * n_bytes
+
+
+def test_a_tensor_of_fewer_rows_than_ranks_is_gathered():
+    for gathered, _ in on_ranks(3, gathered_and_extra_bytes, 4, 2):  # two rows, two rows, none
+        assert gathered == [0, 1, 2, 3]
+
+
+FREED_IN_A_HEAP = """
+import torch
+from pathlib import Path
+from minidpost.selftraining.steps import free_models
+
+def resident():
+    return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+
+free_models()
+before = resident()
+large = torch.ones(2**22)
+del large  # from now on glibc takes what is smaller than 16 MiB from its heap
+tensors = [torch.ones(2**18) for _ in range(200)]
+last = torch.ones(2**18)  # above the others, so that the heap does not shrink by itself
+del tensors
+freed = resident() - before
+free_models()
+print(freed, resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_a_stage_gives_the_memory_of_the_one_before_back():
+    command = [sys.executable, "-c", FREED_IN_A_HEAP]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    freed, remaining = map(int, done.stdout.split())
+    assert freed > 150e6 and remaining < 50e6
+
+
 def is_let_go_of(start: Path) -> bool:
     """Whether a model that was trained is gone when the next one has been loaded."""
     gc.disable()  # else it depends on what else has been made since

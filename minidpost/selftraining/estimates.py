@@ -49,6 +49,14 @@ from minidpost.training.losses import LOGITS_AT_ONCE
 from minidpost.training.parallel import MAX_WHOLE_GRADIENTS, is_spread_by_layer
 
 GB = 10**9
+# [ours] What a process has on a CPU besides its tensors. glibc takes tensors below 32 MiB from a heap that has gaps
+# where others were freed: 8 to 20 % of the activations for SmolLM2-135M and Flan-T5-Small, and nothing where every
+# tensor is mapped by itself (MALLOC_MMAP_THRESHOLD_=1048576). With LoRA the small tensors between an adapter's matrices
+# stay in the gaps, in which the next large one then has no room: in fp32 30 to 60 %. Libraries allocate what they need
+# when they are first used.
+CPU_ALLOCATOR = 1.12
+CPU_ALLOCATOR_OF_FP32_ADAPTERS = 1.45
+CPU_LIBRARY_BYTES = GB // 10
 GPU_SLOTS = (1024, 512, 256, 128)  # of which the first that fits is taken
 FRACTION_FOR_SAMPLING = 1 / 3  # of a GPU's memory
 GPU_MARGIN = 1.3  # an estimate above what a GPU has free may be this much too high; the rehearsal decides
@@ -123,7 +131,15 @@ def training_bytes(
     weights_bytes = frozen_bytes + 16 * n_trained
     if n_ranks > 1:
         weights_bytes = weights_bytes // n_ranks + gathered_bytes(model, preset, dtype, device)
-    return weights_bytes + activation_bytes + logits_bytes
+    passing_bytes = activation_bytes + logits_bytes
+    if torch.device(device).type == "cpu":
+        has_many_gaps = preset.freezes_weights and dtype == torch.float32
+        allocator = CPU_ALLOCATOR_OF_FP32_ADAPTERS if has_many_gaps else CPU_ALLOCATOR
+        passing_bytes = int(allocator * passing_bytes) + CPU_LIBRARY_BYTES
+        if not preset.freezes_weights:  # a chunk's gradient of the output matrix, beside the sum of those before it
+            output = model.embedding.weight if model.head is None else model.head.weight
+            passing_bytes += (4 if dtype == torch.float32 else 4 + dtype.itemsize) * output.numel()
+    return weights_bytes + passing_bytes
 
 
 def gathered_bytes(model: Model, preset: Preset, dtype: torch.dtype, device: str) -> int:
@@ -166,13 +182,19 @@ def activation_bytes_a_token(model: Model, preset: Preset, dtype: torch.dtype, d
         width_bytes = 72 if dtype == torch.float32 else 46
     else:
         width_bytes = 40 if dtype == torch.float32 else 28
+    if preset.freezes_weights and torch.device(device).type == "cpu":
+        # Linear layers keep no input for gradients of theirs, and the stream may be bf16. Not measured on a GPU.
+        width_bytes = width_bytes // 2 if is_t5 else width_bytes * 3 // 4
     # The hidden units before and after the activation, the other branch of a gated one, and the product; in T5 also
     # what dropout makes of them, and its mask.
     n_hidden = 6 if is_t5 else 4
     attention_bytes = 0
     if is_t5 and torch.device(device).type == "cpu":
-        # There T5's attention weights are kept (see t5.FullAttention), also what dropout makes of them, and its mask.
-        attention_bytes = 3 * dtype.itemsize * config.n_heads * (preset.max_source + preset.max_target)
+        # There T5's attention weights are kept (see t5.FullAttention) and dropout's mask, in fp32, and what dropout
+        # makes of them. A source token sees the source, a target token the target and, in cross-attention, the source.
+        n_source, n_target = preset.max_source, preset.max_target
+        n_seen = (n_source**2 + n_target * (n_target + n_source)) // (n_source + n_target)
+        attention_bytes = (8 + dtype.itemsize) * config.n_heads * n_seen
     adapter_bytes = 0
     if preset.lora_rank is not None:
         # Between the two matrices of each adapter there are as many numbers as its rank.

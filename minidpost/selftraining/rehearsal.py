@@ -27,7 +27,7 @@ from minidpost.errors import when_memory_runs_out
 from minidpost.models.hf_config import Model
 from minidpost.models.kvcache import T5Cache
 from minidpost.models.weights import load_model
-from minidpost.processes import rank, world_size
+from minidpost.processes import give_back_memory, rank, world_size
 from minidpost.progress import Progress
 from minidpost.sampling.cuda_graphs import recorded_steps
 from minidpost.sampling.sampler import cached_tokens, default_chunk_size, overlaps, prefill_batch
@@ -165,8 +165,9 @@ def rehearse_training(plan: Plan, progress: Progress) -> None:
 
     begin_sft(model, sft)
     for examples in largest_sft_batches(plan, model):
-        # The small micro-batch leaves gradients, to which those of the large one are added.
-        sft_gradients(model, small, micro_batch_tokens, dtype=sft.dtype)
+        # The small micro-batch leaves gradients, to which those of the large one are added; of several processes each
+        # holds them whole until then.
+        sft_gradients(model, small, micro_batch_tokens, dtype=sft.dtype, ends_step=False)
         sft_gradients(model, examples * world_size(), micro_batch_tokens, dtype=sft.dtype)  # each rank gets as many
         apply_step(model, optimizer, sft.schedule, step=0, n_steps=1)
         progress.update()
@@ -174,7 +175,7 @@ def rehearse_training(plan: Plan, progress: Progress) -> None:
     if pairs:
         model.eval()  # without dropout, as in train_dpo
         dpo = preset.dpo(len(pairs), 0, plan.training_dtype)
-        sft_gradients(model, small, micro_batch_tokens, dtype=dpo.dtype)
+        sft_gradients(model, small, micro_batch_tokens, dtype=dpo.dtype, ends_step=False)
         dpo_gradients(
             model,
             pairs,
@@ -285,6 +286,7 @@ def unchanged_random_numbers(device: str) -> Iterator[None]:
 def begin_peak(device: str) -> None:
     """Free what nothing refers to, and begin to look for the peak."""
     gc.collect()
+    give_back_memory()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from minidpost.models.hf_config import Model
 from minidpost.models.lora import fresh_values
 from minidpost.models.weights import checked_files, open_tensors
-from minidpost.processes import rank, world_size
+from minidpost.processes import rank, rows_of_rank, world_size
 from minidpost.training.batching import TokenizedExample, micro_batches
 
 if TYPE_CHECKING:
@@ -112,9 +112,8 @@ def is_spread_by_layer(n_parameters: int) -> bool:
 
 
 def own_rows(n_rows: int) -> slice:
-    """Which rows of a tensor of `n_rows` lie on this rank: equal parts, of which the last may be shorter or empty."""
-    per_rank = -(-n_rows // world_size())
-    return slice(min(rank() * per_rank, n_rows), min((rank() + 1) * per_rank, n_rows))
+    """Which rows of a tensor of `n_rows` lie on this rank."""
+    return rows_of_rank(n_rows, rank())
 
 
 def local_part(weight: Tensor) -> Tensor:
@@ -153,13 +152,18 @@ def let_go_of_weights(model: nn.Module) -> None:
 
 
 def own_micro_batches(
-    model: Model, items: Sequence[Sequence[TokenizedExample]], max_tokens: int, device: torch.device
+    model: Model,
+    items: Sequence[Sequence[TokenizedExample]],
+    max_tokens: int,
+    device: torch.device,
+    *,
+    ends_step: bool = True,
 ) -> Iterator[tuple[list[int], float]]:
     """This rank's micro-batches of items 0 … n−1, each with the weight of its loss, 1.0.
 
     All ranks get equally many: where one has fewer, item 0 follows with weight 0.0. Gradients are summed over the ranks
     with the last one, so that they travel once. Until then a rank holds all of them: those of a large model are summed
-    with each.
+    with each. Without `ends_step` the optimizer step has further items, and none of these micro-batches is its last.
     """
     n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     keeps_whole_gradients = n_trained <= MAX_WHOLE_GRADIENTS
@@ -170,7 +174,7 @@ def own_micro_batches(
     n_rounds = max(len(batches) for batches in of_ranks)
     own = of_ranks[rank()]
     for index in range(n_rounds):
-        sums_gradients(model, index == n_rounds - 1 or not keeps_whole_gradients)
+        sums_gradients(model, (ends_step and index == n_rounds - 1) or not keeps_whole_gradients)
         yield (own[index], 1.0) if index < len(own) else ([0], 0.0)
 
 

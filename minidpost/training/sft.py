@@ -119,13 +119,19 @@ def begin_sft(model: Model, settings: SFTSettings) -> None:
 
 
 def sft_gradients(
-    model: Model, batch: Sequence[TokenizedExample], micro_batch_tokens: int, *, dtype: torch.dtype | None = None
+    model: Model,
+    batch: Sequence[TokenizedExample],
+    micro_batch_tokens: int,
+    *,
+    dtype: torch.dtype | None = None,
+    ends_step: bool = True,
 ) -> Tensor:
     """Forward and backward pass of one optimizer step, whose examples are `batch`.
 
     Adds to each parameter's `.grad` the gradient of the mean loss over all target tokens of the batch; returns that
     loss (nats a token, without gradient, on the model's device). `dtype` is the precision of the forward pass, see
-    SFTSettings. On several processes each computes a part of the batch, and all return the same.
+    SFTSettings. On several processes each computes a part of the batch, and all return the same; without `ends_step`
+    the gradients are not summed over them yet, as more of the step is to follow.
     """
     device = next(model.parameters()).device
     n_target_tokens = sum(len(example.target_ids) for example in batch)
@@ -134,7 +140,8 @@ def sft_gradients(
     # Gradient accumulation. Each micro-batch's loss is divided by the target tokens of the whole step, not by its own
     # (dividing by its own would give the tokens of small micro-batches more weight), so that the parts add up to
     # the mean and the gradients to its gradient.
-    for indices, weight in own_micro_batches(model, [[example] for example in batch], micro_batch_tokens, device):
+    items = [[example] for example in batch]
+    for indices, weight in own_micro_batches(model, items, micro_batch_tokens, device, ends_step=ends_step):
         micro_batch = collate(model.config, [batch[i] for i in indices], device)
         with autocast(device, dtype):
             log_probability_BT = log_probabilities(model, micro_batch)

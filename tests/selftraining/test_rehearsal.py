@@ -22,7 +22,7 @@ from minidpost.selftraining.presets import TINY_T5
 from minidpost.selftraining.rehearsal import is_worth_it, largest_sft_batches, longest_lengths, pairs_of, rehearse
 from minidpost.selftraining.run import Data, tokenize
 from minidpost.text.tokenizer import load_tokenizer
-from minidpost.training import dpo, sft
+from minidpost.training import dpo, parallel, sft
 from minidpost.training.batching import micro_batches
 from minidpost.training.dpo import distinct_completions, own_pair_micro_batches
 
@@ -122,6 +122,15 @@ def test_every_stage_is_rehearsed_with_adamws_moments(plan, always, monkeypatch,
     rehearse(replace(plan, method="sft"), shape_of(plan))
     assert [name for name, _, is_complete, _ in calls if is_complete] == ["sft"]
     assert "rehearsal: 100%| 3/3" in capsys.readouterr().err
+
+
+def test_large_batches_are_rehearsed_beside_gradients_that_are_not_summed_yet(plan, always, monkeypatch):
+    """Of several processes each holds all gradients before the last micro-batch of a step: so must the rehearsal."""
+    summed = []
+    monkeypatch.setattr(parallel, "sums_gradients", lambda model, now: summed.append(now))
+    rehearse(plan, shape_of(plan))
+    # DPO's reference and a first step; labelled, pseudo-labels, pairs: each a small micro-batch before the large one.
+    assert summed == [True, True, *[False, True] * 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -243,6 +243,25 @@ def test_bf16_weights_are_added_to_in_fp32(tmp_path, name):
         assert loss == pytest.approx(expected[1], rel=1e-2)
 
 
+def gradients_of_parts(directory: Path) -> tuple[bool, list[list[float]]]:
+    """Whether a part of a step leaves gradients whole on each rank, and the gradients when the rest has followed."""
+    model = load(directory)
+    sft.sft_gradients(model, examples(5)[:3], 10**6, ends_step=False)
+    is_summed = any(weight.grad is not None for weight in model.parameters())
+    sft.sft_gradients(model, examples(5)[3:], 10**6)
+    return is_summed, [whole(weight.grad).flatten().tolist() for weight in model.parameters()]
+
+
+def test_a_part_of_a_step_is_summed_over_the_ranks_with_the_rest(tmp_path):
+    """As with several micro-batches, before the last of which each rank holds all gradients."""
+    save_model(MODELS["llama"](), tmp_path, [])
+    _, expected = gradients_of_parts(tmp_path)
+    for is_summed, gradients in on_ranks(2, gradients_of_parts, tmp_path):
+        assert not is_summed
+        for ours, theirs in zip(gradients, expected, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-6)
+
+
 def test_rows_are_dealt_evenly():
     items = [[TokenizedExample((1,) * size, (1,))] for size in (3, 70, 30, 60, 20, 50, 10)]
     assert deal(items, 1) == [[0, 1, 2, 3, 4, 5, 6]]
