@@ -7,14 +7,12 @@ holds, rank 0 writes, and the others read: all machines see the same directories
 the first to fail is the only one that says why.
 """
 
-import ctypes
 import json
 import os
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -63,13 +61,6 @@ def available_memory() -> int:
     else:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([free, *room_in_groups()])
-
-
-def give_back_memory() -> None:
-    """Return to the system what was freed: glibc keeps tensors' memory below 32 MiB for later, hundreds of MB of it."""
-    if sys.platform == "linux":
-        with suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def room_in_groups() -> Iterator[int]:

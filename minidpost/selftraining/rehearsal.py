@@ -27,7 +27,7 @@ from minidpost.errors import when_memory_runs_out
 from minidpost.models.hf_config import Model
 from minidpost.models.kvcache import T5Cache
 from minidpost.models.weights import load_model
-from minidpost.processes import give_back_memory, rank, world_size
+from minidpost.processes import rank, world_size
 from minidpost.progress import Progress
 from minidpost.sampling.cuda_graphs import recorded_steps
 from minidpost.sampling.sampler import cached_tokens, default_chunk_size, overlaps, prefill_batch
@@ -286,7 +286,6 @@ def unchanged_random_numbers(device: str) -> Iterator[None]:
 def begin_peak(device: str) -> None:
     """Free what nothing refers to, and begin to look for the peak."""
     gc.collect()
-    give_back_memory()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

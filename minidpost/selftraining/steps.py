@@ -34,7 +34,7 @@ from minidpost.models.hf_config import Model
 from minidpost.models.llama import LlamaConfig
 from minidpost.models.lora import adapters, add_adapters, save_adapters, save_merged
 from minidpost.models.weights import in_memory, load_model, open_tensors, save_model, tokenizer_files, write_safetensors
-from minidpost.processes import give_back_memory, on_rank_0, rank, world_size
+from minidpost.processes import on_rank_0, rank, world_size
 from minidpost.sampling.generate import Sample, generate, shared_chunk_size
 from minidpost.sampling.sampler import SamplingSettings
 from minidpost.selftraining.comparison import questions_hash
@@ -122,7 +122,6 @@ def load_for_training(directory: Path, preset: Preset, *, dtype: torch.dtype | N
 def free_models() -> None:
     """Free the models of the stages before: hooks of fully_shard refer to them in circles, which outlive the stage."""
     gc.collect()
-    give_back_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
