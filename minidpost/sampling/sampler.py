@@ -46,7 +46,7 @@ from torch import Tensor
 from minidpost.precision import to_device
 from minidpost.sampling.cuda_graphs import recorded_steps
 from minidpost.sampling.token_choice import SamplingSettings, choose, row_uniforms
-from minidpost.sampling.workers import Parametrised, n_workers_for, sample_in_workers
+from minidpost.sampling.workers import n_workers_for, sample_in_workers
 
 __all__ = [
     "CHUNK",
@@ -64,13 +64,9 @@ __all__ = [
 ]
 
 # Requests that begin with empty slots; part of what a run's results depend on (in fp32, by rounding). At the end of a
-# chunk slots are empty, so that on a GPU, where there may be many, chunks grow with them. But the chunk at work is also
-# what a kill loses: on a CPU 1,024 completions of SmolLM2-135M take ten minutes. With eight a slot there are some 8 %
-# more steps, which have few rows and are short.
+# chunk slots are empty, so that on a GPU, where there may be many, chunks grow with them.
 CHUNK = 1024
 GPU_CHUNK_PER_SLOT = 16
-CPU_CHUNK_PER_SLOT = 8  # [ours] for models of MIN_PARAMETERS_FOR_SMALL_CHUNKS and more
-MIN_PARAMETERS_FOR_SMALL_CHUNKS = 20_000_000
 # Prompts that are prefilled together. On a GPU starting a prefill's kernels takes as long as several steps, and the
 # more slots there are, the more prompts are needed in each.
 PREFILL_BATCH = 16
@@ -192,7 +188,7 @@ def sample(
     """
     device = next(model.parameters()).device
     if chunk_size is None:
-        chunk_size = default_chunk_size(model, settings.slots)
+        chunk_size = default_chunk_size(settings.slots, device)
     chunks = chunked(requests, chunk_size)
     if overlap is None:
         overlap = overlaps(device)
@@ -226,12 +222,10 @@ def sample(
     return work(given, settings.slots)
 
 
-def default_chunk_size(model: Parametrised, n_slots: int) -> int:
+def default_chunk_size(n_slots: int, device: torch.device | str) -> int:
     """The requests of a chunk where nothing else is asked for."""
-    if next(model.parameters()).device.type == "cuda":
+    if torch.device(device).type == "cuda":
         return max(CHUNK, GPU_CHUNK_PER_SLOT * n_slots)
-    if sum(weight.numel() for weight in model.parameters()) >= MIN_PARAMETERS_FOR_SMALL_CHUNKS:
-        return min(CHUNK, CPU_CHUNK_PER_SLOT * n_slots)
     return CHUNK
 
 

@@ -1,11 +1,9 @@
 """Questions to graded completions: what the sampler is asked, and what becomes of its rows."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from minidpost.errors import UserError
 from minidpost.models.weights import check_vocabulary, load_model
@@ -119,20 +117,10 @@ def test_a_sample_is_graded_where_answers_are_given(requested, model, tiny_templ
     assert (ungraded.answer, ungraded.is_correct) == (None, None)
 
 
-class Parameters:
-    """A model of which nothing but its size and its device is known."""
-
-    def __init__(self, n_parameters: int, device: str):
-        self.weight = SimpleNamespace(numel=lambda: n_parameters, device=torch.device(device))
-
-    def parameters(self) -> Iterator[SimpleNamespace]:
-        yield self.weight
-
-
 def test_several_gpus_have_equally_many_chunks(monkeypatch):
     def chunks(n_requests: int, n_processes: int, n_slots: int = 256, device: str = "cuda") -> tuple[int, int]:
         monkeypatch.setattr(generation, "world_size", lambda: n_processes)
-        size = shared_chunk_size(Parameters(10**6, device), n_slots, n_requests)
+        size = shared_chunk_size(n_slots, device, n_requests)
         return size, -(-n_requests // size)
 
     assert chunks(1319, 1) == (4096, 1)
@@ -142,14 +130,6 @@ def test_several_gpus_have_equally_many_chunks(monkeypatch):
     assert chunks(0, 8) == (256, 0)
     for n_processes in (1, 2, 4):
         assert chunks(1319, n_processes, device="cpu") == (1024, 2)
-
-
-@pytest.mark.parametrize(
-    ("n_parameters", "n_slots", "size"),
-    [(5_000_000, 32, 1024), (135_000_000, 64, 512), (135_000_000, 32, 256), (135_000_000, 1, 8), (10**9, 512, 1024)],
-)
-def test_on_a_cpu_a_kill_loses_little_of_a_large_model(n_parameters, n_slots, size):
-    assert shared_chunk_size(Parameters(n_parameters, "cpu"), n_slots, 10_000) == size
 
 
 def test_no_questions_no_completions(model, tiny_template):
