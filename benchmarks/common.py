@@ -61,3 +61,9 @@ def write_result(path: Path, title: str, paragraphs: list[str], is_whole: bool =
     path.write_text(text, encoding="utf-8")
     if is_whole:
         print(text)
+
+
+def status_bytes(*fields: str) -> int:
+    """The sum of some sizes in this process's status, in bytes (Linux)."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
+    return sum(1024 * int(lines[name].split()[0]) for name in fields)

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, instruction_set, machine_line, write_result
+from benchmarks.common import RESULTS, instruction_set, machine_line, status_bytes, write_result
 from minidpost.cli import run_command
 from minidpost.models.hf_config import Model, mapping_for
 from minidpost.models.llama import LlamaConfig
@@ -75,12 +75,6 @@ def shape(width: int, n_layers: int, vocab_size: int) -> LlamaConfig:
 
 
 # -- what a process has to itself -------------------------------------------------------------------------------------
-
-
-def status_bytes(*fields: str) -> int:
-    """The sum of sizes in the process's status (Linux)."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
-    return sum(1024 * int(lines[name].split()[0]) for name in fields)
 
 
 @dataclass

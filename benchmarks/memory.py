@@ -20,6 +20,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.common import status_bytes  # noqa: E402
 from minidpost.models.layers import token_log_probabilities  # noqa: E402
 from minidpost.models.llama import Llama, LlamaConfig  # noqa: E402
 from minidpost.storage import markdown_table  # noqa: E402
@@ -101,15 +102,9 @@ def measure(variant: Callable[[Llama, Batch], Tensor], width: int, n_layers: int
     step(small_batch)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
-    rest = memory("VmRSS")
+    rest = status_bytes("VmRSS")
     step(batch)
-    return memory("VmHWM") - rest
-
-
-def memory(field: str) -> int:
-    """A line of the process's status, in bytes."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
-    return 1024 * int(lines[field].split()[0])
+    return status_bytes("VmHWM") - rest
 
 
 if __name__ == "__main__":

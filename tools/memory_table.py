@@ -7,7 +7,6 @@ By the estimates that train.py makes before it begins (selftraining/estimates.py
 model's preset, in bf16 on a GPU. Nothing is allocated, so that any machine will do.
 """
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from minidpost.cli import Parser  # noqa: E402
 from minidpost.errors import UserError  # noqa: E402
 from minidpost.models.hf_config import read_config  # noqa: E402
 from minidpost.models.weights import empty_model  # noqa: E402
@@ -31,13 +31,13 @@ HEADS = ["model", "parameters", "training", "with LoRA", "sampling", "disk", "di
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and print the table; the exit status, 2 after a line that says what was wrong."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "configs", metavar="CONFIG", type=Path, nargs="*", help="a config.json or its directory (default: all known)"
     )
     parser.add_argument("--lora-rank", type=int, default=16, help="of the columns with LoRA (default: %(default)s)")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         if options.lora_rank < 1:
             raise UserError(f"--lora-rank {options.lora_rank}: at least 1 is expected")
         paths = options.configs or sorted(CONFIGS.glob("*/config.json"))
