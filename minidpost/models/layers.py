@@ -169,7 +169,7 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def label_log_probabilities(
-        self, inputs: tuple[Tensor | None, ...], *, label_N: Tensor, position_N: Tensor, positions_at_once: int
+        self, inputs: tuple[Any, ...], *, label_N: Tensor, position_N: Tensor, positions_at_once: int
     ) -> Tensor:
         """log f of the label at each of N positions of the flattened (B·T), in nats, (N,): all that training needs.
 

@@ -24,6 +24,7 @@ from minidpost.errors import UserError
 from minidpost.models.dropped_attention import dropped_attention
 from minidpost.models.kvcache import CachedTokens, KVCache, StepPlan, indices
 from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, linear
+from minidpost.models.packing import PackedAttention, Packing
 from minidpost.precision import to_device
 
 
@@ -263,15 +264,16 @@ class Llama(LanguageModel):
                 weight.normal_(std=0.02 if weight is self.embedding.weight else scale * weight.shape[1] ** -0.5)
         return self
 
-    def forward(self, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+    def forward(self, ids_BT: Tensor, mask_BT: Tensor | None = None, packing: Packing | None = None) -> Tensor:
         """Logits for the token after each position, (B, T, V).
 
         mask_BT is bool, True = a token, for padding anywhere. Without it rows are right-padded: all begin at once, and
-        padding comes after a row's end, where no token can see it.
+        padding comes after a row's end, where no token can see it. With the `packing` of right-padded rows only tokens
+        are computed; logits at padding then mean nothing.
         """
-        return self.logits(self.hidden(ids_BT, mask_BT))
+        return self.logits(self.hidden(ids_BT, mask_BT, packing))
 
-    def hidden(self, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+    def hidden(self, ids_BT: Tensor, mask_BT: Tensor | None = None, packing: Packing | None = None) -> Tensor:
         """Final hidden states, (B, T, D), which `logits` multiplies by the output matrix.
 
         The product right-pads and gives no mask: that branch is here for the contract `llama(ids_BT, mask_BT)`, for
@@ -287,13 +289,17 @@ class Llama(LanguageModel):
             mask_B1TT = ((causal_TT & mask_BT[:, None]) | itself_TT)[:, None]
             position_BT = mask_BT.long().cumsum(1).sub(1).clamp(min=0)  # a row's first token is at position 0
 
+        own: Attendable = CausalAttention(mask_B1TT, self.dropout if self.training else 0.0)
+        if packing is not None:
+            ids_BT = packing.pack(ids_BT)
+            position_BT = packing.column_1N
+            own = PackedAttention(own, packing, packing)
         rotation = self.rotation(position_BT)
-        own = CausalAttention(mask_B1TT, self.dropout if self.training else 0.0)
-        x_BTD = self.embedding(ids_BT)
+        x_BTD = self.embedding(ids_BT)  # (1, N, D) if packed
         for layer in self.stack.layers:
             x_BTD = self.stack.run(layer, x_BTD, rotation, own)
         hidden_BTD: Tensor = self.stack.norm(x_BTD)
-        return hidden_BTD
+        return hidden_BTD if packing is None else packing.unpack(hidden_BTD)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """The output matrix, which may be the embedding's: (…, D) to (…, V)."""

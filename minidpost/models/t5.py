@@ -27,6 +27,7 @@ from minidpost.models.kvcache import (
     whole_length,
 )
 from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, linear, mask_bias
+from minidpost.models.packing import PackedAttention, Packing
 
 
 @dataclass(frozen=True)
@@ -269,49 +270,71 @@ class T5(LanguageModel):
         return self.encoder, self.decoder
 
     def forward(
-        self, source_QS: Tensor, source_mask_QS: Tensor, target_BT: Tensor, row_B: Tensor | None = None
+        self,
+        source_QS: Tensor,
+        source_mask_QS: Tensor,
+        target_BT: Tensor,
+        row_B: Tensor | None = None,
+        packings: tuple[Packing, Packing] | None = None,
     ) -> Tensor:
         """Logits for the token after each decoder input, (B, T, V).
 
         source_QS are ids and source_mask_QS is True where they are tokens; target_BT are the decoder's input ids, from
         the start id on (right-padding needs no mask: the decoder looks back only). row_B says which source row each
-        target row reads, so that the targets of one prompt share its encoding (None: one each, Q = B).
+        target row reads, so that the targets of one prompt share its encoding (None: one each, Q = B). With the
+        `packings` of the sources and of the targets only tokens are computed; logits at padding then mean nothing.
         """
-        return self.logits(self.hidden(source_QS, source_mask_QS, target_BT, row_B))
+        return self.logits(self.hidden(source_QS, source_mask_QS, target_BT, row_B, packings))
 
     def hidden(
-        self, source_QS: Tensor, source_mask_QS: Tensor, target_BT: Tensor, row_B: Tensor | None = None
+        self,
+        source_QS: Tensor,
+        source_mask_QS: Tensor,
+        target_BT: Tensor,
+        row_B: Tensor | None = None,
+        packings: tuple[Packing, Packing] | None = None,
     ) -> Tensor:
         """Final hidden states, (B, T, D), which `logits` multiplies by the output matrix; arguments as `forward`'s."""
         dropout = self.dropout if self.training else 0.0
-        encoded_QSD = self.encode(source_QS, source_mask_QS, dropout)
+        sources, targets = packings or (None, None)
+        encoded_QSD = self.encode(source_QS, source_mask_QS, dropout, sources)  # (1, M, D) if packed
 
         # A target position sees itself and those before it, with a bias that depends on the distance alone.
         position_T = torch.arange(target_BT.shape[1], device=target_BT.device)
         distance_TT = position_T[:, None] - position_T
         bias_1HTT = self.position_bias(distance_TT).permute(2, 0, 1)[None]
-        own = FullAttention(bias_1HTT.masked_fill(distance_TT < 0, -math.inf), dropout)
+        own: Attendable = FullAttention(bias_1HTT.masked_fill(distance_TT < 0, -math.inf), dropout)
 
         # It sees all tokens of its source, without position bias: cross-attention has none.
         source_bias_Q11S = mask_bias(source_mask_QS, encoded_QSD.dtype)
         source_bias_B11S = source_bias_Q11S if row_B is None else source_bias_Q11S.index_select(0, row_B)
-        prompt = FullAttention(source_bias_B11S, dropout, row_B)
+        prompt: AttendablePrompt = FullAttention(source_bias_B11S, dropout, row_B)
 
-        x_BTD = drop(self.embedding(target_BT), dropout)
+        if targets is not None and sources is not None:
+            target_BT = targets.pack(target_BT)
+            own = PackedAttention(own, targets, targets)
+            prompt = PackedAttention(prompt, targets, sources)
+        x_BTD = drop(self.embedding(target_BT), dropout)  # (1, N, D) if packed
         for layer in self.decoder.layers:
             x_BTD = self.decoder.run(layer, x_BTD, own, prompt, encoded_QSD, dropout)
-        return self.finish(x_BTD, dropout)
+        x_BTD = self.finish(x_BTD, dropout)
+        return x_BTD if targets is None else targets.unpack(x_BTD)
 
-    def encode(self, source_BS: Tensor, source_mask_BS: Tensor, dropout: float = 0.0) -> Tensor:
-        """The encoder's output, (B, S, D)."""
+    def encode(
+        self, source_BS: Tensor, source_mask_BS: Tensor, dropout: float = 0.0, packing: Packing | None = None
+    ) -> Tensor:
+        """The encoder's output, (B, S, D); with a packing (1, N, D)."""
         # Every source token sees every other, in both directions; the stack's one table serves all its layers.
         position_S = torch.arange(source_BS.shape[1], device=source_BS.device)
         offset_SS = position_S[None, :] - position_S[:, None]
         bucket_SS = relative_bucket(offset_SS, True, self.config.n_buckets, self.config.max_distance)
         bias_1HSS = self.encoder.relative_bias(bucket_SS).permute(2, 0, 1)[None]
         bias_BHSS = bias_1HSS.masked_fill(~source_mask_BS[:, None, None, :], -math.inf)
-        own = FullAttention(bias_BHSS, dropout)
+        own: Attendable = FullAttention(bias_BHSS, dropout)
 
+        if packing is not None:
+            source_BS = packing.pack(source_BS)
+            own = PackedAttention(own, packing, packing)
         x_BSD = drop(self.embedding(source_BS), dropout)
         for layer in self.encoder.layers:
             x_BSD = self.encoder.run(layer, x_BSD, own, dropout)

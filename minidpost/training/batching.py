@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minidpost.models.hf_config import Config
+from minidpost.models.packing import Packing, packing_of
 from minidpost.precision import to_device
 
 IGNORED_LABEL = -100  # a label that carries no loss
@@ -66,19 +67,26 @@ class EncoderDecoderInputs(NamedTuple):
     """What T5's forward pass takes.
 
     The encoder reads Q distinct prompts of up to S tokens, the decoder B targets of up to T tokens. `row_B` says which
-    row of the encoder each target reads; None where each has its own, Q = B.
+    row of the encoder each target reads; None where each has its own, Q = B. `packings` are those of sources and
+    targets, where padding is not computed.
     """
 
     source_QS: Tensor
     source_mask_QS: Tensor
     target_BT: Tensor
     row_B: Tensor | None
+    packings: tuple[Packing, Packing] | None = None
 
 
 class DecoderOnlyInputs(NamedTuple):
-    """What Llama's forward pass takes: prompt and target as one sequence."""
+    """What Llama's forward pass takes: prompt and target as one sequence, padded on the right.
+
+    There is no mask; `packing` is that of the rows, where padding is not computed.
+    """
 
     ids_BT: Tensor
+    mask_BT: None = None
+    packing: Packing | None = None
 
 
 @dataclass(frozen=True)
@@ -97,17 +105,24 @@ class Batch:
 # -- from ids to tensors ----------------------------------------------------------------------------------------------
 
 
-def collate(config: Config, examples: Sequence[TokenizedExample], device: torch.device | str) -> Batch:
+def collate(
+    config: Config, examples: Sequence[TokenizedExample], device: torch.device | str, is_packed: bool | None = None
+) -> Batch:
     """Right-pad examples to the longest of the batch, in the form that the model's family takes.
 
-    Attention is masked by length, never by id, so that it does not matter which id pads.
+    Attention is masked by length, never by id, so that it does not matter which id pads. With `is_packed` (None: on
+    any device but a CPU) the model computes no padding outside attention.
     """
+    if is_packed is None:
+        is_packed = torch.device(device).type != "cpu"
     if config.is_encoder_decoder:
-        return collate_encoder_decoder(examples, config.start_id, device)
-    return collate_decoder_only(examples, device)
+        return collate_encoder_decoder(examples, config.start_id, device, is_packed)
+    return collate_decoder_only(examples, device, is_packed)
 
 
-def collate_encoder_decoder(examples: Sequence[TokenizedExample], start_id: int, device: torch.device | str) -> Batch:
+def collate_encoder_decoder(
+    examples: Sequence[TokenizedExample], start_id: int, device: torch.device | str, is_packed: bool = False
+) -> Batch:
     """A batch in which each distinct prompt is encoded once, however many targets it has.
 
     The decoder's input is the target shifted right by one, so that each position predicts the next token:
@@ -130,13 +145,18 @@ def collate_encoder_decoder(examples: Sequence[TokenizedExample], start_id: int,
     if len(prompts) < len(examples):
         row_of_prompt = {prompt: row for row, prompt in enumerate(prompts)}
         row_B = to_device(torch.tensor([row_of_prompt[example.prompt_ids] for example in examples]), device)
+    packings = None
+    if is_packed:  # every token of a target has a label
+        packings = packing_of(source_mask_QS).to(device), packing_of(label_BT != IGNORED_LABEL).to(device)
     inputs = EncoderDecoderInputs(
-        to_device(source_QS, device), to_device(source_mask_QS, device), to_device(target_BT, device), row_B
+        to_device(source_QS, device), to_device(source_mask_QS, device), to_device(target_BT, device), row_B, packings
     )
     return Batch(inputs, to_device(label_BT, device), to_device(position_N, device))
 
 
-def collate_decoder_only(examples: Sequence[TokenizedExample], device: torch.device | str) -> Batch:
+def collate_decoder_only(
+    examples: Sequence[TokenizedExample], device: torch.device | str, is_packed: bool = False
+) -> Batch:
     """A batch of prompt and target as one sequence, of which the target alone has labels.
 
     Each position predicts the next token, and the last token has none to predict:
@@ -150,7 +170,11 @@ def collate_decoder_only(examples: Sequence[TokenizedExample], device: torch.dev
     labels = [[IGNORED_LABEL] * (len(example.prompt_ids) - 1) + list(example.target_ids) for example in examples]
     label_BT = pad(labels, IGNORED_LABEL, multiple)
     position_N = labelled_positions(label_BT)
-    inputs = DecoderOnlyInputs(to_device(ids_BT, device))
+    packing = None
+    if is_packed:
+        length_B = torch.tensor([example.n_tokens - 1 for example in examples])
+        packing = packing_of(torch.arange(ids_BT.shape[1]) < length_B[:, None]).to(device)
+    inputs = DecoderOnlyInputs(to_device(ids_BT, device), packing=packing)
     return Batch(inputs, to_device(label_BT, device), to_device(position_N, device))
 
 

@@ -40,7 +40,7 @@ def test_encoder_decoder_targets_shift_and_masks_follow_lengths():
     examples = [TokenizedExample((5, 0, 6, 0), (0, 8, 1)), TokenizedExample((0,), (9, 0, 0, 4, 1))]
     batch = collate(T5_CONFIG, examples, "cpu")
     assert isinstance(batch.inputs, EncoderDecoderInputs)
-    source_QS, mask_QS, target_BT, row_B = batch.inputs
+    source_QS, mask_QS, target_BT, row_B, packings = batch.inputs
     assert source_QS.tolist() == [[5, 0, 6, 0], [0, 0, 0, 0]]
     assert mask_QS.dtype == torch.bool
     assert mask_QS.tolist() == [[True, True, True, True], [True, False, False, False]]
@@ -63,7 +63,7 @@ def test_decoder_only_targets_alone_have_labels():
     sequences = [TokenizedExample((5, 0, 6), (0, 8, 2)), TokenizedExample((7,), (9, 2)), TokenizedExample((7, 4), (2,))]
     batch = collate(LLAMA_CONFIG, sequences, "cpu")
     assert isinstance(batch.inputs, DecoderOnlyInputs)
-    (ids_BT,) = batch.inputs
+    ids_BT, mask_BT, packing = batch.inputs
     assert ids_BT.tolist() == [[5, 0, 6, 0, 8], [7, 9, 0, 0, 0], [7, 4, 0, 0, 0]]
     i = IGNORED_LABEL
     assert batch.label_BT.tolist() == [[i, i, 0, 8, 2], [9, 2, i, i, i], [i, 2, i, i, i]]
