@@ -45,6 +45,7 @@ from minidpost.selftraining.estimates import (
     Plan,
     check_disk,
     check_memory,
+    micro_batch_tokens_for,
     model_size,
     planned_stages,
     slots_for,
@@ -82,6 +83,10 @@ def main() -> None:
     model = empty_model(read_config(base))
     dtype = sampling_dtype(options.dtype, options.device, n_parameters(model))
     default = replace(default, slots=slots_for(model, default, dtype, options.device))
+    train_dtype = training_dtype(options.train_dtype, options.device, n_parameters(model))
+    with_replaced = replace(default, **replaced)
+    micro_batch_tokens = micro_batch_tokens_for(model, with_replaced, train_dtype, options.device)
+    default = replace(default, micro_batch_tokens=micro_batch_tokens)
     preset = resolve_preset(options, default, replaced, model)
     check_weights(base)
     data = on_rank_0(lambda: load_data(options))
@@ -97,7 +102,7 @@ def main() -> None:
         template=template,
         tokens=tokens,
         dtype=dtype,
-        training_dtype=training_dtype(options.train_dtype, options.device, n_parameters(model)),
+        training_dtype=train_dtype,
         device=options.device,
     )
     finished = on_rank_0(lambda: set() if options.fresh else finished_names(run_dir))

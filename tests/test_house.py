@@ -108,7 +108,7 @@ def test_the_sampler_knows_nothing_of_text_and_models():
 )
 def test_models_know_nothing_of_sampling(family, further):
     ours = our_modules(MODULES[f"minidpost.models.{family}"])
-    assert ours == {f"minidpost.{name}" for name in {"models.layers", "models.kvcache"} | further}
+    assert ours == {f"minidpost.{name}" for name in {"models.layers", "models.kvcache", "models.packing"} | further}
 
 
 @each_file

@@ -59,6 +59,8 @@ CPU_ALLOCATOR_OF_FP32_ADAPTERS = 1.45
 CPU_LIBRARY_BYTES = GB // 10
 GPU_SLOTS = (1024, 512, 256, 128)  # of which the first that fits is taken
 FRACTION_FOR_SAMPLING = 1 / 3  # of a GPU's memory
+GPU_MICRO_BATCH_TOKENS = (65536, 49152, 32768, 24576, 16384)  # of which the first that fits is taken
+FRACTION_FOR_TRAINING = 0.8  # of a GPU's memory
 GPU_MARGIN = 1.3  # an estimate above what a GPU has free may be this much too high; the rehearsal decides
 TIGHT = 1.25  # free disk space below this multiple of what is needed is warned about
 MIN_PARAMETERS_FOR_WARNING = 50_000_000  # from here on training on a CPU takes long enough for a warning
@@ -232,6 +234,22 @@ def slots_for(model: Model, preset: Preset, dtype: torch.dtype, device: str) -> 
         if FRACTION_FOR_SAMPLING * n_bytes >= sampling_bytes(model, replace(preset, slots=slots), dtype, device):
             return slots
     return preset.slots
+
+
+def micro_batch_tokens_for(model: Model, preset: Preset, dtype: torch.dtype, device: str) -> int:
+    """How many tokens a micro-batch has where nothing else is asked for; `dtype` is that of training's forward passes.
+
+    On a CPU the preset's number. A GPU takes hardly longer for a large micro-batch than for a small one, until it is
+    busy: as many as are estimated to need no more than four fifths of its memory, but no fewer than the preset's.
+    """
+    if torch.device(device).type != "cuda":
+        return preset.micro_batch_tokens
+    n_bytes = torch.cuda.get_device_properties(device).total_memory
+    for tokens in GPU_MICRO_BATCH_TOKENS:
+        needed = training_bytes(model, replace(preset, micro_batch_tokens=tokens), dtype, device, world_size())
+        if tokens > preset.micro_batch_tokens and needed <= FRACTION_FOR_TRAINING * n_bytes:
+            return tokens
+    return preset.micro_batch_tokens
 
 
 def tensor_bytes(cache: KVCache | SharedPromptCache | T5Cache) -> int:

@@ -93,7 +93,9 @@ GROUPS: dict[str, dict[str, Flag]] = {
         "test_questions": Flag("take the first so many of each test set; 0: no test sets, none: all", low=0),
     },
     "memory and speed (results change only by rounding and dropout's units; a run may go on with other values)": {
-        "micro_batch_tokens": Flag("padded tokens of a forward pass in training, at most"),
+        "micro_batch_tokens": Flag(
+            "padded tokens of a forward pass in training, at most; on a GPU more, by its memory"
+        ),
         "activation_checkpointing": Flag("compute activations twice in training, for less memory"),
         "slots": Flag("completions that are sampled at the same time; on a GPU more, by its memory"),
     },

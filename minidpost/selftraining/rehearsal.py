@@ -35,7 +35,14 @@ from minidpost.sampling.token_choice import choose
 from minidpost.selftraining.estimates import Plan, forward_flops, model_size, run_flops, size_text, training_flops
 from minidpost.selftraining.presets import n_parameters
 from minidpost.selftraining.steps import less_for_sampling, less_for_training, load_for_training
-from minidpost.training.batching import TokenizedExample, epoch_steps, micro_batches, padded_shape
+from minidpost.training.batching import (
+    TokenizedExample,
+    epoch_steps,
+    micro_batches,
+    occupied,
+    padded_shape,
+    padding_weight,
+)
 from minidpost.training.dpo import (
     PreferencePair,
     dpo_gradients,
@@ -204,12 +211,14 @@ def largest_sft_batches(plan: Plan, model: Model) -> list[list[TokenizedExample]
         ):
             batches.append([examples[i] for i in indices])
 
-    def padded_tokens(batch: list[TokenizedExample]) -> int:
+    def size(batch: list[TokenizedExample]) -> float:
         shapes = [padded_shape(model.config, [example]) for example in batch]
-        longest = max(shape.target_length for shape in shapes) + max(shape.source_length for shape in shapes)
-        return len(batch) * longest
+        padding = padding_weight(plan.device)
+        return occupied([shape.target_length for shape in shapes], padding) + occupied(
+            [shape.source_length for shape in shapes], padding
+        )
 
-    largest = [max(batches, key=padded_tokens)]
+    largest = [max(batches, key=size)]
     if plan.n_iterations:
         n_source, n_target = longest_lengths(plan)
         n_rows = min(preset.micro_batch_tokens // (n_source + n_target), preset.sft_examples_per_step)

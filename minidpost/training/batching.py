@@ -27,6 +27,9 @@ PADDING_ID = 0  # any id would do: padding is recognised by the rows' lengths, n
 # of a micro-batch take 80 ms to start, in which SmolLM2-135M and Flan-T5-Large compute more than ten thousand tokens.
 CPU_BATCH_COST = 128
 GPU_BATCH_COST = 16384
+# Where tokens are packed (models/packing.py) padding is computed in attention alone: what a place of it takes, in
+# memory and in time, as a fraction of what a token takes.
+PACKED_PADDING = 0.25
 GPU_LENGTH_MULTIPLE = 16  # lengths are padded to multiples of this on a GPU: fewer shapes, and aligned ones
 
 
@@ -252,34 +255,50 @@ def micro_batches(
     """Split items 0 … n−1 into micro-batches: first within `max_tokens` padded tokens, then so as to pad little.
 
     Each item is the sequences of one prompt, which stay together; one that is larger than `max_tokens` gets a
-    micro-batch of its own.
+    micro-batch of its own. Where tokens are packed, padding counts as a fraction of them (PACKED_PADDING).
     """
-    batch_cost = CPU_BATCH_COST if torch.device(device).type == "cpu" else GPU_BATCH_COST
+    on_cpu = torch.device(device).type == "cpu"
+    batch_cost = CPU_BATCH_COST if on_cpu else GPU_BATCH_COST
+    padding = padding_weight(device)
     shapes = [padded_shape(config, item) for item in items]
     sizes = [sum(example.n_tokens for example in item) for item in items]
 
     batches: list[list[int]] = []
-    for bucket in length_buckets(sizes, max_tokens):
+    for bucket in length_buckets(sizes, max_tokens, padding):
         # Neighbours in this order have like target lengths, then like source lengths, so cutting it saves padding.
         order = sorted(bucket, key=lambda i: shapes[i], reverse=True)
-        cuts = optimal_cuts([shapes[i] for i in order], batch_cost)
+        cuts = optimal_cuts([shapes[i] for i in order], batch_cost / padding)
         batches += [order[begin:end] for begin, end in pairwise(cuts)]
     return batches
 
 
-def length_buckets(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+def padding_weight(device: torch.device | str) -> float:
+    """What a place of padding counts, as a fraction of a token."""
+    return 1.0 if torch.device(device).type == "cpu" else PACKED_PADDING
+
+
+def length_buckets(sizes: Sequence[int], max_tokens: int, padding: float = 1.0) -> list[list[int]]:
     """Split 0 … n−1 into buckets of like size, each of one or more, whose padded total stays within `max_tokens`.
 
     Sizes [3, 9, 3, 4] with 12 tokens give [[1], [3, 0, 2]]: 9 alone, as two rows of 9 would be 18; then 3 rows of 4.
+    Padding may count as a fraction of a token (`occupied`).
     """
     longest_first = sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True)
     buckets: list[list[int]] = []
     for index in longest_first:
-        # A bucket is padded to its first item, which is its longest.
-        if not buckets or sizes[buckets[-1][0]] * (len(buckets[-1]) + 1) > max_tokens:
+        if not buckets or occupied([sizes[i] for i in (*buckets[-1], index)], padding) > max_tokens:
             buckets.append([])
         buckets[-1].append(index)
     return buckets
+
+
+def occupied(sizes: Sequence[int], padding: float) -> float:
+    """What rows of so many tokens count in one batch: their tokens, and a fraction of the padding to the longest.
+
+    Rows of 9, 4 and 3 tokens have 11 places of padding: they count 27 with a fraction of 1, and 16 + 5.5 with a half.
+    """
+    n_tokens = sum(sizes)
+    return n_tokens + padding * (max(sizes) * len(sizes) - n_tokens)
 
 
 def padded_shape(config: Config, item: Sequence[TokenizedExample]) -> PaddedShape:
@@ -289,7 +308,7 @@ def padded_shape(config: Config, item: Sequence[TokenizedExample]) -> PaddedShap
     return PaddedShape(max(example.n_tokens for example in item), 0, len(item))  # the prompt is part of each sequence
 
 
-def optimal_cuts(shapes: Sequence[PaddedShape], batch_cost: int) -> list[int]:
+def optimal_cuts(shapes: Sequence[PaddedShape], batch_cost: float) -> list[int]:
     """Where to cut a list of shapes into micro-batches so that padded tokens plus `batch_cost` a batch are fewest.
 
     The cuts include both ends. Four targets of 10, 9, 3 and 3 tokens without sources, at a cost of 8 tokens a batch:
@@ -301,7 +320,9 @@ def optimal_cuts(shapes: Sequence[PaddedShape], batch_cost: int) -> list[int]:
     Dynamic programming, as lines of a paragraph are broken: the best cuts of the first `end` shapes are the best cuts
     of the first `begin` and one more batch [begin, end), for the best `begin`.
     """
-    best = [(0, 0)]  # of the first 0, 1, 2, … shapes: the least cost, and where their last batch begins
+    best: list[tuple[float, int]] = [
+        (0, 0)
+    ]  # of the first 0, 1, 2, … shapes: the least cost, and where their last batch begins
     for end in range(1, len(shapes) + 1):
         longest_target = 0
         longest_source = 0

@@ -91,12 +91,12 @@ def test_with_dropout_training_takes_another_course_but_learns(make):
     batch = collate(model.config, examples(), "cpu", is_packed=True)
     with torch.no_grad():
         torch.manual_seed(0)
-        draws = torch.stack([log_probabilities(model, batch) for _ in range(200)])
+        of_packed = torch.stack([log_probabilities(model, batch) for _ in range(200)])
         padded_batch = collate(model.config, examples(), "cpu", is_packed=False)
-        padded_draws = torch.stack([log_probabilities(model, padded_batch) for _ in range(200)])
-    assert draws.std(0).max() > 0
-    error = (draws.std(0) ** 2 + padded_draws.std(0) ** 2).div(200).sqrt().clamp(min=1e-12)
-    assert ((draws.mean(0) - padded_draws.mean(0)).abs() / error).max() < 5
+        of_padded = torch.stack([log_probabilities(model, padded_batch) for _ in range(200)])
+    assert of_packed.std(0).max() > 0
+    error = (of_packed.std(0) ** 2 + of_padded.std(0) ** 2).div(200).sqrt().clamp(min=1e-12)
+    assert ((of_packed.mean(0) - of_padded.mean(0)).abs() / error).max() < 5
 
 
 def test_packing_and_unpacking():

@@ -37,7 +37,7 @@ from minidpost.selftraining.estimates import (
     warn_of_hours,
     written_hours,
 )
-from minidpost.selftraining.presets import LLAMA, preset_of
+from minidpost.selftraining.presets import LLAMA, Preset, preset_of
 from minidpost.selftraining.presets import T5 as T5_PRESET
 from minidpost.selftraining.run import Data, TokenizedData
 from minidpost.training import parallel
@@ -555,3 +555,27 @@ def test_on_a_gpu_slots_are_by_its_memory(monkeypatch):
         needed = [sampling_bytes(model, replace(preset, slots=n), torch.bfloat16, "cuda") for n in (slots, 2 * slots)]
         assert needed[0] <= size * 1e9 / 3 < needed[1]
     assert estimates.slots_for(model, preset, torch.bfloat16, "cpu") == 64
+
+
+def test_on_a_gpu_micro_batches_are_by_its_memory(monkeypatch):
+    """As many tokens as need four fifths of it, never fewer than the preset's; on a CPU the preset's number."""
+    config = T5Config(32128, 1024, 64, 2816, 16, 24, 24)  # Flan-T5-Large
+    model = empty_model(config)
+
+    def tokens_with(gigabytes: float, preset: Preset = T5_PRESET, device: str = "cuda") -> int:
+        properties = namedtuple("Properties", "total_memory")(int(gigabytes * 1e9))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        return estimates.micro_batch_tokens_for(model, preset, torch.bfloat16, device)
+
+    assert T5_PRESET.micro_batch_tokens == 16384
+    chosen = [tokens_with(size) for size in (16, 40, 80, 140, 300)]
+    assert chosen == sorted(chosen)
+    assert chosen[0] == 16384 and chosen[2] > 16384 and chosen[-1] == 65536
+    for size in (80, 140):
+        tokens = tokens_with(size)
+        preset = replace(T5_PRESET, micro_batch_tokens=tokens)
+        assert training_bytes(model, preset, torch.bfloat16, "cuda") <= 0.8 * size * 1e9
+    # Activation checkpointing leaves room for more.
+    assert tokens_with(80, replace(T5_PRESET, activation_checkpointing=True)) == 65536
+    assert tokens_with(140, device="cpu") == 16384
+    assert tokens_with(300, replace(T5_PRESET, micro_batch_tokens=10**6)) == 10**6

@@ -19,6 +19,7 @@ from minidpost.training.batching import (
     epoch_steps,
     length_buckets,
     micro_batches,
+    occupied,
     optimal_cuts,
     pad,
     token_counts,
@@ -40,7 +41,7 @@ def test_encoder_decoder_targets_shift_and_masks_follow_lengths():
     examples = [TokenizedExample((5, 0, 6, 0), (0, 8, 1)), TokenizedExample((0,), (9, 0, 0, 4, 1))]
     batch = collate(T5_CONFIG, examples, "cpu")
     assert isinstance(batch.inputs, EncoderDecoderInputs)
-    source_QS, mask_QS, target_BT, row_B, packings = batch.inputs
+    source_QS, mask_QS, target_BT, row_B, _ = batch.inputs
     assert source_QS.tolist() == [[5, 0, 6, 0], [0, 0, 0, 0]]
     assert mask_QS.dtype == torch.bool
     assert mask_QS.tolist() == [[True, True, True, True], [True, False, False, False]]
@@ -63,7 +64,7 @@ def test_decoder_only_targets_alone_have_labels():
     sequences = [TokenizedExample((5, 0, 6), (0, 8, 2)), TokenizedExample((7,), (9, 2)), TokenizedExample((7, 4), (2,))]
     batch = collate(LLAMA_CONFIG, sequences, "cpu")
     assert isinstance(batch.inputs, DecoderOnlyInputs)
-    ids_BT, mask_BT, packing = batch.inputs
+    ids_BT, _, _ = batch.inputs
     assert ids_BT.tolist() == [[5, 0, 6, 0, 8], [7, 9, 0, 0, 0], [7, 4, 0, 0, 0]]
     i = IGNORED_LABEL
     assert batch.label_BT.tolist() == [[i, i, 0, 8, 2], [9, 2, i, i, i], [i, 2, i, i, i]]
@@ -119,6 +120,19 @@ def test_length_buckets_by_hand():
     assert length_buckets([3, 9, 3, 4], 12) == [[1], [3, 0, 2]]
     assert length_buckets([50, 50], 10) == [[0], [1]]
     assert length_buckets([], 10) == []
+
+
+def test_padding_counts_as_a_fraction_where_tokens_are_packed():
+    assert occupied([9, 4, 3], 1.0) == 27
+    assert occupied([9, 4, 3], 0.5) == 16 + 5.5
+    assert length_buckets([3, 9, 3, 4], 20, 0.5) == [[1, 3], [0, 2]]  # 13 + 2.5; with another 3 it would be 21.5
+    assert length_buckets([3, 9, 3, 4], 20) == [[1, 3], [0, 2]]
+    assert length_buckets([3, 9, 3, 4], 22, 0.5) == [[1, 3, 0], [2]]
+    items = [[TokenizedExample((5,) * n, (6,) * n)] for n in (100, 10, 10, 10)]
+    # 200 tokens and three times 20, padded to 800: with 540 places of padding at a quarter they are 395.
+    assert len(micro_batches(T5_CONFIG, items, 400, "cuda")) == 1
+    assert len(micro_batches(T5_CONFIG, items, 390, "cuda")) == 2
+    assert len(micro_batches(T5_CONFIG, items, 400, "cpu")) == 3
 
 
 def test_optimal_cuts_by_hand():
