@@ -82,11 +82,11 @@ SCALES = {
     "whole": Scale(
         flags=(
             *("--template", "chat", "--samples", "3", "--sft-examples-per-step", "64", "--sft-learning-rate", "3e-4"),
-            *("--dpo-pairs-per-step", "64", "--micro-batch-tokens", "24576", "--pass-questions", "200"),
+            *("--dpo-pairs-per-step", "64", "--pass-questions", "200"),
         ),
         iterations=3,
         n_test=None,
-        n_other_test=500,
+        n_other_test=None,
         n_dev=200,
         n_base=300,
     ),
@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the datasets lie (default: data)")
     parser.add_argument("--runs", type=Path, default=Path("runs/smollm2"), help="(default: runs/smollm2)")
     parser.add_argument("--device", default=default_device(), help="(default: cuda if any)")
+    parser.add_argument("--iterations", type=int, help="of the runs (default: the scale's)")
     parser.add_argument("--slots", type=int, default=64, help="rows that are decoded at once (default: 64)")
     options = parser.parse_args()
     if options.part == "report":
@@ -290,7 +291,14 @@ def train(base: Path, method: str, seed: int, options: argparse.Namespace) -> No
     directory = run_directory(method, seed, options)
     flags = ["--model", str(base), "--data", "gsm8k", "--data-dir", str(options.data_dir), "--method", method]
     flags += ["--seed", str(seed), "--run-dir", str(directory), "--device", options.device]
-    flags += ["--iterations", str(scale.iterations), "--slots", str(options.slots), "--test-questions", "0"]
+    flags += [
+        "--iterations",
+        str(options.iterations or scale.iterations),
+        "--slots",
+        str(options.slots),
+        "--test-questions",
+        "0",
+    ]
     flags += scale.flags
     warmed_up = run_directory(METHODS[0], seed, options)
     if method != METHODS[0] and not directory.exists():
@@ -307,6 +315,8 @@ def run_all(base: Path, seeds: Sequence[int], options: argparse.Namespace) -> No
     """
     flags = ["--model", str(base), "--scale", options.scale, "--data-dir", str(options.data_dir)]
     flags += ["--runs", str(options.runs), "--device", options.device, "--slots", str(options.slots)]
+    if options.iterations:
+        flags += ["--iterations", str(options.iterations)]
     command = [sys.executable, "-m", "benchmarks.smollm2"]
     of_base = ["--slots", str(max(1, options.slots // 2))]  # its prompts are long
     others = [subprocess.Popen([*command, "base", *flags, *of_base], cwd=ROOT)]

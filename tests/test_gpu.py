@@ -8,8 +8,9 @@ import torch
 from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.t5 import T5, T5Config
 from minidpost.sampling.sampler import Request, SamplingSettings, sample
-from minidpost.training.batching import TokenizedExample
+from minidpost.training.batching import TokenizedExample, collate
 from minidpost.training.dpo import DPOSettings, PreferencePair, reference_log_probabilities, train_dpo
+from minidpost.training.losses import log_probabilities
 from minidpost.training.optim import Schedule, read_log
 from minidpost.training.sft import SFTSettings, train_sft
 
@@ -56,6 +57,26 @@ def test_recorded_steps_give_the_completions_of_plain_ones(model):
         rows = list(sample(model, requests, settings, eos_id=1))
     same = sum(row.token_ids == expected[row.request_index] for row in rows)
     assert same >= 0.95 * len(requests), f"{same} of {len(requests)} completions are the same"
+
+
+def test_packed_tokens_give_the_log_probabilities_and_gradients_of_a_cpu(model):
+    """In fp32: there padded rows are computed, and on a GPU tokens alone; attention is another kernel's."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    batch = sequences(24)
+    results = {}
+    for device in ("cuda", "cpu"):
+        model = model.to(device).eval()
+        model.zero_grad()
+        inputs = collate(model.config, batch, device)
+        assert (inputs.inputs[-1] is not None) == (device == "cuda")
+        log_probability_BT = log_probabilities(model, inputs)
+        log_probability_BT.mean().backward()
+        gradients = {name: weight.grad.cpu() for name, weight in model.named_parameters()}
+        results[device] = log_probability_BT.sum(1).detach().cpu(), gradients
+    torch.testing.assert_close(results["cuda"][0], results["cpu"][0], rtol=1e-4, atol=1e-3)
+    for name, expected in results["cpu"][1].items():
+        error = (results["cuda"][1][name] - expected).norm() / expected.norm()
+        assert error < 1e-3, f"{name}: {error:.1e}"
 
 
 def test_sft_in_bf16_lowers_the_loss_and_keeps_fp32_weights(model, tmp_path):
