@@ -5,6 +5,8 @@ import warnings
 import pytest
 import torch
 
+from minidpost.models import layers
+from minidpost.models.layers import attention, decoding_kernel, mask_bias
 from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.t5 import T5, T5Config
 from minidpost.sampling.sampler import Request, SamplingSettings, sample
@@ -77,6 +79,95 @@ def test_packed_tokens_give_the_log_probabilities_and_gradients_of_a_cpu(model):
     for name, expected in results["cpu"][1].items():
         error = (results["cuda"][1][name] - expected).norm() / expected.norm()
         assert error < 1e-3, f"{name}: {error:.1e}"
+
+
+# Rows, heads of keys, queries of each, positions, width; and whether each row or each head has a bias of its own. The
+# last shape has more queries than one program takes.
+ATTENTION_SHAPES = {
+    "smollm2-135m": (64, 3, 3, 300, 64, "rows"),
+    "llama-3-8b": (16, 8, 4, 200, 128, "rows"),
+    "flan-t5-large, own tokens": (64, 16, 1, 192, 64, "heads"),
+    "flan-t5-large, prompts": (8, 16, 8, 130, 64, "rows"),
+    "tiny": (5, 2, 20, 77, 32, "rows"),
+}
+
+
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@torch.inference_mode()
+def test_the_decoding_kernel_equals_attention_in_fp64(shape, dtype):
+    """In a CUDA graph that is replayed with other lengths; after a row's own positions there is nothing but NaN."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    n_rows, n_heads, n_queries, n_read, width, bias_kind = ATTENTION_SHAPES[shape]
+    device = torch.device("cuda", torch.cuda.current_device())
+    generator = torch.Generator(device).manual_seed(0)
+
+    def numbers(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, generator=generator, device=device).to(dtype)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decoding_kernel(device, dtype, width) is not None
+    q_BGRK = numbers(n_rows, n_heads, n_queries, width)
+    whole_BGSK = numbers(2, n_rows + 2, n_heads, n_read + 8, width)
+    k_BGSK, v_BGSK = (whole_BGSK[i, :n_rows, :, :n_read].clone() for i in range(2))
+    kept_BGSK = torch.full_like(whole_BGSK, torch.nan)  # what a step is given views of
+    kept_k_BGSK, kept_v_BGSK = (kept_BGSK[i, :n_rows, :, :n_read] for i in range(2))
+    position_bias_BG1S = numbers(n_rows, n_heads if bias_kind == "heads" else 1, 1, n_read)
+    bias_BG1S = torch.empty_like(position_bias_BG1S)
+    n_valid_B = torch.ones(n_rows, dtype=torch.long, device=device)
+
+    def set_lengths(lengths: list[int]) -> None:
+        n_valid_B.copy_(torch.tensor([lengths[row % len(lengths)] for row in range(n_rows)]))
+        is_valid_BS = torch.arange(n_read, device=device) < n_valid_B[:, None]
+        bias_BG1S.copy_(position_bias_BG1S + mask_bias(is_valid_BS, dtype))
+        for kept, numbers_BGSK in ((kept_k_BGSK, k_BGSK), (kept_v_BGSK, v_BGSK)):
+            kept.copy_(numbers_BGSK.masked_fill(~is_valid_BS[:, None, :, None], torch.nan))
+
+    def step() -> torch.Tensor:
+        return attention(q_BGRK, kept_k_BGSK, kept_v_BGSK, bias_BG1S, n_valid_B, width**-0.5)
+
+    def check(y_BGRK: torch.Tensor) -> None:
+        score_BGRS = q_BGRK.double() @ k_BGSK.double().mT * width**-0.5 + bias_BG1S.double()
+        expected_BGRK = score_BGRS.softmax(-1).nan_to_num() @ v_BGSK.double()
+        tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-5
+        assert y_BGRK.dtype == dtype
+        torch.testing.assert_close(y_BGRK.double(), expected_BGRK, rtol=tolerance, atol=tolerance)
+
+    set_lengths([n_read, 1, n_read // 2])
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        check(step())
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y_BGRK = step()
+    for lengths in ([1, 2, 3], [0, n_read, 64, 65], [n_read], [17, n_read - 1]):
+        set_lengths(lengths)
+        y_BGRK.fill_(torch.nan)
+        graph.replay()
+        check(y_BGRK)
+
+
+@torch.inference_mode()
+def test_decoding_steps_with_the_kernel_give_the_logits_of_the_plain_way(model, monkeypatch):
+    """In fp32; the kernel is in use, and without it the cache's attention is torch's."""
+    device = next(model.parameters()).device
+    assert decoding_kernel(device, torch.float32, 64) is not None
+    prompts = [s.prompt_ids for s in sequences(6)]
+    ids_TB = torch.randint(3, 32000, (8, 6), device=device)
+
+    def logits() -> torch.Tensor:
+        cache = model.new_cache(6, 60, 20)
+        model.prefill(cache, range(6), prompts)
+        cache.copy_rows([0], [3])
+        return torch.stack([model.decode(cache, ids_B) for ids_B in ids_TB])
+
+    ours_TBV = logits()
+    monkeypatch.setattr(layers, "decoding_kernel", lambda *kind: None)
+    torch.testing.assert_close(ours_TBV, logits(), rtol=0, atol=1e-3 * ours_TBV.abs().max().item())
 
 
 def test_sft_in_bf16_lowers_the_loss_and_keeps_fp32_weights(model, tmp_path):

@@ -93,10 +93,23 @@ def test_no_imports_form_a_circle():
 
 @pytest.mark.parametrize(
     "module",
-    ["models.layers", "text.calculator", "text.grading", "sampling.workers", "sampling.token_choice"],
+    ["models.decode_attention", "text.calculator", "text.grading", "sampling.workers", "sampling.token_choice"],
 )
 def test_some_modules_import_no_other(module):
     assert our_modules(MODULES[f"minidpost.{module}"]) == set()
+
+
+def test_triton_is_imported_for_the_kernel_alone():
+    """By one module, which layers.py imports where it is needed and not at its top: torch for CPUs has no Triton."""
+    users = {path for path in PRODUCT if "triton" in {name.split(".")[0] for name in imported(path)}}
+    assert users == {MODULES["minidpost.models.decode_attention"]}
+    importers = {name for name, path in MODULES.items() if "minidpost.models.decode_attention" in our_modules(path)}
+    assert importers == {"minidpost.models.layers"}
+    layers = MODULES["minidpost.models.layers"]
+    assert our_modules(layers) == {"minidpost.models.decode_attention"}
+    top = ast.parse(layers.read_text(encoding="utf-8")).body
+    imports = [ast.unparse(node) for node in top if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not any("decode_attention" in line for line in imports)
 
 
 def test_the_sampler_knows_nothing_of_text_and_models():

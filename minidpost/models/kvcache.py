@@ -20,8 +20,8 @@ from torch import Tensor
 from minidpost.models.layers import attention, mask_bias
 from minidpost.precision import key_dtype, to_device
 
-# Fused attention on a GPU takes a mask as it is only where its lines begin at multiples of 8 numbers, and copies any
-# other in every layer.
+# Fused attention of torch's on a GPU takes a mask as it is only where its lines begin at multiples of 8 numbers, and
+# copies any other in every layer. (Ours takes any, but does not run everywhere, see layers.attention.)
 MASK_MULTIPLE = 8
 
 
@@ -37,6 +37,10 @@ class StepPlan:
     row_B: Tensor  # 0 … B − 1: the rows of a step are the first ones of the cache
     position_B: Tensor  # where each row's new token goes: nothing after it is valid
     n_read: int  # positions that are read of every row: those of the longest one, and the new token's
+
+    def n_valid(self) -> Tensor:
+        """How many positions each row has, its new token's included, (B,): a step computes them once for all layers."""
+        return self.position_B + 1
 
 
 class KVCache:
@@ -137,13 +141,15 @@ def indices(numbers: Sequence[int], device: torch.device) -> Tensor:
 class CachedTokens:
     """One layer's tokens in a decoding step, as layers.Attendable: the new token is written, then all are read.
 
-    The bias is `KVCache.bias` or `T5Cache.bias` of the same plan, (B, 1 or H, 1, S); scores are multiplied by `scale`.
+    The bias is `KVCache.bias` or `T5Cache.bias` of the same plan, (B, 1 or H, 1, S), and n_valid_B its `n_valid`;
+    scores are multiplied by `scale`.
     """
 
     cache: KVCache
     layer: int
     plan: StepPlan
     bias_BH1S: Tensor
+    n_valid_B: Tensor
     scale: float
 
     def attend(self, q_B1HK: Tensor, k_B1GK: Tensor, v_B1GK: Tensor) -> Tensor:
@@ -152,7 +158,7 @@ class CachedTokens:
         # The H / G heads that share keys and values stand where one row's several positions would.
         n_rows, n_groups, _, width = k_BGSK.shape
         q_BGRK = q_B1HK.reshape(n_rows, n_groups, -1, width)
-        y_BGRK = attention(q_BGRK, k_BGSK, v_BGSK, self.bias_BH1S, self.scale)
+        y_BGRK = attention(q_BGRK, k_BGSK, v_BGSK, self.bias_BH1S, self.n_valid_B, self.scale)
         return y_BGRK.reshape(q_B1HK.shape)
 
 
@@ -165,12 +171,16 @@ class PromptPlan:
 
     table_QR: Tensor  # ids of rows
     cell_of_row_B: Tensor  # where each row stands in the table, counted line by line
+    length_Q: Tensor  # tokens of each prompt
     bias_Q11S: Tensor  # 0 for the tokens of a prompt, −inf after them
 
     def to(self, device: torch.device) -> "PromptPlan":
         """The same on a device, which is not waited for."""
         return PromptPlan(
-            to_device(self.table_QR, device), to_device(self.cell_of_row_B, device), to_device(self.bias_Q11S, device)
+            table_QR=to_device(self.table_QR, device),
+            cell_of_row_B=to_device(self.cell_of_row_B, device),
+            length_Q=to_device(self.length_Q, device),
+            bias_Q11S=to_device(self.bias_Q11S, device),
         )
 
     def by_prompt(self, q_B1HK: Tensor) -> Tensor:
@@ -244,7 +254,7 @@ class SharedPromptCache:
         length_Q = torch.from_numpy(self.store.lengths[: len(n_rows_Q)].clip(min=1))
         mask_QS = torch.arange(int(length_Q.max())) < length_Q[:, None]
         bias_Q11S = mask_bias(mask_QS, self.store.keys_LBGSK.dtype)
-        return PromptPlan(torch.from_numpy(table_QR), torch.from_numpy(cell_of_row_B), bias_Q11S)
+        return PromptPlan(torch.from_numpy(table_QR), torch.from_numpy(cell_of_row_B), length_Q, bias_Q11S)
 
     def _move_to_front(self, slots: NDArray[np.int64]) -> None:
         """Exchange prompts so that those in `slots` (sorted) come first; no more than an eighth of others among them.
@@ -278,7 +288,7 @@ class CachedPrompts:
         k_QHSK = self.cache.store.keys_LBGSK[self.layer, :n_prompts, :, :longest]
         v_QHSK = self.cache.store.values_LBGSK[self.layer, :n_prompts, :, :longest]
         q_QHRK = self.plan.by_prompt(q_B1HK)
-        y_QHRK = attention(q_QHRK, k_QHSK, v_QHSK, self.plan.bias_Q11S, self.scale)
+        y_QHRK = attention(q_QHRK, k_QHSK, v_QHSK, self.plan.bias_Q11S, self.plan.length_Q, self.scale)
         return self.plan.by_row(y_QHRK)
 
 

@@ -11,7 +11,9 @@ V vocabulary, L layers, O outputs of a matrix, M rank of an adapter (lora.py), X
 (kvcache.py).
 """
 
+import warnings
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -41,13 +43,28 @@ def mask_bias(mask_BS: Tensor, dtype: torch.dtype) -> Tensor:
     return bias_BS[:, None, None]
 
 
-def attention(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_BGRS: Tensor, scale: float) -> Tensor:
+class AttentionOfFewQueries(Protocol):
+    """What decode_attention.decode_attention is; arguments as those of `attention`."""
+
+    def __call__(
+        self, q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_BGRS: Tensor, n_valid_B: Tensor, scale: float, /
+    ) -> Tensor: ...
+
+
+def attention(
+    q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_BGRS: Tensor, n_valid_B: Tensor, scale: float
+) -> Tensor:
     """softmax(q kᵀ · scale + bias) v for few queries a row, (B, G, R, K).
 
     Each of the G heads of keys and values is read by R queries. The bias is anything that broadcasts to (B, G, R, S),
-    in the precision of the keys, which may be higher than that of queries and values (precision.key_dtype).
+    in the precision of the keys, which may be higher than that of queries and values (precision.key_dtype). It is −inf
+    from a row's n_valid on, so that those positions need not be read; our kernel on CUDA devices does not read them.
     """
     dtype = q_BGRK.dtype
+    if q_BGRK.is_cuda and not torch.is_grad_enabled():
+        kernel = decoding_kernel(k_BGSK.device, k_BGSK.dtype, k_BGSK.shape[-1])
+        if kernel is not None:
+            return kernel(q_BGRK, k_BGSK, v_BGSK, bias_BGRS, n_valid_B, scale)
     q_BGRK = q_BGRK.to(k_BGSK.dtype)
     if q_BGRK.device.type != "cpu":
         # For few queries plain products take a third less time on a GPU too, but they round scores to bf16 before the
@@ -60,6 +77,39 @@ def attention(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_BGRS: Tensor,
     # Products of three dimensions, one for each of the B · G heads: with bf16 values faster than matmul's of four.
     y_NRK = torch.bmm(weight_BGRS.to(v_BGSK.dtype).flatten(0, 1), v_BGSK.flatten(0, 1))
     return y_NRK.view(q_BGRK.shape).to(dtype)
+
+
+@cache
+def decoding_kernel(device: torch.device, dtype: torch.dtype, width: int) -> AttentionOfFewQueries | None:
+    """Our kernel for keys of this precision and heads of this width, or None; with a warning where it does not run.
+
+    It is tried once, on a single position, which compiles it too: Triton may be missing (torch has it on Linux alone),
+    find no C compiler for the code that launches kernels, or not know a GPU as old as this one.
+    """
+    is_suitable = dtype in (torch.bfloat16, torch.float32) and width >= 16 and width.bit_count() == 1
+    if not is_suitable:
+        return None
+    try:
+        from minidpost.models.decode_attention import decode_attention  # it needs Triton, which CPUs do not have
+
+        # Laid out as a cache is, so that what is compiled here is what decoding needs.
+        k_BGSK = torch.zeros(1, 1, 64, width, dtype=dtype, device=device)
+        bias_BGRS = torch.zeros(1, 1, 1, 64, dtype=dtype, device=device)
+        n_valid_B = torch.ones(1, dtype=torch.long, device=device)
+        ones_BGSK = torch.ones_like(k_BGSK)
+        y_BGRK = decode_attention(k_BGSK[:, :, :1], k_BGSK, ones_BGSK, bias_BGRS, n_valid_B, 1.0)
+        if not bool((y_BGRK == 1).all()):
+            raise RuntimeError("it does not give 1 where all values are 1")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever it is, there is another way
+        reason = str(error).strip().splitlines()
+        warnings.warn(
+            f"no kernel for attention, decoding will be slower ({type(error).__name__}: {reason[0] if reason else ''})",
+            stacklevel=3,
+        )
+        return None
+    return decode_attention
 
 
 def linear(x_BTD: Tensor, weight_OD: Tensor) -> Tensor:

@@ -375,11 +375,12 @@ class Llama(LanguageModel):
     def step(self, cache: KVCache, plan: StepPlan, ids_B: Tensor) -> Tensor:
         """The device's part of `decode`, which is the same operations for every plan of the same sizes; logits_BV."""
         bias_B11S = cache.bias(plan)
+        n_valid_B = plan.n_valid()
         rotation = self.rotation(plan.position_B[:, None])
         scale = self.config.d_head**-0.5
         x_B1D = self.embedding(ids_B)[:, None]
         for index, layer in enumerate(self.stack.layers):
-            own = CachedTokens(cache, index, plan, bias_B11S, scale)
+            own = CachedTokens(cache, index, plan, bias_B11S, n_valid_B, scale)
             x_B1D = layer(x_B1D, rotation, own)
         return self.logits(self.stack.norm(x_B1D))[:, 0]
 

@@ -416,9 +416,10 @@ class T5(LanguageModel):
     def step(self, cache: T5Cache, plan: T5Plan, ids_B: Tensor) -> Tensor:
         """The device's part of `decode`, which is the same operations for every plan of the same sizes; logits_BV."""
         bias_BH1S = cache.bias(plan.own)
+        n_valid_B = plan.own.n_valid()
         x_B1D = self.embedding(ids_B)[:, None]
         for index, layer in enumerate(self.decoder.layers):
-            own = CachedTokens(cache.own, index, plan.own, bias_BH1S, scale=1.0)
+            own = CachedTokens(cache.own, index, plan.own, bias_BH1S, n_valid_B, scale=1.0)
             prompt = CachedPrompts(cache.prompt, index, plan.prompts, scale=1.0)
             x_B1D = layer(x_B1D, own, prompt)
         return self.logits(self.finish(x_B1D))[:, 0]

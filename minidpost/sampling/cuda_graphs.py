@@ -231,7 +231,10 @@ class Padding:
         column_B = plan.cell_of_row_B % n_columns
         padded.cell_of_row_B.zero_()
         padded.cell_of_row_B[:n_rows] = line_B * self.n_columns + column_B
-        # After a prompt's tokens there is nothing to read; of a prompt that is none everything, so that no sum is 0.
+        # After a prompt's tokens there is nothing to read. A prompt that is none has no tokens; for attention that is
+        # told of no lengths, as torch's, everything is let through there, so that no sum is 0.
+        padded.length_Q.zero_()
+        padded.length_Q[:n_prompts] = plan.length_Q
         padded.bias_Q11S.zero_()
         padded.bias_Q11S[:n_prompts].fill_(-torch.inf)
         padded.bias_Q11S[:n_prompts, ..., :n_read] = plan.bias_Q11S
@@ -246,6 +249,7 @@ class Padding:
             self.prompts[sizes] = PromptPlan(
                 table_QR=row_B.new_zeros(n_prompts, n_columns),
                 cell_of_row_B=row_B.new_zeros(n_rows),
+                length_Q=row_B.new_zeros(n_prompts),
                 bias_Q11S=self.tokens.keys_LBGSK.new_zeros(n_prompts, 1, 1, n_read),
             )
         return self.prompts[sizes]

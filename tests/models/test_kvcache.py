@@ -289,7 +289,7 @@ def test_rows_and_prompts_stand_in_a_table():
     plan = prompts.plan(4)
     assert plan.table_QR.tolist() == [[0, 2, 3], [1, 0, 0]]
     assert plan.cell_of_row_B.tolist() == [0, 3, 1, 2]
-    assert (plan.bias_Q11S == 0).sum(-1).flatten().tolist() == [3, 5]
+    assert (plan.bias_Q11S == 0).sum(-1).flatten().tolist() == plan.length_Q.tolist() == [3, 5]
     assert prompts.plan(4) is plan
     prompts.copy_rows([5], [2])
     assert prompts.plan(4).table_QR.tolist() == [[0, 3], [1, 2]]
@@ -382,6 +382,8 @@ def test_rms_norm_equals_torch(dtype, scale):
 def test_attention_of_few_queries_equals_torch():
     torch.manual_seed(0)
     q_BGRK, (k_BGSK, v_BGSK) = torch.randn(3, 2, 4, 8), torch.randn(2, 3, 2, 11, 8)
-    bias_B11S = mask_bias(torch.arange(11) < torch.tensor([1, 11, 5])[:, None], torch.float32)
+    length_B = torch.tensor([1, 11, 5])
+    bias_B11S = mask_bias(torch.arange(11) < length_B[:, None], torch.float32)
     expected = torch.nn.functional.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, bias_B11S)
-    torch.testing.assert_close(attention(q_BGRK, k_BGSK, v_BGSK, bias_B11S, 8**-0.5), expected, rtol=1e-5, atol=1e-6)
+    ours = attention(q_BGRK, k_BGSK, v_BGSK, bias_B11S, length_B, 8**-0.5)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,100 @@
+"""The decoding kernel where there is no GPU: in Triton's interpreter, and what happens where it does not run."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from minidpost.models.layers import decoding_kernel
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def untried():
+    """What was found out about the kernel is forgotten, before and after."""
+    decoding_kernel.cache_clear()
+    yield
+    decoding_kernel.cache_clear()
+
+
+def test_the_kernel_equals_attention_in_the_interpreter():
+    """All of decode_attention_cases.py; before 3.7 the interpreter's loops fail with numpy 2.4."""
+    pytest.importorskip("triton", minversion="3.7")
+    cases = str(ROOT / "tests" / "models" / "decode_attention_cases.py")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", cases]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("capability", "width"), [(80, 64), (86, 128), (90, 64), (90, 128), (90, 256)])
+def test_the_kernel_compiles_for_gpus_that_are_not_here(capability, width, dtype, tmp_path, monkeypatch):
+    """Which the interpreter does not show; and two programs or more fit on each multiprocessor of any of these GPUs."""
+    pytest.importorskip("triton", minversion="3.7")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from minidpost.models import decode_attention
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = decode_attention._decode_attention
+    n_positions = decode_attention.positions_at_once(width, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    constants = {"WIDTH": width, "BLOCK_R": decode_attention.QUERIES_AT_ONCE, "BLOCK_S": n_positions}
+    # A pointer's name ends in _ptr; numbers are whole but for the scale. In memory columns are neighbours, and rows and
+    # heads begin at multiples of 16 numbers, so that a thread copies 16 bytes at a time.
+    constants |= {name: 1 for name in kernel.arg_names if name.endswith(("_stride_k", "bias_stride_s"))}
+    signature = {name: f"*{dtype}" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
+    signature |= {"n_valid_ptr": "*i64", "scale": "fp32"} | dict.fromkeys(constants, "constexpr")
+    aligned = [i for i, name in enumerate(kernel.arg_names) if ("_ptr" in name or "_stride" in name)]
+    source = ASTSource(
+        kernel,
+        signature=signature,
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned if kernel.arg_names[i] not in constants},
+    )
+    options = {"num_warps": decode_attention.N_WARPS, "num_stages": decode_attention.N_STAGES}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert "cp.async.cg" in compiled.asm["ptx"]  # the next blocks are on their way while one is at work
+    assert len(compiled.asm["cubin"]) > 0
+    assert compiled.metadata.shared <= (48 if width <= 128 else 96) * 1024
+
+
+def test_without_a_gpu_the_kernel_is_none_with_one_warning():
+    """Triton is there, but finds no device to launch on: whatever its first launch raises, decoding goes on."""
+    pytest.importorskip("triton")
+    with pytest.warns(UserWarning, match="no kernel for attention, decoding will be slower") as noted:
+        assert [decoding_kernel(CPU, torch.float32, 64) for _ in range(3)] == [None] * 3
+    assert len(noted) == 1
+
+
+def test_without_triton_the_kernel_is_none_with_one_warning(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "minidpost.models.decode_attention", raising=False)
+    with pytest.warns(UserWarning, match="ModuleNotFoundError.*triton") as noted:
+        assert [decoding_kernel(CPU, torch.bfloat16, 64) for _ in range(3)] == [None] * 3
+    assert len(noted) == 1
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float64, 64), (torch.float32, 8), (torch.bfloat16, 80)])
+def test_what_does_not_suit_the_kernel_is_no_fault(dtype, width):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decoding_kernel(CPU, dtype, width) is None
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_kernel_that_does_not_run(monkeypatch, out_of_memory):
+    """The sampler mends it with fewer rows; afterwards the kernel is tried again."""
+    monkeypatch.setattr(torch, "zeros", out_of_memory)
+    pytest.importorskip("triton")
+    with pytest.raises(torch.OutOfMemoryError):
+        decoding_kernel(CPU, torch.float32, 64)
+    assert decoding_kernel.cache_info().currsize == 0
