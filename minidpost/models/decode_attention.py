@@ -117,7 +117,9 @@ def _decode_attention(  # type: ignore[no-untyped-def]
     v_ptr += row * v_stride_b + head * v_stride_g
     bias_ptr += row * bias_stride_b + head * bias_stride_g
     y_ptr += row * y_stride_b + head * y_stride_g
-    q_RK = tl.load(q_ptr + r[:, None] * q_stride_r + k_column * q_stride_k, mask=is_query_R[:, None], other=0.0)
+    q_RK = tl.load(
+        q_ptr + r[:, None] * q_stride_r + k_column[None, :] * q_stride_k, mask=is_query_R[:, None], other=0.0
+    )
     q_RK = q_RK.to(k_ptr.dtype.element_ty)
     n_valid = tl.minimum(tl.load(n_valid_ptr + row), n_positions).to(tl.int32)
 
@@ -136,12 +138,16 @@ def _decode_attention(  # type: ignore[no-untyped-def]
     for start in range(0, n_valid, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         is_valid_S = s < n_valid
-        k_KS = tl.load(k_ptr + s * k_stride_s + k_column[:, None] * k_stride_k, mask=is_valid_S, other=0.0)
-        v_SK = tl.load(v_ptr + s[:, None] * v_stride_s + k_column * v_stride_k, mask=is_valid_S[:, None], other=0.0)
+        k_KS = tl.load(
+            k_ptr + s[None, :] * k_stride_s + k_column[:, None] * k_stride_k, mask=is_valid_S[None, :], other=0.0
+        )
+        v_SK = tl.load(
+            v_ptr + s[:, None] * v_stride_s + k_column[None, :] * v_stride_k, mask=is_valid_S[:, None], other=0.0
+        )
         bias_S = next_bias_S
         next_s = s + BLOCK_S
         next_bias_S = tl.load(bias_ptr + next_s * bias_stride_s, mask=next_s < n_valid, other=-float("inf"))
-        score_RS = tl.dot(q_RK, k_KS, input_precision="ieee") * scale + bias_S.to(tl.float32)
+        score_RS = tl.dot(q_RK, k_KS, input_precision="ieee") * scale + bias_S.to(tl.float32)[None, :]
 
         new_highest_R = tl.maximum(highest_R, tl.max(score_RS, 1))
         # Where all scores so far are −inf, 0 is taken off instead: −inf − (−inf) is no number, exp(−inf − 0) is 0.
@@ -154,5 +160,5 @@ def _decode_attention(  # type: ignore[no-untyped-def]
 
     # 3) Divide by the sum of the weights, which is 0 where nothing was read.
     y_RK = y_RK / tl.where(total_R == 0.0, 1.0, total_R)[:, None]
-    y_ptrs = y_ptr + r[:, None] * y_stride_r + k_column * y_stride_k
+    y_ptrs = y_ptr + r[:, None] * y_stride_r + k_column[None, :] * y_stride_k
     tl.store(y_ptrs, y_RK.to(y_ptr.dtype.element_ty), mask=is_query_R[:, None])
