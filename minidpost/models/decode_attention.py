@@ -25,26 +25,27 @@ N_WARPS = 4
 
 
 def decode_attention(
-    q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_BGRS: Tensor, n_valid_B: Tensor, scale: float
+    q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_BG1S: Tensor, n_valid_B: Tensor, scale: float
 ) -> Tensor:
     """softmax(q kᵀ · scale + bias) v over the first n_valid positions of each row, (B, G, R, K), as layers.attention.
 
     n_valid_B (int64, contiguous) lies on the device and is read there: a CUDA graph of this call may be replayed with
     other lengths. More than S is S. A row with none gives zeros, and so does a query whose bias is −inf everywhere. K
-    is a power of two from 16 on; scores, softmax and sums are fp32, weights are rounded to the precision of the values.
+    is a power of two from 16 on. The queries that share keys share a bias, of which rows and heads may be 1. Scores,
+    softmax and sums are fp32, weights are rounded to the precision of the values.
     """
     n_rows, n_heads, n_queries, width = q_BGRK.shape
     n_positions = k_BGSK.shape[2]
-    bias_BGRS = bias_BGRS.expand(n_rows, n_heads, n_queries, n_positions)
+    bias_BG1S = bias_BG1S.expand(n_rows, n_heads, 1, n_positions)
     y_BGRK = torch.empty_like(q_BGRK)
     n_programs = n_rows * n_heads * triton.cdiv(n_queries, QUERIES_AT_ONCE)
     with torch.cuda.device_of(q_BGRK):  # Triton launches on the current device, whichever the tensors are on
         _decode_attention[(n_programs,)](
-            *(q_BGRK, k_BGSK, v_BGSK, bias_BGRS, n_valid_B, y_BGRK),
+            *(q_BGRK, k_BGSK, v_BGSK, bias_BG1S, n_valid_B, y_BGRK),
             *q_BGRK.stride(),
             *k_BGSK.stride(),
             *v_BGSK.stride(),
-            *bias_BGRS.stride(),
+            *(bias_BG1S.stride(0), bias_BG1S.stride(1), bias_BG1S.stride(3)),
             *y_BGRK.stride(),
             n_heads=n_heads,
             n_queries=n_queries,
@@ -88,7 +89,6 @@ def _decode_attention(  # type: ignore[no-untyped-def]
     v_stride_k,
     bias_stride_b,
     bias_stride_g,
-    bias_stride_r,
     bias_stride_s,
     y_stride_b,
     y_stride_g,
@@ -117,7 +117,9 @@ def _decode_attention(  # type: ignore[no-untyped-def]
     v_ptr += row * v_stride_b + head * v_stride_g
     bias_ptr += row * bias_stride_b + head * bias_stride_g
     y_ptr += row * y_stride_b + head * y_stride_g
-    q_RK = tl.load(q_ptr + r[:, None] * q_stride_r + k_column * q_stride_k, mask=is_query_R[:, None], other=0.0)
+    q_RK = tl.load(
+        q_ptr + r[:, None] * q_stride_r + k_column[None, :] * q_stride_k, mask=is_query_R[:, None], other=0.0
+    )
     q_RK = q_RK.to(k_ptr.dtype.element_ty)
     n_valid = tl.minimum(tl.load(n_valid_ptr + row), n_positions).to(tl.int32)
 
@@ -129,16 +131,23 @@ def _decode_attention(  # type: ignore[no-untyped-def]
     highest_R = tl.full([BLOCK_R], -float("inf"), tl.float32)
     total_R = tl.zeros([BLOCK_R], tl.float32)
     y_RK = tl.zeros([BLOCK_R, WIDTH], tl.float32)
+    # The compiler has the next blocks' keys and values fetched while one is at work, but not the bias: too few bytes a
+    # thread. So it is loaded here, a block ahead.
+    s = tl.arange(0, BLOCK_S)
+    next_bias_S = tl.load(bias_ptr + s * bias_stride_s, mask=s < n_valid, other=-float("inf"))
     for start in range(0, n_valid, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         is_valid_S = s < n_valid
-        k_KS = tl.load(k_ptr + s * k_stride_s + k_column[:, None] * k_stride_k, mask=is_valid_S, other=0.0)
-        v_SK = tl.load(v_ptr + s[:, None] * v_stride_s + k_column * v_stride_k, mask=is_valid_S[:, None], other=0.0)
-        is_read_RS = is_query_R[:, None] & is_valid_S
-        bias_RS = tl.load(
-            bias_ptr + r[:, None] * bias_stride_r + s * bias_stride_s, mask=is_read_RS, other=-float("inf")
+        k_KS = tl.load(
+            k_ptr + s[None, :] * k_stride_s + k_column[:, None] * k_stride_k, mask=is_valid_S[None, :], other=0.0
         )
-        score_RS = tl.dot(q_RK, k_KS, input_precision="ieee") * scale + bias_RS.to(tl.float32)
+        v_SK = tl.load(
+            v_ptr + s[:, None] * v_stride_s + k_column[None, :] * v_stride_k, mask=is_valid_S[:, None], other=0.0
+        )
+        bias_S = next_bias_S
+        next_s = s + BLOCK_S
+        next_bias_S = tl.load(bias_ptr + next_s * bias_stride_s, mask=next_s < n_valid, other=-float("inf"))
+        score_RS = tl.dot(q_RK, k_KS, input_precision="ieee") * scale + bias_S.to(tl.float32)[None, :]
 
         new_highest_R = tl.maximum(highest_R, tl.max(score_RS, 1))
         # Where all scores so far are −inf, 0 is taken off instead: −inf − (−inf) is no number, exp(−inf − 0) is 0.
@@ -151,5 +160,5 @@ def _decode_attention(  # type: ignore[no-untyped-def]
 
     # 3) Divide by the sum of the weights, which is 0 where nothing was read.
     y_RK = y_RK / tl.where(total_R == 0.0, 1.0, total_R)[:, None]
-    y_ptrs = y_ptr + r[:, None] * y_stride_r + k_column * y_stride_k
+    y_ptrs = y_ptr + r[:, None] * y_stride_r + k_column[None, :] * y_stride_k
     tl.store(y_ptrs, y_RK.to(y_ptr.dtype.element_ty), mask=is_query_R[:, None])

@@ -47,16 +47,16 @@ class AttentionOfFewQueries(Protocol):
     """What decode_attention.decode_attention is; arguments as those of `attention`."""
 
     def __call__(
-        self, q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_BGRS: Tensor, n_valid_B: Tensor, scale: float, /
+        self, q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_BG1S: Tensor, n_valid_B: Tensor, scale: float, /
     ) -> Tensor: ...
 
 
 def attention(
-    q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_BGRS: Tensor, n_valid_B: Tensor, scale: float
+    q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_BG1S: Tensor, n_valid_B: Tensor, scale: float
 ) -> Tensor:
     """softmax(q kᵀ · scale + bias) v for few queries a row, (B, G, R, K).
 
-    Each of the G heads of keys and values is read by R queries. The bias is anything that broadcasts to (B, G, R, S),
+    Each of the G heads of keys and values is read by R queries. The bias is anything that broadcasts to (B, G, 1, S),
     in the precision of the keys, which may be higher than that of queries and values (precision.key_dtype). It is −inf
     from a row's n_valid on, so that those positions need not be read; our kernel on CUDA devices does not read them.
     """
@@ -64,16 +64,16 @@ def attention(
     if q_BGRK.is_cuda and not torch.is_grad_enabled():
         kernel = decoding_kernel(k_BGSK.device, k_BGSK.dtype, k_BGSK.shape[-1])
         if kernel is not None:
-            return kernel(q_BGRK, k_BGSK, v_BGSK, bias_BGRS, n_valid_B, scale)
+            return kernel(q_BGRK, k_BGSK, v_BGSK, bias_BG1S, n_valid_B, scale)
     q_BGRK = q_BGRK.to(k_BGSK.dtype)
     if q_BGRK.device.type != "cpu":
         # For few queries plain products take a third less time on a GPU too, but they round scores to bf16 before the
         # softmax, which the fused kernel does not (benchmarks/results/gpu.md).
-        return F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, bias_BGRS, scale=scale).to(dtype)
+        return F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, bias_BG1S, scale=scale).to(dtype)
     # The fused kernel is made for many queries; for one a row, plain products take a fifth less time on a CPU.
     if scale != 1.0:
         q_BGRK = q_BGRK * scale
-    weight_BGRS = torch.matmul(q_BGRK, k_BGSK.mT).add_(bias_BGRS).softmax(-1)
+    weight_BGRS = torch.matmul(q_BGRK, k_BGSK.mT).add_(bias_BG1S).softmax(-1)
     # Products of three dimensions, one for each of the B · G heads: with bf16 values faster than matmul's of four.
     y_NRK = torch.bmm(weight_BGRS.to(v_BGSK.dtype).flatten(0, 1), v_BGSK.flatten(0, 1))
     return y_NRK.view(q_BGRK.shape).to(dtype)
@@ -94,10 +94,10 @@ def decoding_kernel(device: torch.device, dtype: torch.dtype, width: int) -> Att
 
         # Laid out as a cache is, so that what is compiled here is what decoding needs.
         k_BGSK = torch.zeros(1, 1, 64, width, dtype=dtype, device=device)
-        bias_BGRS = torch.zeros(1, 1, 1, 64, dtype=dtype, device=device)
+        bias_BG1S = torch.zeros(1, 1, 1, 64, dtype=dtype, device=device)
         n_valid_B = torch.ones(1, dtype=torch.long, device=device)
         ones_BGSK = torch.ones_like(k_BGSK)
-        y_BGRK = decode_attention(k_BGSK[:, :, :1], k_BGSK, ones_BGSK, bias_BGRS, n_valid_B, 1.0)
+        y_BGRK = decode_attention(k_BGSK[:, :, :1], k_BGSK, ones_BGSK, bias_BG1S, n_valid_B, 1.0)
         if not bool((y_BGRK == 1).all()):
             raise RuntimeError("it does not give 1 where all values are 1")
     except torch.OutOfMemoryError:

@@ -58,7 +58,7 @@ def cached(n_rows: int, n_heads: int, n_read: int, width: int, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("bias_shape", ["rows", "heads", "all"])
+@pytest.mark.parametrize("bias_shape", ["rows", "heads", "one"])
 @pytest.mark.parametrize(
     ("n_queries", "width"), [(1, 64), (3, 16), (8, 64), (16, 32), (20, 64), (1, 128), (4, 128), (33, 16)]
 )
@@ -69,14 +69,15 @@ def test_it_equals_attention_in_fp64(n_queries, width, bias_shape, dtype):
     n_valid_B = torch.tensor([0, 1, 64, 65, n_read, n_read + 7])
     q_BGRK = torch.randn(n_rows, n_heads, n_queries, width).to(dtype)
     k_BGSK, v_BGSK = cached(n_rows, n_heads, n_read, width, dtype)
-    shape = {"rows": (n_rows, 1, 1), "heads": (n_rows, n_heads, 1), "all": (n_rows, n_heads, n_queries)}[bias_shape]
-    bias_BGRS = torch.randn(*shape, n_read).to(dtype)
     after_B11S = torch.arange(n_read) >= n_valid_B[:, None, None, None]
     k_BGSK.masked_fill_(after_B11S.mT, torch.nan)
     v_BGSK.masked_fill_(after_B11S.mT, torch.nan)
-    bias_BGRS.masked_fill_(after_B11S, torch.nan)
-    ours = decode_attention(q_BGRK, k_BGSK, v_BGSK, bias_BGRS, n_valid_B, width**-0.5)
-    theirs = fp64_attention(q_BGRK, k_BGSK, v_BGSK, bias_BGRS, n_valid_B, width**-0.5)
+    n_bias_rows, n_bias_heads = {"rows": (n_rows, 1), "heads": (n_rows, n_heads), "one": (1, 1)}[bias_shape]
+    bias_BG1S = torch.randn(n_bias_rows, n_bias_heads, 1, n_read).to(dtype)
+    if n_bias_rows > 1:
+        bias_BG1S.masked_fill_(after_B11S, torch.nan)
+    ours = decode_attention(q_BGRK, k_BGSK, v_BGSK, bias_BG1S, n_valid_B, width**-0.5)
+    theirs = fp64_attention(q_BGRK, k_BGSK, v_BGSK, bias_BG1S, n_valid_B, width**-0.5)
     assert ours.dtype == dtype
     assert (ours[0] == 0).all()
     torch.testing.assert_close(ours.double(), theirs, **TOLERANCES[dtype])

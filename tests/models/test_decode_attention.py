@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minidpost.models.layers import decoding_kernel
+from minidpost.models import layers
+from minidpost.models.layers import attention, decoding_kernel, mask_bias
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -89,6 +90,39 @@ def test_what_does_not_suit_the_kernel_is_no_fault(dtype, width):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert decoding_kernel(CPU, dtype, width) is None
+
+
+class OnGPU(torch.Tensor):
+    """Says that it is on a CUDA device, as far as the choice of a kernel asks."""
+
+    is_cuda = True
+
+
+def test_the_kernel_is_taken_where_it_runs_and_no_gradient_is_wanted(monkeypatch):
+    torch.manual_seed(0)
+    q_BGRK = torch.randn(2, 3, 2, 16)
+    k_BGSK, v_BGSK = torch.randn(2, 2, 3, 9, 16)
+    n_valid_B = torch.tensor([9, 4])
+    inputs = (k_BGSK, v_BGSK, mask_bias(torch.arange(9) < n_valid_B[:, None], torch.float32), n_valid_B, 0.25)
+    plain_BGRK = attention(q_BGRK, *inputs)
+    asked = []
+
+    def kernel_of(*kind):
+        asked.append(kind)
+        return (lambda *arguments: arguments) if is_there else None
+
+    monkeypatch.setattr(layers, "decoding_kernel", kernel_of)
+    on_gpu_BGRK = q_BGRK.as_subclass(OnGPU)
+    for is_there, with_gradients in ((True, False), (False, False), (True, True)):
+        with torch.set_grad_enabled(with_gradients):
+            y = attention(on_gpu_BGRK, *inputs)
+        if is_there and not with_gradients:
+            assert all(got is given for got, given in zip(y, (on_gpu_BGRK, *inputs), strict=True))
+        else:
+            assert torch.equal(y.as_subclass(torch.Tensor), plain_BGRK)
+    assert asked == [(CPU, torch.float32, 16)] * 2
+    attention(q_BGRK, *inputs)
+    assert len(asked) == 2  # on a CPU nobody asks
 
 
 def test_a_lack_of_memory_is_not_taken_for_a_kernel_that_does_not_run(monkeypatch, out_of_memory):
