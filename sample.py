@@ -58,7 +58,7 @@ def main() -> None:
     questions = Questions(options)
     directory, model, template = cli.open_model(options)
     if options.chunk is None:
-        options.chunk = on_rank_0(lambda: default_chunk(options, questions))
+        options.chunk = on_rank_0(lambda: default_chunk(options, questions, model))
     questions.check(template)
     if options.output:
         write(options, questions, directory=directory, model=model, template=template)
@@ -113,7 +113,8 @@ def parse_options() -> argparse.Namespace:
         type=cli.POSITIVE,
         metavar="N",
         help=f"rows of --output that are saved together: of fewer, a kill costs less, and sampling is a little slower "
-        f"(default: {sampler.CHUNK}, on a GPU {sampler.GPU_CHUNK_PER_SLOT} a slot, of several GPUs fewer)",
+        f"(default: {sampler.CHUNK}; of a large model on a CPU {sampler.CPU_CHUNK_PER_SLOT} a slot; on a GPU "
+        f"{sampler.GPU_CHUNK_PER_SLOT} a slot, of several GPUs fewer)",
     )
     parser.add_argument(
         "--samples", type=cli.POSITIVE, default=1, metavar="N", help="completions of each question (default: 1)"
@@ -162,12 +163,12 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def default_chunk(options: argparse.Namespace, questions: Questions) -> int:
+def default_chunk(options: argparse.Namespace, questions: Questions, model: Model) -> int:
     """The rows that are saved together where --chunk is not given: as many as when the job was begun."""
     begun = begun_setting(options.output, "chunk") if options.output else None
     if isinstance(begun, int) and begun > 0:
         return begun
-    return shared_chunk_size(options.slots, options.device, questions.n * options.samples)
+    return shared_chunk_size(model, options.slots, questions.n * options.samples)
 
 
 def sampling_settings(options: argparse.Namespace) -> SamplingSettings:

@@ -89,13 +89,36 @@ def test_sampling_goes_on_where_it_was_interrupted(call, sampling, whole, n_chun
 
 
 def test_a_job_keeps_its_size_of_chunks(call, sampling, whole):
-    """Without --chunk, whose default depends on a GPU's slots and on how many GPUs there are."""
+    """Without --chunk, whose default depends on the model, on slots and on how many GPUs there are."""
     with Interrupted(3):
         call(*sampling, "--output", "rows.jsonl")
     place = sampling.index("--chunk")
     outcome = call(*sampling[:place], *sampling[place + 2 :], "--output", "rows.jsonl")
     assert (outcome.status, outcome.complaints) == (0, [])
     assert Path("rows.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize("command", ["sample.py", "eval.py"])
+def test_chunks_of_a_large_model_are_small(call, tiny_model_dir, monkeypatch, command):
+    """On a CPU it has eight rows a slot; --chunk counts more, and so do the chunks that a job was begun with."""
+    write_lines(Path("q.jsonl"), *({"question": f"How many is {n}?", "answer": "7"} for n in range(90)))
+    questions = ["--input", "q.jsonl"] if command == "sample.py" else ["--tasks", "q.jsonl", "--calculator", "on"]
+    flags = [*questions, "--checkpoint", tiny_model_dir, "--slots", 2, "--max-new-tokens", 2]
+
+    def chunks(output: str, *more) -> list[int]:
+        """The rows of the chunks that are there when the command has been interrupted after one of its own."""
+        with Interrupted(1):
+            assert call(command, *flags, *more, "--output", output).status == 130
+        return [path.read_bytes().count(b"\n") for path in sorted(Path(f"{output}.progress").glob("*.jsonl"))]
+
+    monkeypatch.setattr(sampler, "CHUNK", 40)
+    assert chunks("small") == [40]
+    monkeypatch.setattr(sampler, "MIN_PARAMETERS_FOR_SMALL_CHUNKS", 1)
+    assert chunks("large") == [16]
+    assert chunks("small") == [40, 40]
+    assert chunks("many-slots", "--slots", 6) == [40]
+    if command == "sample.py":
+        assert chunks("given", "--chunk", 5) == [5]
 
 
 def test_only_missing_chunks_are_sampled(call, sampling, whole, monkeypatch):

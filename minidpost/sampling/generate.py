@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
-import torch
-
 from minidpost.errors import UserError
 from minidpost.processes import Counts, SharedWork, rank, world_size
 from minidpost.progress import Progress
 from minidpost.sampling import sampler
 from minidpost.sampling.sampler import DecodingModel, Request, Row, SamplingSettings, sample
+from minidpost.sampling.workers import Parametrised
 from minidpost.text import grading
 from minidpost.text.templates import Template
 
@@ -65,7 +64,7 @@ def generate(
         for sample_index in range(n_samples)
     ]
     if chunk_size is None:
-        chunk_size = shared_chunk_size(settings.slots, next(model.parameters()).device, len(requests))
+        chunk_size = shared_chunk_size(model, settings.slots, len(requests))
     # Of several processes each takes whole chunks, another one whenever it is free.
     work: SharedWork | None = None
     if world_size() > 1:
@@ -96,16 +95,16 @@ def generate(
             )
 
 
-def shared_chunk_size(n_slots: int, device: torch.device | str, n_requests: int) -> int:
+def shared_chunk_size(model: Parametrised, n_slots: int, n_requests: int) -> int:
     """The requests of a chunk where nothing else is asked for, so that all processes have work.
 
     On GPUs a chunk is large (sampler.default_chunk_size), and a test set often a single one, which one process would
     work off while the others wait. Several processes with GPUs therefore get equally many chunks each, of at least a
     request a slot. On a CPU chunks are the same for any number of processes, so that samples are the same bytes.
     """
-    largest = sampler.default_chunk_size(n_slots, device)
+    largest = sampler.default_chunk_size(model, n_slots)
     n_processes = world_size()
-    if n_processes == 1 or torch.device(device).type == "cpu":
+    if n_processes == 1 or next(model.parameters()).device.type != "cuda":
         return largest
     n_rounds = -(-n_requests // (n_processes * largest))  # rounded up, as below
     return max(n_slots, -(-n_requests // (n_processes * max(1, n_rounds))))

@@ -24,7 +24,7 @@ MAX_PARAMETERS_FOR_WORKERS = 5_000_000  # in the products of larger models threa
 
 
 class Parametrised(Protocol):
-    """A model, as far as the number of workers depends on it."""
+    """A model, as far as the number of workers and the size of chunks depend on it: on its size and its device."""
 
     def parameters(self) -> Iterator[Tensor]: ...
 

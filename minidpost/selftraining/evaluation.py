@@ -134,8 +134,7 @@ def samples_by_question(
         """The first chunk to sample, and the size of chunks: None where they are not saved, the usual one."""
         if chunks is None:
             return 0, None
-        device = next(model.parameters()).device
-        return chunks.where_to_go_on(shared_chunk_size(settings.slots, device, len(examples) * n_samples))
+        return chunks.where_to_go_on(shared_chunk_size(model, settings.slots, len(examples) * n_samples))
 
     first_chunk, chunk_size = on_rank_0(begin)
     samples: Iterable[Sample] = generate(

@@ -110,7 +110,7 @@ def rehearse_sampling(plan: Plan) -> None:
     """One prefill of the longest prompt, and a decoding step with all slots at their last position."""
     model: Any = load_model(plan.base, plan.dtype, plan.device)
     settings = plan.preset.sampling(seed=0)
-    n_slots = min(settings.slots, default_chunk_size(settings.slots, plan.device))
+    n_slots = min(settings.slots, default_chunk_size(model, settings.slots))
     n_prompts = prefill_batch(settings.slots, plan.device)
     # Evaluation has other questions than the pool, of which one may be the longest.
     evaluated = [example.question for examples in plan.data.evaluation_sets().values() for example in examples]

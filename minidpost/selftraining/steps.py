@@ -218,7 +218,7 @@ def sample_rationales(run: Run, iteration: int, name: str, *, model: Path, n_sam
 
         weights = on_rank_0(lambda: weights_of(run, model))
         chunks = saved_chunks(run, stage_name, weights, n_samples, settings=settings)
-        default_size = shared_chunk_size(settings.slots, run.device, len(run.data.pool) * n_samples)
+        default_size = shared_chunk_size(loaded, settings.slots, len(run.data.pool) * n_samples)
         first_chunk, chunk_size = on_rank_0(lambda: chunks.where_to_go_on(default_size))
         generated = generate(
             loaded,

@@ -1,12 +1,16 @@
 """Questions to graded completions: what the sampler is asked, and what becomes of its rows."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from minidpost.errors import UserError
-from minidpost.models.weights import check_vocabulary, load_model
+from minidpost.models.hf_config import read_config
+from minidpost.models.weights import check_vocabulary, empty_model, load_model
 from minidpost.sampling import generate as generation
 from minidpost.sampling.generate import MAX_PROMPT_TOKENS, Sample, check_prompts, generate, shared_chunk_size
 from minidpost.sampling.sampler import Request, Row, SamplingSettings
@@ -117,10 +121,20 @@ def test_a_sample_is_graded_where_answers_are_given(requested, model, tiny_templ
     assert (ungraded.answer, ungraded.is_correct) == (None, None)
 
 
+class Parameters:
+    """A model of which nothing but its size and its device is known."""
+
+    def __init__(self, n_parameters: int, device: str):
+        self.weight = SimpleNamespace(numel=lambda: n_parameters, device=torch.device(device))
+
+    def parameters(self) -> Iterator[SimpleNamespace]:
+        yield self.weight
+
+
 def test_several_gpus_have_equally_many_chunks(monkeypatch):
     def chunks(n_requests: int, n_processes: int, n_slots: int = 256, device: str = "cuda") -> tuple[int, int]:
         monkeypatch.setattr(generation, "world_size", lambda: n_processes)
-        size = shared_chunk_size(n_slots, device, n_requests)
+        size = shared_chunk_size(Parameters(10**6, device), n_slots, n_requests)
         return size, -(-n_requests // size)
 
     assert chunks(1319, 1) == (4096, 1)
@@ -130,6 +144,25 @@ def test_several_gpus_have_equally_many_chunks(monkeypatch):
     assert chunks(0, 8) == (256, 0)
     for n_processes in (1, 2, 4):
         assert chunks(1319, n_processes, device="cpu") == (1024, 2)
+
+
+@pytest.mark.parametrize(("n_slots", "size"), [(1, 8), (32, 256), (64, 512), (128, 1024), (512, 1024)])
+def test_on_a_cpu_a_kill_loses_little_of_a_large_model(tiny_model_dir, monkeypatch, n_slots, size):
+    """And as little with any number of processes, so that samples are the same bytes."""
+    config = read_config(tiny_model_dir)
+    large = empty_model(replace(config, vocab_size=20_000_000 // config.d_model))  # on the meta device
+    for n_processes in (1, 3):
+        monkeypatch.setattr(generation, "world_size", lambda n=n_processes: n)
+        assert shared_chunk_size(large, n_slots, 10_000) == size
+        assert shared_chunk_size(Parameters(20_000_000, "cpu"), n_slots, 10_000) == size
+        for small in (empty_model(config), Parameters(19_999_999, "cpu")):
+            assert shared_chunk_size(small, n_slots, 10_000) == 1024
+
+
+@pytest.mark.parametrize("n_parameters", [10**6, 10**9])
+def test_on_a_gpu_chunks_grow_with_slots_whatever_the_model(n_parameters):
+    sizes = {n_slots: shared_chunk_size(Parameters(n_parameters, "cuda"), n_slots, 10**6) for n_slots in (1, 64, 256)}
+    assert sizes == {1: 1024, 64: 1024, 256: 4096}
 
 
 def test_no_questions_no_completions(model, tiny_template):

@@ -747,6 +747,23 @@ def test_killed_sampling_continues_at_the_missing_chunk(new_run, monkeypatch, st
     assert files_of(chunked).keys() == files_of(whole).keys()
 
 
+def test_chunks_of_a_large_model_are_small_in_a_run(new_run, monkeypatch):
+    """Of sampling and of evaluation alike: the model's size counts, not only the device."""
+    monkeypatch.setattr(sampler, "MIN_PARAMETERS_FOR_SMALL_CHUNKS", 1)
+    monkeypatch.setattr(sampler, "CPU_CHUNK_PER_SLOT", 3)
+    sizes = []
+    for module in (steps, evaluation_module):
+
+        def noting(*arguments, original=module.generate, **options):
+            sizes.append(options["chunk_size"])
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, "generate", noting)
+    run = new_run(slots=2)
+    list(self_train(run))
+    assert sizes and {*sizes} == {6}
+
+
 def test_a_killed_evaluation_continues_at_the_missing_chunk(new_run, monkeypatch):
     monkeypatch.setattr(sampler, "CHUNK", 2)
     whole = new_run(name="whole")
