@@ -67,6 +67,7 @@ from minidpost.selftraining.rehearsal import rehearse
 from minidpost.selftraining.report import write_report
 from minidpost.selftraining.run import Data, Keep, Run, tokenize
 from minidpost.selftraining.run_directory import RunDirectory, finished_names, kind_of, model_hash
+from minidpost.selftraining.steps import stopped_after
 
 MAX_NAME = 100  # characters of a run directory's name that say what differs from the preset
 
@@ -106,7 +107,8 @@ def main() -> None:
         device=options.device,
     )
     finished = on_rank_0(lambda: set() if options.fresh else finished_names(run_dir))
-    planned = planned_stages(plan, model_size(model))
+    last = on_rank_0(lambda: None if options.fresh else stopped_after(run_dir, preset))
+    planned = planned_stages(plan, model_size(model), last)
     resources = check_resources(options, plan, model, run_dir=run_dir, planned=planned, finished=finished)
 
     # 2) The run's directory: a new one, or one that the same command left.

@@ -1375,6 +1375,35 @@ def test_a_finished_run_is_not_rehearsed_again(call, tiny_model_dir, my_data, mo
     ]
 
 
+def test_a_run_that_patience_ended_is_not_rehearsed_again(call, tiny_model_dir, my_data, monkeypatch, out_of_memory):
+    """Its later iterations are not to come. A command that asks for more of them needs memory, and a rehearsal."""
+    flags = ["--model", tiny_model_dir, "--data", my_data, "--run-dir", "run", *QUICK, "--method", "st"]
+    patient = [*flags, "--iterations", 3, "--patience", 1]
+    assert call("train.py", *patient).status == 0
+    assert json.loads(Path("run/stopped.json").read_text())["after"] == 1
+    monkeypatch.setattr("minidpost.selftraining.rehearsal.is_worth_it", lambda plan, model: True)
+    monkeypatch.setattr(rehearsal, "sft_gradients", out_of_memory)
+    for n_repeated, same in enumerate((patient, [*flags, "--iterations", 2, "--patience", 1]), start=1):
+        outcome = call("train.py", *same)
+        assert (outcome.status, outcome.complaints) == (0, [])
+        assert Path("run/log.txt").read_text().count("every stage is finished") == n_repeated
+        assert not Path("run/iteration-2").exists()
+
+    for more in (["--iterations", 4, "--patience", 1], ["--iterations", 3, "--patience", 2], ["--iterations", 3]):
+        before = snapshot(Path("run"))
+        outcome = call("train.py", *flags, *more)
+        assert outcome.status == 2 and "in the rehearsal of training" in outcome.complaints[0]
+        assert snapshot(Path("run")) == before
+    shutil.move("run/iteration-1/evaluation.json", "evaluation.json")  # a stage that has to be made again
+    assert "in the rehearsal of training" in call("train.py", *patient).complaints[0]
+    Path("run/stopped.json").write_text("[1]")
+    before = snapshot(Path("run"))
+    assert call("train.py", *patient).complaints == [
+        "train.py: run/stopped.json is not readable; restore it, or --fresh"
+    ]
+    assert snapshot(Path("run")) == before
+
+
 def test_a_disk_without_room_is_refused_before_anything_is_written(call, tiny_model_dir, my_data, monkeypatch):
     monkeypatch.setattr("minidpost.selftraining.estimates.disk_bytes", lambda *_, **__: 10**18)
     outcome = call("train.py", "--model", tiny_model_dir, "--data", my_data, "--run-dir", "runs/new", *QUICK)

@@ -79,6 +79,17 @@ def test_refusals_are_one_line_and_leave_nothing(shared, config_file, tmp_path, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_wrong_command_line_is_one_line(tool, capsys):
+    for arguments, words in (
+        ([], "the following arguments are required: --config, --tokenizer, --output"),
+        (["--config", "a", "--tokenizer", "b", "--output", "c", "--layers", "two"], "argument --layers: invalid int"),
+        (["--config", "a", "--tokenizer", "b", "--output", "c", "--depth", "2"], "unrecognized arguments: --depth 2"),
+    ):
+        assert tool.main(arguments) == 2
+        printed = capsys.readouterr()
+        assert words in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
 def test_help_names_every_flag(tool, capsys):
     with pytest.raises(SystemExit, match="0"):
         tool.main(["--help"])

@@ -3,7 +3,6 @@
 python tools/random_model.py --config ../shared/configs/flan-t5-small --tokenizer ../shared/tokenizers/t5 --output DIR
 """
 
-import argparse
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from minidpost.cli import Parser  # noqa: E402
 from minidpost.errors import UserError  # noqa: E402
 from minidpost.models.hf_config import mapping_for, read_config  # noqa: E402
 from minidpost.models.weights import save_model  # noqa: E402
@@ -24,14 +24,14 @@ MAX_LAYERS = 1000
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and make the directory; the exit status, 2 after a line that says what was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", type=Path, required=True, help="a config.json, or the directory that holds it")
     parser.add_argument("--tokenizer", type=Path, required=True, help="the directory of its vocabulary; copied along")
     parser.add_argument("--output", type=Path, required=True, help="the directory to make; must not exist yet")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default %(default)s)")
     parser.add_argument("--layers", type=int, help="layers of each stack (default: config.json's)")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         n_parameters = make(options.config, options.tokenizer, options.output, options.seed, options.layers)
     except (UserError, OSError) as error:
         print(f"random_model.py: {error}", file=sys.stderr)

@@ -437,12 +437,13 @@ def run_flops(plan: Plan, size: ModelSize) -> float:
     return sum(stage.flops for stage in planned_stages(plan, size).values())
 
 
-def planned_stages(plan: Plan, size: ModelSize) -> dict[str, PlannedStage]:
+def planned_stages(plan: Plan, size: ModelSize, last: int | None = None) -> dict[str, PlannedStage]:
     """All stages that a run has if it does not stop early, by name and in order, with their operations.
 
     Completions are taken to be as long as the labelled rationales are on average. Half of the pool's questions are
     taken to get a pseudo-label for each iteration so far, and as many preference pairs as a question may have; DPO is
-    taken to make all its steps. How many there really are depends on what the model gets right.
+    taken to make all its steps. How many there really are depends on what the model gets right. Iterations later than
+    the `last`, where one is given, are left out.
     """
     preset = plan.preset
     labelled = plan.labelled
@@ -479,7 +480,8 @@ def planned_stages(plan: Plan, size: ModelSize) -> dict[str, PlannedStage]:
     if preset.warm_up:
         stages["iteration-0/sft"] = sft(0)
     stages["iteration-0/evaluation.json"] = PlannedStage("inference", evaluation_of_sft)
-    for iteration in range(1, plan.n_iterations + 1):
+    n_iterations = plan.n_iterations if last is None else min(last, plan.n_iterations)
+    for iteration in range(1, n_iterations + 1):
         path = f"iteration-{iteration}"
         evaluation = evaluation_of_sft
         if plan.has_dpo:

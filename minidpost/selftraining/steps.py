@@ -52,6 +52,8 @@ from minidpost.training.optim import derived_seed
 from minidpost.training.parallel import load_spread
 from minidpost.training.sft import train_sft
 
+STOP = "stopped.json"  # which iteration a run was stopped after by its patience, and by which hyperparameters
+
 TrainingItem = TypeVar("TrainingItem", TokenizedExample, PreferencePair)
 
 
@@ -582,21 +584,44 @@ def _has_converged(run: Run, accuracies: Sequence[float]) -> bool:
     patience = run.preset.patience
     if patience is None:
         return False
-    path = run.directory.path / "stopped.json"
-    stopped: dict[str, int] = {"after": 0, "iterations": 0, "patience": 0}
-    if path.is_file():
-        stopped |= json_object(path)
-    asks_for_more = run.preset.iterations > stopped["iterations"] or patience > stopped["patience"]
-
+    directory = run.directory.path
+    earlier = earlier_stop(directory)["after"]
     last = len(accuracies) - 1
-    if last <= stopped["after"]:
-        return last == stopped["after"] and not asks_for_more
+    if last <= earlier:
+        return last == stopped_after(directory, run.preset)
     best = accuracies.index(max(accuracies))  # the earliest in a tie
-    if last - max(best, stopped["after"]) < patience:
+    if last - max(best, earlier) < patience:
         return False
-    write_json(path, {"after": last, "iterations": run.preset.iterations, "patience": patience})
+    write_json(directory / STOP, {"after": last, "iterations": run.preset.iterations, "patience": patience})
     run.directory.log(
         f"stopped after iteration {last}: dev accuracy has not risen above the {accuracies[best]:.1%} of iteration "
         f"{best} for {patience} iterations (--patience); with more --iterations or --patience the run goes on"
     )
     return True
+
+
+def stopped_after(directory: Path, preset: Preset) -> int | None:
+    """The iteration that a run in this directory was stopped after for want of patience; None where it may go on.
+
+    It may where it was not stopped, and where a preset has more iterations or more patience than it was stopped with.
+    UserError where the record of the stop is broken.
+    """
+    stopped = earlier_stop(directory)
+    if preset.patience is None or preset.iterations > stopped["iterations"] or preset.patience > stopped["patience"]:
+        return None
+    return stopped["after"]
+
+
+def earlier_stop(directory: Path) -> dict[str, int]:
+    """What is recorded of a stop: the iteration that it came after, and the hyperparameters it came by; zeros without.
+
+    UserError where the record is broken.
+    """
+    path = directory / STOP
+    names = ("after", "iterations", "patience")
+    if not path.is_file():
+        return dict.fromkeys(names, 0)
+    try:
+        return {name: int(json_object(path)[name]) for name in names}
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(f"{path} is not readable; restore it, or --fresh") from None
