@@ -86,7 +86,8 @@ def main() -> None:
     default = replace(default, slots=slots_for(model, default, dtype, options.device))
     train_dtype = training_dtype(options.train_dtype, options.device, n_parameters(model))
     with_replaced = replace(default, **replaced)
-    micro_batch_tokens = micro_batch_tokens_for(model, with_replaced, train_dtype, options.device)
+    has_dpo = METHODS[options.method].has_dpo
+    micro_batch_tokens = micro_batch_tokens_for(model, with_replaced, train_dtype, options.device, has_dpo=has_dpo)
     default = replace(default, micro_batch_tokens=micro_batch_tokens)
     preset = resolve_preset(options, default, replaced, model)
     check_weights(base)
@@ -285,7 +286,14 @@ def check_resources(
     left = [name for name in planned if name not in finished]
     if not left:
         return ["every stage is finished"]
-    memory = check_memory(model, plan.preset, dtype=plan.dtype, device=plan.device, training_dtype=plan.training_dtype)
+    memory = check_memory(
+        model,
+        plan.preset,
+        dtype=plan.dtype,
+        device=plan.device,
+        training_dtype=plan.training_dtype,
+        has_dpo=METHODS[plan.method].has_dpo,
+    )
     disk = on_rank_0(
         lambda: check_disk(
             model,

@@ -70,7 +70,13 @@ MIN_PARAMETERS_FOR_WARNING = 50_000_000  # from here on training on a CPU takes 
 
 
 def check_memory(
-    model: Model, preset: Preset, *, dtype: torch.dtype, device: str, training_dtype: torch.dtype = torch.float32
+    model: Model,
+    preset: Preset,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    training_dtype: torch.dtype = torch.float32,
+    has_dpo: bool = True,
 ) -> str:
     """What training and sampling need and what is free, in one line; UserError where it cannot fit.
 
@@ -80,7 +86,7 @@ def check_memory(
     """
     n_ranks = world_size()
     needed = {
-        "training": training_bytes(model, preset, training_dtype, device, n_ranks),
+        "training": training_bytes(model, preset, training_dtype, device, n_ranks, has_dpo=has_dpo),
         "sampling": sampling_bytes(model, preset, dtype, device),
     }
     text = ", ".join(f"{stage} {size_text(size)}" for stage, size in needed.items())
@@ -107,11 +113,17 @@ def check_memory(
 
 
 def training_bytes(
-    model: Model, preset: Preset, dtype: torch.dtype = torch.float32, device: str = "cpu", n_ranks: int = 1
+    model: Model,
+    preset: Preset,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    n_ranks: int = 1,
+    *,
+    has_dpo: bool = True,
 ) -> int:
     """The peak of an SFT or DPO step whose forward pass is computed in `dtype`, in each of `n_ranks` processes."""
     n_layers = max(len(stack.layers) for stack in model.stacks)
-    n_tokens = max(preset.micro_batch_tokens, preset.max_source + preset.max_target)
+    n_tokens = largest_micro_batch(preset, has_dpo)
     layer_bytes = n_tokens * activation_bytes_a_token(model, preset, dtype, device)
     n_trained = n_trained_parameters(model, preset)
     number_bytes = preset.weights_dtype(device, dtype).itemsize  # of a frozen weight, and of the residual stream
@@ -142,6 +154,15 @@ def training_bytes(
             output = model.embedding.weight if model.head is None else model.head.weight
             passing_bytes += (4 if dtype == torch.float32 else 4 + dtype.itemsize) * output.numel()
     return weights_bytes + passing_bytes
+
+
+def largest_micro_batch(preset: Preset, has_dpo: bool) -> int:
+    """The padded tokens of the largest micro-batch: one example may exceed the preset's, a step may have fewer."""
+    longest = preset.max_source + preset.max_target
+    n_sequences = preset.sft_examples_per_step
+    if has_dpo:
+        n_sequences = max(n_sequences, 2 * preset.dpo_pairs_per_step)
+    return max(longest, min(preset.micro_batch_tokens, n_sequences * longest))
 
 
 def gathered_bytes(model: Model, preset: Preset, dtype: torch.dtype, device: str) -> int:
@@ -236,7 +257,9 @@ def slots_for(model: Model, preset: Preset, dtype: torch.dtype, device: str) -> 
     return preset.slots
 
 
-def micro_batch_tokens_for(model: Model, preset: Preset, dtype: torch.dtype, device: str) -> int:
+def micro_batch_tokens_for(
+    model: Model, preset: Preset, dtype: torch.dtype, device: str, *, has_dpo: bool = True
+) -> int:
     """How many tokens a micro-batch has where nothing else is asked for; `dtype` is that of training's forward passes.
 
     On a CPU the preset's number. A GPU takes hardly longer for a large micro-batch than for a small one, until it is
@@ -246,7 +269,8 @@ def micro_batch_tokens_for(model: Model, preset: Preset, dtype: torch.dtype, dev
         return preset.micro_batch_tokens
     n_bytes = torch.cuda.get_device_properties(device).total_memory
     for tokens in GPU_MICRO_BATCH_TOKENS:
-        needed = training_bytes(model, replace(preset, micro_batch_tokens=tokens), dtype, device, world_size())
+        larger = replace(preset, micro_batch_tokens=tokens)
+        needed = training_bytes(model, larger, dtype, device, world_size(), has_dpo=has_dpo)
         if tokens > preset.micro_batch_tokens and needed <= FRACTION_FOR_TRAINING * n_bytes:
             return tokens
     return preset.micro_batch_tokens

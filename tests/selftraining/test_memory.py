@@ -557,6 +557,19 @@ def test_on_a_gpu_slots_are_by_its_memory(monkeypatch):
     assert estimates.slots_for(model, preset, torch.bfloat16, "cpu") == 64
 
 
+def test_a_micro_batch_is_no_larger_than_a_step_and_no_smaller_than_an_example():
+    preset = replace(LLAMA, max_source=100, max_target=60, sft_examples_per_step=8, dpo_pairs_per_step=8)
+
+    def as_much(has_dpo: bool, **changes: int) -> int:
+        return training_bytes(meta(), replace(preset, **changes), has_dpo=has_dpo)
+
+    assert as_much(False, micro_batch_tokens=10**6) == as_much(False, micro_batch_tokens=8 * 160)
+    assert as_much(True, micro_batch_tokens=10**6) == as_much(True, micro_batch_tokens=16 * 160)
+    assert as_much(True, micro_batch_tokens=16 * 160) > as_much(True, micro_batch_tokens=8 * 160)
+    assert as_much(True, micro_batch_tokens=8 * 160) == as_much(False, micro_batch_tokens=8 * 160)
+    assert as_much(True, micro_batch_tokens=1) == as_much(True, micro_batch_tokens=160)
+
+
 def test_on_a_gpu_micro_batches_are_by_its_memory(monkeypatch):
     """As many tokens as need four fifths of it, never fewer than the preset's; on a CPU the preset's number."""
     config = T5Config(32128, 1024, 64, 2816, 16, 24, 24)  # Flan-T5-Large
