@@ -7,8 +7,8 @@ training on a CPU is faster for it.
 Letters of the shapes, here and in the other files of this folder: B rows, T new or target positions, S source or
 cached positions, N items of a flattened or selected dimension (packed tokens, positions with a label), Q distinct
 prompts, R queries that share keys, D model width, F feed-forward width, H heads, G key and value heads, K head width,
-V vocabulary, L layers, O outputs of a matrix, M rank of an adapter (lora.py) or packed source tokens beside N targets, P
-places of padded rows laid end to end (packing.py), X entries of the table of position biases (kvcache.py).
+V vocabulary, L layers, O outputs of a matrix, M rank of an adapter (lora.py) or packed source tokens beside N targets,
+P places of padded rows laid end to end (packing.py), X entries of the table of position biases (kvcache.py).
 """
 
 import warnings
