@@ -510,6 +510,8 @@ def report(scale: str) -> None:
     found = [read_json(path) for path in paths]
     seeds = [path.stem.rpartition("-")[2] for path in paths]
     path_of_base = FOUND / f"{scale}-base.json"  # which need not have been measured at this scale
+    if not found and not path_of_base.is_file():
+        sys.exit(f"nothing has been measured at --scale {scale} yet")
     base = read_json(path_of_base) if path_of_base.is_file() else {"machine": found[0]["machine"]}
     flags = " ".join(SCALES[scale].flags)
     iterations = found[0]["settings"]["iterations"] if found else SCALES[scale].iterations
