@@ -292,7 +292,7 @@ def check_resources(
         dtype=plan.dtype,
         device=plan.device,
         training_dtype=plan.training_dtype,
-        has_dpo=METHODS[plan.method].has_dpo,
+        has_dpo=plan.has_dpo,
     )
     disk = on_rank_0(
         lambda: check_disk(

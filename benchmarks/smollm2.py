@@ -291,14 +291,8 @@ def train(base: Path, method: str, seed: int, options: argparse.Namespace) -> No
     directory = run_directory(method, seed, options)
     flags = ["--model", str(base), "--data", "gsm8k", "--data-dir", str(options.data_dir), "--method", method]
     flags += ["--seed", str(seed), "--run-dir", str(directory), "--device", options.device]
-    flags += [
-        "--iterations",
-        str(options.iterations or scale.iterations),
-        "--slots",
-        str(options.slots),
-        "--test-questions",
-        "0",
-    ]
+    flags += ["--iterations", str(options.iterations or scale.iterations)]
+    flags += ["--slots", str(options.slots), "--test-questions", "0"]
     flags += scale.flags
     warmed_up = run_directory(METHODS[0], seed, options)
     if method != METHODS[0] and not directory.exists():

@@ -113,11 +113,11 @@ def collate(
 ) -> Batch:
     """Right-pad examples to the longest of the batch, in the form that the model's family takes.
 
-    Attention is masked by length, never by id, so that it does not matter which id pads. With `is_packed` (None: on
-    any device but a CPU) the model computes no padding outside attention.
+    Attention is masked by length, never by id, so that it does not matter which id pads. With `is_packed` (None: as
+    `packs` has it) the model computes no padding outside attention.
     """
     if is_packed is None:
-        is_packed = torch.device(device).type != "cpu"
+        is_packed = packs(device)
     if config.is_encoder_decoder:
         return collate_encoder_decoder(examples, config.start_id, device, is_packed)
     return collate_decoder_only(examples, device, is_packed)
@@ -257,8 +257,7 @@ def micro_batches(
     Each item is the sequences of one prompt, which stay together; one that is larger than `max_tokens` gets a
     micro-batch of its own. Where tokens are packed, padding counts as a fraction of them (PACKED_PADDING).
     """
-    on_cpu = torch.device(device).type == "cpu"
-    batch_cost = CPU_BATCH_COST if on_cpu else GPU_BATCH_COST
+    batch_cost = CPU_BATCH_COST if torch.device(device).type == "cpu" else GPU_BATCH_COST
     padding = padding_weight(device)
     shapes = [padded_shape(config, item) for item in items]
     sizes = [sum(example.n_tokens for example in item) for item in items]
@@ -272,9 +271,14 @@ def micro_batches(
     return batches
 
 
+def packs(device: torch.device | str) -> bool:
+    """Whether training on a device computes no padding outside attention: on any but a CPU."""
+    return torch.device(device).type != "cpu"
+
+
 def padding_weight(device: torch.device | str) -> float:
     """What a place of padding counts, as a fraction of a token."""
-    return 1.0 if torch.device(device).type == "cpu" else PACKED_PADDING
+    return PACKED_PADDING if packs(device) else 1.0
 
 
 def length_buckets(sizes: Sequence[int], max_tokens: int, padding: float = 1.0) -> list[list[int]]:
@@ -320,9 +324,8 @@ def optimal_cuts(shapes: Sequence[PaddedShape], batch_cost: float) -> list[int]:
     Dynamic programming, as lines of a paragraph are broken: the best cuts of the first `end` shapes are the best cuts
     of the first `begin` and one more batch [begin, end), for the best `begin`.
     """
-    best: list[tuple[float, int]] = [
-        (0, 0)
-    ]  # of the first 0, 1, 2, … shapes: the least cost, and where their last batch begins
+    # Of the first 0, 1, 2, … shapes: the least cost, and where their last batch begins.
+    best: list[tuple[float, int]] = [(0, 0)]
     for end in range(1, len(shapes) + 1):
         longest_target = 0
         longest_source = 0
