@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -57,12 +57,15 @@ def main() -> None:
         return
     questions = Questions(options)
     directory, model, template = cli.open_model(options)
-    if options.chunk is None:
-        options.chunk = on_rank_0(lambda: default_chunk(options, questions, model))
     questions.check(template)
     if options.output:
-        write(options, questions, directory=directory, model=model, template=template)
+        identity = on_rank_0(lambda: settings_of_job(options, questions, directory=directory, model=model))
+        if options.chunk is None:
+            options.chunk = on_rank_0(lambda: default_chunk(options, questions, model, identity))
+        write(options, questions, identity | {"chunk": options.chunk}, model=model, template=template)
     else:
+        if options.chunk is None:
+            options.chunk = shared_chunk_size(model, options.slots, questions.n * options.samples)
         answer(options, [row["question"] for row in questions.rows()], model=model, template=template)
 
 
@@ -163,9 +166,25 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def default_chunk(options: argparse.Namespace, questions: Questions, model: Model) -> int:
+def settings_of_job(
+    options: argparse.Namespace, questions: Questions, *, directory: Path, model: Model
+) -> dict[str, Any]:
+    """What makes a command the same one, so that it goes on where it was stopped; all but the size of a chunk."""
+    weight = next(model.parameters())
+    names = "template samples temperature top_k top_p max_new_tokens slots seed no_calculator".split()
+    return {
+        "command": "sample.py",
+        "weights": model_hash(directory),
+        "questions": questions.sha256(),
+        **{name: vars(options)[name] for name in names},
+        "dtype": str(weight.dtype),
+        "device": weight.device.type,
+    }
+
+
+def default_chunk(options: argparse.Namespace, questions: Questions, model: Model, identity: Mapping[str, Any]) -> int:
     """The rows that are saved together where --chunk is not given: as many as when the job was begun."""
-    begun = begun_setting(options.output, "chunk") if options.output else None
+    begun = begun_setting(options.output, "chunk", identity)
     if isinstance(begun, int) and begun > 0:
         return begun
     return shared_chunk_size(model, options.slots, questions.n * options.samples)
@@ -189,12 +208,12 @@ def sampling_settings(options: argparse.Namespace) -> SamplingSettings:
 def write(
     options: argparse.Namespace,
     questions: Questions,
+    identity: Mapping[str, Any],
     *,
-    directory: Path,
     model: Model,
     template: Template,
 ) -> None:
-    """Write a row for each completion to --output, going on where the same command was stopped.
+    """Write a row for each completion to --output, going on where a command of the same `identity` was stopped.
 
     Of several processes rank 0 writes.
     """
@@ -205,16 +224,6 @@ def write(
             if not is_finished:
                 sample_chunks(options, questions, None, model=model, template=template)
         return
-    weight = next(model.parameters())
-    names = "template samples temperature top_k top_p max_new_tokens slots seed no_calculator chunk".split()
-    identity = {
-        "command": "sample.py",
-        "weights": model_hash(directory),
-        "questions": questions.sha256(),
-        **{name: vars(options)[name] for name in names},
-        "dtype": str(weight.dtype),
-        "device": weight.device.type,
-    }
     with Job([options.output], identity, overwrite=options.overwrite) as job, when_memory_runs_out(advice):
         if from_rank_0(job.is_finished):
             job.remove()

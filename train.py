@@ -86,7 +86,7 @@ def main() -> None:
     default = replace(default, slots=slots_for(model, default, dtype, options.device))
     train_dtype = training_dtype(options.train_dtype, options.device, n_parameters(model))
     with_replaced = replace(default, **replaced)
-    has_dpo = METHODS[options.method].has_dpo
+    has_dpo = with_replaced.tunes_by_dpo(METHODS[options.method])
     micro_batch_tokens = micro_batch_tokens_for(model, with_replaced, train_dtype, options.device, has_dpo=has_dpo)
     default = replace(default, micro_batch_tokens=micro_batch_tokens)
     preset = resolve_preset(options, default, replaced, model)
@@ -118,6 +118,7 @@ def main() -> None:
         on_rank_0(lambda: fingerprint(options, plan)),
         options.fresh,
         may_change=[f"preset.{name}" for name in may_change(options.method)],
+        device=options.device,
     )
     for line in resources:
         directory.log(line)
@@ -221,7 +222,8 @@ def parse_options() -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="JSON object of hyperparameters, named as below with _ for -; the config.json of a run has all of them, "
-        "of which those that a method sets are taken for the same method alone",
+        "of which those that a method sets are taken for the same method alone, and --slots and "
+        "--micro-batch-tokens not of a run that was begun on another kind of device",
     )
     add_hyperparameters(parser)
     return parser.parse_args()
@@ -236,7 +238,7 @@ def replaced_hyperparameters(options: argparse.Namespace, default: Preset) -> di
     by_flag = given(options)
     if options.config is None:
         return by_flag
-    from_file, method = read_hyperparameters(options.config)
+    from_file, method = read_hyperparameters(options.config, options.device)
     if method not in (None, options.method):
         kept = []
         for name in {**METHODS[method].settings, **METHODS[options.method].settings}:

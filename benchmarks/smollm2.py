@@ -117,8 +117,8 @@ SCALES = {
             *("--micro-batch-tokens", "4096", "--pass-questions", "50"),
         ),
         iterations=1,
-        n_test=200,
-        n_other_test=100,
+        n_test=300,
+        n_other_test=200,
         n_dev=100,
         n_base=100,
     ),
@@ -460,8 +460,8 @@ def grade(method: str, seed: int, options: argparse.Namespace) -> None:
         if not model_dir.is_dir():
             continue
         entry: dict[str, Any] = found.setdefault(key, {})
-        measurements = [f"{test}/{calculator}" for calculator in ("on", "off") for test in TESTS]
-        missing = [name for name in ("dev", *measurements) if name not in entry]
+        with_calculator, without = ([f"{test}/{calculator}" for test in TESTS] for calculator in ("on", "off"))
+        missing = [name for name in (*with_calculator, "dev", *without) if name not in entry]
         if not missing:
             continue
         model = load_model(model_dir, sampling_dtype("auto", options.device, N_PARAMETERS), options.device)

@@ -98,6 +98,17 @@ def test_a_job_keeps_its_size_of_chunks(call, sampling, whole):
     assert Path("rows.jsonl").read_bytes() == whole
 
 
+def test_the_size_of_chunks_of_a_job_that_is_dropped_is_dropped_too(call, sampling, monkeypatch):
+    monkeypatch.setattr(sampler, "CHUNK", 10)
+    with Interrupted(1):
+        call(*sampling, "--output", "rows.jsonl")
+    place = sampling.index("--chunk")
+    with Interrupted(1):
+        call(*sampling[:place], *sampling[place + 2 :], "--seed", 9, "--output", "rows.jsonl", "--overwrite")
+    (chunk,) = Path("rows.jsonl.progress").glob("*.jsonl")
+    assert chunk.read_bytes().count(b"\n") == 10  # where the first job had four
+
+
 @pytest.mark.parametrize("command", ["sample.py", "eval.py"])
 def test_chunks_of_a_large_model_are_small(call, tiny_model_dir, monkeypatch, command):
     """On a CPU it has eight rows a slot; --chunk counts more, and so do the chunks that a job was begun with."""

@@ -36,7 +36,7 @@ from minidpost.models.lora import n_adapter_parameters
 from minidpost.models.t5 import T5Config
 from minidpost.models.weights import empty_model
 from minidpost.precision import key_dtype
-from minidpost.processes import available_memory, processes_of_machine, world_size
+from minidpost.processes import available_memory, max_over_ranks, processes_of_machine, world_size
 from minidpost.sampling.generate import MAX_PROMPT_TOKENS
 from minidpost.sampling.sampler import cached_tokens, overlaps, prefill_batch
 from minidpost.selftraining.methods import METHODS
@@ -45,6 +45,7 @@ from minidpost.selftraining.run import Data, Keep, TokenizedData
 from minidpost.selftraining.run_directory import PlannedStage
 from minidpost.text.templates import Template
 from minidpost.training.batching import TokenizedExample, drop_too_long, token_counts
+from minidpost.training.dpo import reference_batch_tokens
 from minidpost.training.losses import LOGITS_AT_ONCE
 from minidpost.training.parallel import MAX_WHOLE_GRADIENTS, is_spread_by_layer
 
@@ -121,9 +122,12 @@ def training_bytes(
     *,
     has_dpo: bool = True,
 ) -> int:
-    """The peak of an SFT or DPO step whose forward pass is computed in `dtype`, in each of `n_ranks` processes."""
+    """The peak of an SFT or DPO step whose forward pass is computed in `dtype`, in each of `n_ranks` processes.
+
+    Or that of DPO's reference, where it is higher: with LoRA or small steps.
+    """
     n_layers = max(len(stack.layers) for stack in model.stacks)
-    n_tokens = largest_micro_batch(preset, has_dpo)
+    n_tokens = largest_micro_batch(model, preset, n_ranks, has_dpo=has_dpo)
     layer_bytes = n_tokens * activation_bytes_a_token(model, preset, dtype, device)
     n_trained = n_trained_parameters(model, preset)
     number_bytes = preset.weights_dtype(device, dtype).itemsize  # of a frozen weight, and of the residual stream
@@ -153,35 +157,89 @@ def training_bytes(
         if not preset.freezes_weights:  # a chunk's gradient of the output matrix, beside the sum of those before it
             output = model.embedding.weight if model.head is None else model.head.weight
             passing_bytes += (4 if dtype == torch.float32 else 4 + dtype.itemsize) * output.numel()
-    return weights_bytes + passing_bytes
+    reference = reference_bytes(model, preset, dtype, device, n_ranks) if has_dpo else 0
+    return max(weights_bytes + passing_bytes, reference)
 
 
-def largest_micro_batch(preset: Preset, has_dpo: bool) -> int:
-    """The padded tokens of the largest micro-batch: one example may exceed the preset's, a step may have fewer."""
-    longest = preset.max_source + preset.max_target
-    n_sequences = preset.sft_examples_per_step
+def largest_micro_batch(model: Model, preset: Preset, n_ranks: int = 1, *, has_dpo: bool = True) -> int:
+    """The padded tokens of the largest micro-batch that one of `n_ranks` processes can have in a step.
+
+    An example may exceed what the preset allows, and so may a question with all its pairs, which stay together. A step
+    may have fewer examples or questions than would fit; of several processes each gets its share of them.
+    """
+    example_tokens = preset.max_source + preset.max_target
+    n_examples = most_examples_of_rank(preset, n_ranks)
+    largest = max(example_tokens, min(preset.micro_batch_tokens, n_examples * example_tokens))
     if has_dpo:
-        n_sequences = max(n_sequences, 2 * preset.dpo_pairs_per_step)
-    return max(longest, min(preset.micro_batch_tokens, n_sequences * longest))
+        n_together = min(preset.pairs_per_question, preset.dpo_pairs_per_step)
+        # Most where each pair has its own question.
+        step_tokens = most_pairs_of_rank(preset, n_ranks) * question_tokens(model, preset, 1)
+        largest = max(largest, question_tokens(model, preset, n_together), min(preset.micro_batch_tokens, step_tokens))
+    return largest
+
+
+def most_examples_of_rank(preset: Preset, n_ranks: int) -> int:
+    """How many examples of an SFT step one of several processes has, at most."""
+    return -(-preset.sft_examples_per_step // n_ranks)
+
+
+def most_pairs_of_rank(preset: Preset, n_ranks: int) -> int:
+    """How many pairs of a DPO step one of several processes has, at most: those of a question stay together."""
+    n_together = min(preset.pairs_per_question, preset.dpo_pairs_per_step)
+    n_questions = -(-preset.dpo_pairs_per_step // (n_together * n_ranks))
+    return min(n_questions * n_together, preset.dpo_pairs_per_step)
+
+
+def question_tokens(model: Model, preset: Preset, n_pairs: int) -> int:
+    """The padded tokens of so many pairs of one question, each of two other completions."""
+    n_prompts = 1 if model.config.is_encoder_decoder else 2 * n_pairs  # an encoder reads the question once
+    return n_prompts * preset.max_source + 2 * n_pairs * preset.max_target
+
+
+def reference_bytes(model: Model, preset: Preset, dtype: torch.dtype, device: str, n_ranks: int) -> int:
+    """The peak of DPO's reference: weights without gradients and moments, and of the activations what is at work.
+
+    These are the residual stream and, in the feed-forward, its input, both branches of the hidden units, their product.
+    """
+    weights_bytes = preset.weights_dtype(device, dtype).itemsize * n_parameters(model)
+    if n_ranks > 1:
+        weights_bytes = weights_bytes // n_ranks + gathered_weights_bytes(model, preset, dtype, device)
+    n_tokens = max(
+        question_tokens(model, preset, preset.pairs_per_question),
+        reference_batch_tokens(preset.micro_batch_tokens, device),
+    )
+    config = model.config
+    activation_bytes = n_tokens * (4 * config.d_model + 3 * dtype.itemsize * (config.d_model + config.d_ff))
+    logits_bytes = 12 * min(LOGITS_AT_ONCE, n_tokens * config.vocab_size)
+    return weights_bytes + activation_bytes + logits_bytes
 
 
 def gathered_bytes(model: Model, preset: Preset, dtype: torch.dtype, device: str) -> int:
     """What a rank holds besides its slices (parallel.py): gathered weights, and gradients that are not summed yet.
 
-    Gathered are two layers, the one at work and the next, and what belongs to no layer; of a small model everything. Of
-    a model that is not large a rank holds all gradients until the last micro-batch; of a large one those of the same
-    parameters.
+    Of a model that is not large a rank holds all gradients until the last micro-batch; of a large one those of the
+    gathered parameters.
     """
+    n_trained = n_trained_parameters(model, preset)
+    n_gradients = n_trained if n_trained <= MAX_WHOLE_GRADIENTS else n_gathered_parameters(model)
+    return gathered_weights_bytes(model, preset, dtype, device) + 4 * n_gradients
+
+
+def gathered_weights_bytes(model: Model, preset: Preset, dtype: torch.dtype, device: str) -> int:
+    """What the weights take that a rank has gathered, at most."""
+    weight_bytes = preset.weights_dtype(device, dtype).itemsize
+    if torch.device(device).type == "cuda":
+        weight_bytes = dtype.itemsize
+    return weight_bytes * n_gathered_parameters(model)
+
+
+def n_gathered_parameters(model: Model) -> int:
+    """Those of two layers, the one at work and the next, and of what belongs to no layer; of a small model all."""
     n_gathered = n_parameters(model)
     if is_spread_by_layer(n_gathered):
         layer_sizes = [n_parameters(layer) for stack in dict.fromkeys(model.stacks) for layer in stack.layers]
         n_gathered += 2 * max(layer_sizes) - sum(layer_sizes)
-    weight_bytes = preset.weights_dtype(device, dtype).itemsize
-    if torch.device(device).type == "cuda":
-        weight_bytes = dtype.itemsize
-    n_trained = n_trained_parameters(model, preset)
-    n_gradients = n_trained if n_trained <= MAX_WHOLE_GRADIENTS else n_gathered
-    return weight_bytes * n_gathered + 4 * n_gradients
+    return n_gathered
 
 
 def n_trained_parameters(model: Model, preset: Preset) -> int:
@@ -247,10 +305,11 @@ def slots_for(model: Model, preset: Preset, dtype: torch.dtype, device: str) -> 
 
     On a CPU the preset's number. On a GPU a step of many rows hardly takes longer than one of few: as many as need no
     more than a third of its memory, so that every GPU of one kind has the same number, whatever else is at work there.
+    All processes have the same number, by which they share questions out.
     """
     if torch.device(device).type != "cuda":
         return preset.slots
-    n_bytes = torch.cuda.get_device_properties(device).total_memory
+    n_bytes = memory_of_smallest_gpu(device)
     for slots in GPU_SLOTS:
         if FRACTION_FOR_SAMPLING * n_bytes >= sampling_bytes(model, replace(preset, slots=slots), dtype, device):
             return slots
@@ -264,16 +323,22 @@ def micro_batch_tokens_for(
 
     On a CPU the preset's number. A GPU takes hardly longer for a large micro-batch than for a small one, until it is
     busy: as many as are estimated to need no more than four fifths of its memory, but no fewer than the preset's.
+    All processes have the same number, as they compute an optimizer step together.
     """
     if torch.device(device).type != "cuda":
         return preset.micro_batch_tokens
-    n_bytes = torch.cuda.get_device_properties(device).total_memory
+    n_bytes = memory_of_smallest_gpu(device)
     for tokens in GPU_MICRO_BATCH_TOKENS:
         larger = replace(preset, micro_batch_tokens=tokens)
         needed = training_bytes(model, larger, dtype, device, world_size(), has_dpo=has_dpo)
         if tokens > preset.micro_batch_tokens and needed <= FRACTION_FOR_TRAINING * n_bytes:
             return tokens
     return preset.micro_batch_tokens
+
+
+def memory_of_smallest_gpu(device: str) -> int:
+    """The whole memory of this process's GPU or, of several processes, of the one that has least: all decide alike."""
+    return -max_over_ranks(-torch.cuda.get_device_properties(device).total_memory)[0]
 
 
 def tensor_bytes(cache: KVCache | SharedPromptCache | T5Cache) -> int:
@@ -453,7 +518,7 @@ class Plan:
     @property
     def has_dpo(self) -> bool:
         """Whether there are iterations that tune by DPO."""
-        return self.n_iterations > 0 and METHODS[self.method].has_dpo
+        return self.preset.tunes_by_dpo(METHODS[self.method])
 
 
 def run_flops(plan: Plan, size: ModelSize) -> float:

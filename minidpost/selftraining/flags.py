@@ -94,7 +94,8 @@ GROUPS: dict[str, dict[str, Flag]] = {
     },
     "memory and speed (results change only by rounding and dropout's units; a run may go on with other values)": {
         "micro_batch_tokens": Flag(
-            "padded tokens of a forward pass in training, at most; on a GPU more, by its memory"
+            "tokens of a forward pass in training, at most, padding included (on a GPU as a quarter); a question's "
+            "pairs stay together even if they are more; on a GPU the default follows from its memory"
         ),
         "activation_checkpointing": Flag("compute activations twice in training, for less memory"),
         "slots": Flag("completions that are sampled at the same time; on a GPU more, by its memory"),
@@ -105,6 +106,8 @@ TYPES = {field.name: field.type for field in fields(Preset)}
 
 # What a continued run may change: how far it goes, and what changes results only by rounding and by dropout's units.
 MAY_CHANGE = ("iterations", "patience", "micro_batch_tokens", "activation_checkpointing", "slots")
+# What follows from a device's memory: not taken over from a run that was begun on a device of another kind.
+OF_DEVICE = ("micro_batch_tokens", "slots")
 # What DPO alone has a use for: with a method without it, any other values make the same run.
 OF_DPO = (*GROUPS["DPO"], "dpo_samples", "pairs_per_question")
 
@@ -213,10 +216,11 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name in FLAGS}
 
 
-def read_hyperparameters(path: Path) -> tuple[dict[str, Any], str | None]:
+def read_hyperparameters(path: Path, device: str = "cpu") -> tuple[dict[str, Any], str | None]:
     """The hyperparameters in a JSON file: an object of them, or the config.json of a run, which has all.
 
-    With them comes the run's method, None where the file is no run's or names no method that we have.
+    Of a run that was begun on another kind of device than `device` those of its memory (OF_DEVICE) are left out. With
+    them comes the run's method, None where the file is no run's or names no method that we have.
     UserError: no such file, no JSON, a name that is no hyperparameter, a value that is out of bounds.
     """
     try:
@@ -229,7 +233,11 @@ def read_hyperparameters(path: Path) -> tuple[dict[str, Any], str | None]:
     if isinstance(content, dict) and isinstance(content.get("settings"), dict):
         named = content["settings"].get("method")
         method = next((name for name in METHODS if name == named), None)
+        kind = device.partition(":")[0]
+        begun_on = content.get("device", kind)
         content = content["settings"].get("preset")
+        if begun_on != kind and isinstance(content, dict):
+            content = {name: value for name, value in content.items() if name not in OF_DEVICE}
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: an object of hyperparameters is expected, or a run's config.json")
     values = {}

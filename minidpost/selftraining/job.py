@@ -186,11 +186,17 @@ def progress_directory(output: Path) -> Path:
     return output.with_name(output.name + ".progress")
 
 
-def begun_setting(output: Path, name: str) -> Any:
-    """A setting of the unfinished job whose first output this is; None where there is none, or it cannot be read."""
+def begun_setting(output: Path, name: str, others: Mapping[str, Any]) -> Any:
+    """A setting of the unfinished job whose first output this is.
+
+    None where there is none, it cannot be read, or its settings but for this one are not `others` (those that may
+    change aside): such a job is not continued.
+    """
     try:
-        return json_object(progress_directory(output) / "job.json")["settings"][name]
-    except (UserError, OSError, ValueError, LookupError, TypeError):
+        begun = json_object(progress_directory(output) / "job.json")["settings"]
+        differing = differing_names(flat(begun), flat(json.loads(json.dumps(others))))
+        return begun[name] if {*differing} <= {name, *MAY_CHANGE} else None
+    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 

@@ -108,6 +108,10 @@ class Preset:
         """The iterations after the warm-up that a method makes."""
         return self.iterations if method.iterates else 0
 
+    def tunes_by_dpo(self, method: Method) -> bool:
+        """Whether a run by a method has an iteration that tunes by DPO."""
+        return method.has_dpo and self.iterations_of(method) > 0
+
     def weights_dtype(self, device: str, dtype: torch.dtype | None = None) -> torch.dtype:
         """The precision in which training holds a model's own weights.
 

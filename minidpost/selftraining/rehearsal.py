@@ -16,7 +16,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -32,24 +32,41 @@ from minidpost.progress import Progress
 from minidpost.sampling.cuda_graphs import recorded_steps
 from minidpost.sampling.sampler import cached_tokens, default_chunk_size, overlaps, prefill_batch
 from minidpost.sampling.token_choice import choose
-from minidpost.selftraining.estimates import Plan, forward_flops, model_size, run_flops, size_text, training_flops
+from minidpost.selftraining.estimates import (
+    Plan,
+    forward_flops,
+    model_size,
+    most_examples_of_rank,
+    most_pairs_of_rank,
+    question_tokens,
+    run_flops,
+    size_text,
+    training_flops,
+)
 from minidpost.selftraining.presets import n_parameters
-from minidpost.selftraining.steps import less_for_sampling, less_for_training, load_for_training
+from minidpost.selftraining.steps import (
+    less_for_sampling,
+    less_for_training,
+    load_for_reference,
+    load_for_training,
+)
 from minidpost.training.batching import (
+    PaddedShape,
     TokenizedExample,
+    counted,
     epoch_steps,
     micro_batches,
-    occupied,
     padded_shape,
     padding_weight,
 )
 from minidpost.training.dpo import (
     PreferencePair,
     dpo_gradients,
-    reference_batch_factor,
+    reference_batch_tokens,
     reference_log_probabilities,
 )
 from minidpost.training.optim import adamw, apply_step
+from minidpost.training.parallel import deal
 from minidpost.training.sft import begin_sft, sft_gradients
 
 # On a CPU:
@@ -94,8 +111,7 @@ def is_worth_it(plan: Plan, model: Model) -> bool:
         return False
     size = model_size(model)
     preset = plan.preset
-    longest = preset.max_source + preset.max_target
-    n_tokens = max(preset.micro_batch_tokens, 2 * preset.pairs_per_question * longest)
+    n_tokens = max(preset.micro_batch_tokens, question_tokens(model, preset, preset.pairs_per_question))
     # Three micro-batches (two of SFT, one of DPO with its reference), a prefill, a decoding step.
     half = n_tokens // 2  # source and target tokens
     training = 3 * training_flops(size, half, half, is_frozen=preset.freezes_weights) + forward_flops(size, half, half)
@@ -148,20 +164,18 @@ def rehearse_training(plan: Plan, progress: Progress) -> None:
     `progress` counts them.
     """
     preset = plan.preset
-    model = load_for_training(plan.base, preset, dtype=plan.training_dtype, device=plan.device, seed=0)
     sft = preset.sft(0, plan.training_dtype)
-    pairs = largest_pairs(plan) if plan.has_dpo else []
-    if pairs:
-        factor = reference_batch_factor(torch.device(plan.device))
+    if plan.has_dpo:
         reference_log_probabilities(
-            model,
-            of_all_ranks(plan, factor * preset.micro_batch_tokens, n_most=factor * len(pairs) // world_size()),
+            load_for_reference(plan.base, preset, dtype=plan.training_dtype, device=plan.device),
+            largest_pairs_of_reference(plan),
             micro_batch_tokens=preset.micro_batch_tokens,
             stage="rehearsal, DPO's reference",
             dtype=plan.training_dtype,
         )
         progress.update()
 
+    model = load_for_training(plan.base, preset, dtype=plan.training_dtype, device=plan.device, seed=0)
     # A first step with little to do, after which AdamW has its moments.
     optimizer = adamw(model, sft.schedule)
     small = [min(plan.labelled, key=lambda example: example.n_tokens)] * world_size()
@@ -175,11 +189,12 @@ def rehearse_training(plan: Plan, progress: Progress) -> None:
         # The small micro-batch leaves gradients, to which those of the large one are added; of several processes each
         # holds them whole until then.
         sft_gradients(model, small, micro_batch_tokens, dtype=sft.dtype, ends_step=False)
-        sft_gradients(model, examples * world_size(), micro_batch_tokens, dtype=sft.dtype)  # each rank gets as many
+        sft_gradients(model, once_for_every_rank(examples), micro_batch_tokens, dtype=sft.dtype)
         apply_step(model, optimizer, sft.schedule, step=0, n_steps=1)
         progress.update()
 
-    if pairs:
+    if plan.has_dpo:
+        pairs = largest_pairs(plan)
         model.eval()  # without dropout, as in train_dpo
         dpo = preset.dpo(len(pairs), 0, plan.training_dtype)
         sft_gradients(model, small, micro_batch_tokens, dtype=dpo.dtype, ends_step=False)
@@ -199,38 +214,52 @@ def rehearse_training(plan: Plan, progress: Progress) -> None:
 
 
 def largest_sft_batches(plan: Plan, model: Model) -> list[list[TokenizedExample]]:
-    """The largest micro-batch of the labelled set's first epoch, and of pseudo-labels the largest that there can be."""
+    """The largest micro-batch of the labelled set's first epoch, and of pseudo-labels the largest that there can be.
+
+    Of several processes one that any of them gets.
+    """
     preset = plan.preset
     labelled = plan.labelled
     batches = []
     n_steps = -(-len(labelled) // preset.sft_examples_per_step)  # of an epoch
     for step in epoch_steps(len(labelled), preset.sft_examples_per_step, n_steps, seed=0):
-        examples = [labelled[i] for i in step]
-        for indices in micro_batches(
-            model.config, [[example] for example in examples], preset.micro_batch_tokens, plan.device
-        ):
-            batches.append([examples[i] for i in indices])
+        items = [[labelled[i]] for i in step]
+        for own in deal(items, world_size()):
+            own_items = [items[i] for i in own]
+            for batch in micro_batches(model.config, own_items, preset.micro_batch_tokens, plan.device):
+                batches.append([example for i in batch for example in own_items[i]])
 
     def size(batch: list[TokenizedExample]) -> float:
-        shapes = [padded_shape(model.config, [example]) for example in batch]
-        padding = padding_weight(plan.device)
-        return occupied([shape.target_length for shape in shapes], padding) + occupied(
-            [shape.source_length for shape in shapes], padding
-        )
+        shape = reduce(PaddedShape.beside, (padded_shape(model.config, [example]) for example in batch))
+        return counted(shape, sum(example.n_tokens for example in batch), padding_weight(plan.device))
 
     largest = [max(batches, key=size)]
     if plan.n_iterations:
         n_source, n_target = longest_lengths(plan)
-        n_rows = min(preset.micro_batch_tokens // (n_source + n_target), preset.sft_examples_per_step)
+        n_most = most_examples_of_rank(preset, world_size())
+        n_rows = min(preset.micro_batch_tokens // (n_source + n_target), n_most)
         largest.append(
             [TokenizedExample(distinct_ids(row, n_source), (0,) * n_target) for row in range(max(1, n_rows))]
         )
     return largest
 
 
+def once_for_every_rank(examples: list[TokenizedExample]) -> list[TokenizedExample]:
+    """As many copies of each as there are ranks, one after the other: dealt out by size, each rank gets one of each."""
+    return [example for example in examples for _ in range(world_size())]
+
+
 def largest_pairs(plan: Plan) -> list[PreferencePair]:
     """The pairs of the largest micro-batch of DPO, for each rank as many."""
-    return of_all_ranks(plan, plan.preset.micro_batch_tokens, n_most=plan.preset.dpo_pairs_per_step)
+    n_most = most_pairs_of_rank(plan.preset, world_size())
+    return of_all_ranks(plan, plan.preset.micro_batch_tokens, n_most=n_most)
+
+
+def largest_pairs_of_reference(plan: Plan) -> list[PreferencePair]:
+    """Those of the reference's largest micro-batch: of all pairs that the run can have, as it knows no steps."""
+    n_tokens = reference_batch_tokens(plan.preset.micro_batch_tokens, plan.device)
+    n_pairs = len(plan.data.pool) * plan.preset.pairs_per_question
+    return of_all_ranks(plan, n_tokens, n_most=-(-n_pairs // world_size()))
 
 
 def of_all_ranks(plan: Plan, n_tokens: int, *, n_most: int) -> list[PreferencePair]:

@@ -85,17 +85,24 @@ class RunDirectory:
     """
 
     def __init__(
-        self, path: Path, settings: Mapping[str, Any], fresh: bool = False, *, may_change: Collection[str] = ()
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        fresh: bool = False,
+        *,
+        may_change: Collection[str] = (),
+        device: str = "cpu",
     ) -> None:
         """Begin a run, or continue the one that was begun with the same settings; `fresh` renames that one first.
 
-        Settings in `may_change` (dotted names, such as "preset.slots") may differ when a run is continued: it is
-        logged, and config.json has the new ones from then on. To continue reads all finished files, to compare their
-        hashes: about a second a gigabyte and core.
+        Settings in `may_change` (dotted names, such as "preset.slots") may differ when a run is continued, and so may
+        the kind of `device`: it is logged, and config.json has the new ones from then on. To continue reads all
+        finished files, to compare their hashes: about a second a gigabyte and core.
         UserError: another process works here, the settings or the format differ, a finished file was changed.
         """
         self.path = Path(path)
         self.planned: Mapping[str, PlannedStage] = {}
+        self.device = torch.device(device).type
         self.settings = json.loads(json.dumps(settings, default=str))  # as they will be read back
         self.stages = on_rank_0(lambda: self._claim(fresh, may_change))
 
@@ -244,6 +251,7 @@ class RunDirectory:
             "versions": versions(),
             "threads": torch.get_num_threads(),  # on a CPU also how many processes sample side by side
             "processes": world_size(),
+            "device": self.device,
         }
         write_json(config, content)
 
@@ -258,6 +266,7 @@ class RunDirectory:
             old_torch = content.get("versions", {}).get("torch")
             old_threads = content.get("threads")
             old_processes = content.get("processes", 1)
+            old_device = content.get("device", self.device)  # earlier runs did not record it
             old_settings = flat(content["settings"])
             new_settings = flat(self.settings)
             differing = differing_names(old_settings, new_settings)
@@ -276,8 +285,11 @@ class RunDirectory:
                 )
         for name in differing:
             self.log(f"continued with {name} = {new_settings[name]}, which was {old_settings.get(name)}")
-        if differing:
+        if old_device != self.device:
+            self.log(f"continued on {self.device}, which was {old_device}: rounding and dropout may differ")
+        if differing or old_device != self.device:
             content["settings"] = self.settings
+            content["device"] = self.device
             write_json(config, content)
         if old_torch != version("torch"):
             self.log(f"begun with torch {old_torch}, continued with {version('torch')}: rounding may differ")

@@ -239,11 +239,24 @@ def epoch_steps(n_examples: int, per_step: int, n_steps: int, seed: int) -> Iter
 
 
 class PaddedShape(NamedTuple):
-    """What one prompt and its targets occupy when collated: targets of so many tokens, one source of so many tokens."""
+    """What prompts and their targets occupy when collated: targets of so many tokens, sources of so many tokens."""
 
     target_length: int
     source_length: int
     n_targets: int
+
+    @property
+    def n_places(self) -> int:
+        """Tokens and padding. A source counts once for each of its targets, though it is encoded once for all."""
+        return (self.target_length + self.source_length) * self.n_targets
+
+    def beside(self, other: "PaddedShape") -> "PaddedShape":
+        """The shape of both in one micro-batch."""
+        return PaddedShape(
+            max(self.target_length, other.target_length),
+            max(self.source_length, other.source_length),
+            self.n_targets + other.n_targets,
+        )
 
 
 def micro_batches(
@@ -260,10 +273,10 @@ def micro_batches(
     batch_cost = CPU_BATCH_COST if torch.device(device).type == "cpu" else GPU_BATCH_COST
     padding = padding_weight(device)
     shapes = [padded_shape(config, item) for item in items]
-    sizes = [sum(example.n_tokens for example in item) for item in items]
+    n_tokens = [sum(example.n_tokens for example in item) for item in items]
 
     batches: list[list[int]] = []
-    for bucket in length_buckets(sizes, max_tokens, padding):
+    for bucket in length_buckets(shapes, n_tokens, max_tokens, padding):
         # Neighbours in this order have like target lengths, then like source lengths, so cutting it saves padding.
         order = sorted(bucket, key=lambda i: shapes[i], reverse=True)
         cuts = optimal_cuts([shapes[i] for i in order], batch_cost / padding)
@@ -281,28 +294,33 @@ def padding_weight(device: torch.device | str) -> float:
     return PACKED_PADDING if packs(device) else 1.0
 
 
-def length_buckets(sizes: Sequence[int], max_tokens: int, padding: float = 1.0) -> list[list[int]]:
-    """Split 0 … n−1 into buckets of like size, each of one or more, whose padded total stays within `max_tokens`.
+def length_buckets(
+    shapes: Sequence[PaddedShape], n_tokens: Sequence[int], max_tokens: int, padding: float = 1.0
+) -> list[list[int]]:
+    """Split items 0 … n−1 into buckets of like size, each of one or more, that count `max_tokens` at most (`counted`).
 
-    Sizes [3, 9, 3, 4] with 12 tokens give [[1], [3, 0, 2]]: 9 alone, as two rows of 9 would be 18; then 3 rows of 4.
-    Padding may count as a fraction of a token (`occupied`).
+    `shapes` and `n_tokens` are those of each item. Targets of 3, 9, 3 and 4 tokens without sources, with 12 tokens a
+    bucket, give [[1], [3, 0, 2]]: 9 alone, as two rows of 9 would be 18; then 3 rows of 4.
     """
-    longest_first = sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True)
+    largest_first = sorted(range(len(shapes)), key=lambda i: shapes[i].n_places, reverse=True)
     buckets: list[list[int]] = []
-    for index in longest_first:
-        if not buckets or occupied([sizes[i] for i in (*buckets[-1], index)], padding) > max_tokens:
+    bucket_shape, bucket_tokens = PaddedShape(0, 0, 0), 0
+    for index in largest_first:
+        shape, tokens = bucket_shape.beside(shapes[index]), bucket_tokens + n_tokens[index]
+        if not buckets or counted(shape, tokens, padding) > max_tokens:
             buckets.append([])
+            shape, tokens = shapes[index], n_tokens[index]
         buckets[-1].append(index)
+        bucket_shape, bucket_tokens = shape, tokens
     return buckets
 
 
-def occupied(sizes: Sequence[int], padding: float) -> float:
-    """What rows of so many tokens count in one batch: their tokens, and a fraction of the padding to the longest.
+def counted(shape: PaddedShape, n_tokens: int, padding: float) -> float:
+    """What a micro-batch of so many tokens counts: them, and a fraction of the padding.
 
     Rows of 9, 4 and 3 tokens have 11 places of padding: they count 27 with a fraction of 1, and 16 + 5.5 with a half.
     """
-    n_tokens = sum(sizes)
-    return n_tokens + padding * (max(sizes) * len(sizes) - n_tokens)
+    return n_tokens + padding * (shape.n_places - n_tokens)
 
 
 def padded_shape(config: Config, item: Sequence[TokenizedExample]) -> PaddedShape:

@@ -44,13 +44,14 @@ from minidpost.training.state import TrainingState
 
 # Without gradients no activations are stored, so a GPU has room for larger batches when it computes the reference.
 GPU_REFERENCE_BATCH_FACTOR = 4
+GPU_REFERENCE_BATCH_TOKENS = 32768  # [ours] but not for any that are larger than this
 
 
 @dataclass(frozen=True)
 class DPOSettings:
     """The hyperparameters of DPO, and two ways to save memory.
 
-    `micro_batch_tokens` bounds the padded tokens of a micro-batch; it changes results by rounding.
+    `micro_batch_tokens` bounds a micro-batch (batching.counted); it changes results by rounding.
     `activation_checkpointing` computes activations twice instead of keeping them.
     `dtype` is the precision of forward passes (precision.autocast), and should be the reference's; None: bf16 on a CUDA
     device that multiplies it.
@@ -198,7 +199,7 @@ def reference_log_probabilities(
     """
     model.eval()  # no dropout
     weight = next(model.parameters())
-    max_tokens = micro_batch_tokens * reference_batch_factor(weight.device)
+    max_tokens = reference_batch_tokens(micro_batch_tokens, weight.device)
 
     # Each rank fills in its own pairs, and leaves the others' at 0, so that the sum has all.
     reference_P2 = torch.zeros(len(pairs), 2, dtype=at_least_fp32(weight.dtype))
@@ -211,9 +212,11 @@ def reference_log_probabilities(
     return sum_over_ranks(reference_P2)
 
 
-def reference_batch_factor(device: torch.device) -> int:
-    """How many times as large as in training the reference's micro-batches are."""
-    return 1 if device.type == "cpu" else GPU_REFERENCE_BATCH_FACTOR
+def reference_batch_tokens(micro_batch_tokens: int, device: torch.device | str) -> int:
+    """What bounds the reference's micro-batches where `micro_batch_tokens` bounds training's."""
+    if torch.device(device).type == "cpu":
+        return micro_batch_tokens
+    return max(micro_batch_tokens, min(GPU_REFERENCE_BATCH_FACTOR * micro_batch_tokens, GPU_REFERENCE_BATCH_TOKENS))
 
 
 def pair_log_probabilities(model: Model, pairs: Sequence[PreferencePair], dtype: torch.dtype | None = None) -> Tensor:

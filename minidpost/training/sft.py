@@ -41,7 +41,7 @@ class SFTSettings:
     """The hyperparameters of SFT, and two ways to save memory.
 
     `dropout` is the model's in this training, a probability; None: the one in its config (T5's dropout_rate, Llama's
-    attention_dropout). `micro_batch_tokens` bounds the padded tokens of a micro-batch; it changes results by rounding,
+    attention_dropout). `micro_batch_tokens` bounds a micro-batch (batching.counted); it changes results by rounding,
     and by which units dropout hits. `activation_checkpointing` computes activations twice instead of keeping them.
     `dtype` is the precision of forward passes (precision.autocast); None: bf16 on a CUDA device that multiplies it.
     """

@@ -139,6 +139,14 @@ def test_a_runs_config_gives_its_hyperparameters_and_method(tmp_path, named, met
     assert (Preset(**values), found) == (TINY_T5, method)
 
 
+def test_what_suits_a_devices_memory_is_not_taken_over_from_another_kind(tmp_path):
+    preset = asdict(replace(TINY_T5, micro_batch_tokens=65536, slots=1024))
+    path = write(tmp_path / "config.json", {"settings": {"method": "st", "preset": preset}, "device": "cuda"})
+    assert read_hyperparameters(path, "cuda:1") == (preset, "st")
+    values, _ = read_hyperparameters(path, "cpu")
+    assert values == {name: preset[name] for name in preset if name not in ("micro_batch_tokens", "slots")}
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

@@ -37,12 +37,12 @@ from minidpost.selftraining.estimates import (
     warn_of_hours,
     written_hours,
 )
-from minidpost.selftraining.presets import LLAMA, Preset, preset_of
+from minidpost.selftraining.presets import LLAMA, Preset, n_parameters, preset_of
 from minidpost.selftraining.presets import T5 as T5_PRESET
 from minidpost.selftraining.run import Data, TokenizedData
 from minidpost.training import parallel
 from minidpost.training.batching import TokenizedExample, collate
-from minidpost.training.losses import log_probabilities
+from minidpost.training.losses import LOGITS_AT_ONCE, log_probabilities
 
 CONFIG = LlamaConfig(1000, 64, 128, 4, n_heads=4, n_kv_heads=2, d_head=16)
 
@@ -560,14 +560,44 @@ def test_on_a_gpu_slots_are_by_its_memory(monkeypatch):
 def test_a_micro_batch_is_no_larger_than_a_step_and_no_smaller_than_an_example():
     preset = replace(LLAMA, max_source=100, max_target=60, sft_examples_per_step=8, dpo_pairs_per_step=8)
 
-    def as_much(has_dpo: bool, **changes: int) -> int:
-        return training_bytes(meta(), replace(preset, **changes), has_dpo=has_dpo)
+    def largest(has_dpo: bool, n_ranks: int = 1, **changes: int) -> int:
+        return estimates.largest_micro_batch(meta(), replace(preset, **changes), n_ranks, has_dpo=has_dpo)
 
-    assert as_much(False, micro_batch_tokens=10**6) == as_much(False, micro_batch_tokens=8 * 160)
-    assert as_much(True, micro_batch_tokens=10**6) == as_much(True, micro_batch_tokens=16 * 160)
-    assert as_much(True, micro_batch_tokens=16 * 160) > as_much(True, micro_batch_tokens=8 * 160)
-    assert as_much(True, micro_batch_tokens=8 * 160) == as_much(False, micro_batch_tokens=8 * 160)
-    assert as_much(True, micro_batch_tokens=1) == as_much(True, micro_batch_tokens=160)
+    assert largest(False, micro_batch_tokens=10**6) == 8 * 160
+    assert largest(False, micro_batch_tokens=1000) == 1000
+    assert largest(False, micro_batch_tokens=1) == 160
+    assert largest(True, micro_batch_tokens=10**6) == 16 * 160
+    # All pairs of a question are in one micro-batch, each with two completions of its own.
+    assert preset.pairs_per_question == 3
+    assert largest(True, micro_batch_tokens=1) == 6 * 160
+    assert largest(True, micro_batch_tokens=1, dpo_pairs_per_step=2) == 4 * 160
+    # Of several processes each has its share of the examples and of the questions, which are three or more.
+    assert largest(False, n_ranks=3, micro_batch_tokens=10**6) == 3 * 160
+    assert largest(True, n_ranks=2, micro_batch_tokens=10**6) == 2 * 6 * 160
+    assert largest(True, n_ranks=8, micro_batch_tokens=10**6) == 6 * 160
+
+    t5 = empty_model(T5Config(30, 16, 8, 24, 2, 2, 2))  # its encoder reads a question once
+    assert estimates.largest_micro_batch(t5, replace(preset, micro_batch_tokens=1)) == 100 + 6 * 60
+    assert estimates.largest_micro_batch(t5, replace(preset, micro_batch_tokens=10**6)) == 8 * (100 + 2 * 60)
+
+
+def test_dpo_needs_memory_for_its_reference_too_which_has_no_steps():
+    """With LoRA and small steps its micro-batches, which no step bounds, take more than training's."""
+    config = LlamaConfig(128256, 2048, 8192, 16, n_heads=32, n_kv_heads=8, d_head=64, tied=True)  # Llama-3.2-1B
+    model = empty_model(config)
+    preset = replace(LLAMA, max_source=256, max_target=384, lora_rank=16, micro_batch_tokens=65536)
+    small = replace(preset, sft_examples_per_step=8, dpo_pairs_per_step=8)
+    without, needed = (
+        training_bytes(model, small, torch.bfloat16, "cuda", has_dpo=has_dpo) for has_dpo in (False, True)
+    )
+    weights = 2 * n_parameters(model)
+    activations = 65536 * (2 * 3 * (2048 + 8192) + 4 * 2048)  # of the feed-forward, and the residual stream
+    assert weights + activations < needed < weights + activations + 12 * LOGITS_AT_ONCE + 1
+    assert without < 0.8 * needed
+    fewer = training_bytes(model, replace(small, micro_batch_tokens=16384), torch.bfloat16, "cuda")
+    assert fewer < 0.8 * needed  # 32,768 tokens of the reference
+    # Steps of many examples need more than the reference.
+    assert training_bytes(model, preset, torch.bfloat16, "cuda") > 1.2 * needed
 
 
 def test_on_a_gpu_micro_batches_are_by_its_memory(monkeypatch):

@@ -13,13 +13,21 @@ from minidpost.errors import UserError
 from minidpost.models.hf_config import read_config
 from minidpost.models.kvcache import KVCache
 from minidpost.models.llama import Llama, LlamaConfig
-from minidpost.models.lora import adapted_layers
+from minidpost.models.lora import adapted_layers, adapters
 from minidpost.models.weights import empty_model, load_model, load_template, save_model
 from minidpost.sampling import sampler
 from minidpost.selftraining import rehearsal
 from minidpost.selftraining.estimates import Plan
 from minidpost.selftraining.presets import TINY_T5
-from minidpost.selftraining.rehearsal import is_worth_it, largest_sft_batches, longest_lengths, pairs_of, rehearse
+from minidpost.selftraining.rehearsal import (
+    is_worth_it,
+    largest_pairs,
+    largest_pairs_of_reference,
+    largest_sft_batches,
+    longest_lengths,
+    pairs_of,
+    rehearse,
+)
 from minidpost.selftraining.run import Data, tokenize
 from minidpost.text.tokenizer import load_tokenizer
 from minidpost.training import dpo, parallel, sft
@@ -147,7 +155,12 @@ def test_lora_is_rehearsed_as_it_trains(plan, always, monkeypatch, dtype):
         calls.append((len(trained), len(frozen)))
         return result
 
+    def reference(model, pairs, **options):
+        assert not adapters(model) and {weight.dtype for weight in model.parameters()} == {dtype}
+        return dpo.reference_log_probabilities(model, pairs, **options)
+
     monkeypatch.setattr(rehearsal, "dpo_gradients", gradients)
+    monkeypatch.setattr(rehearsal, "reference_log_probabilities", reference)
     changed = replace(plan, preset=replace(PRESET, lora_rank=3), training_dtype=dtype)
     line = rehearse(changed, shape_of(plan))
     assert line is not None and line.startswith("rehearsed: training ")
@@ -188,6 +201,36 @@ def test_the_largest_pairs_are_one_micro_batch(plan, n_tokens, n_pairs, n_prompt
     assert len(distinct_completions(pairs)) == 2 * n_pairs
     assert len([*own_pair_micro_batches(Llama(LlamaConfig(50, 8, 8, 1, 1, 1, 8)), pairs, n_tokens)]) == 1
     assert {len(pair.rejected.target_ids) for pair in pairs} == {longest_lengths(plan)[1]}
+
+
+def test_the_reference_is_bounded_by_no_step(plan):
+    """It has all pairs of the run at once: as many as its micro-batches hold, however few a step has."""
+    pair_tokens = 2 * sum(longest_lengths(plan))
+    small = replace(PRESET, dpo_pairs_per_step=2, micro_batch_tokens=10 * pair_tokens)
+    assert len(largest_pairs(replace(plan, preset=small))) == 2
+    assert len(largest_pairs_of_reference(replace(plan, preset=small))) == 10
+    n_most = len(plan.data.pool) * PRESET.pairs_per_question
+    large = replace(small, micro_batch_tokens=2 * n_most * pair_tokens)
+    assert len(largest_pairs_of_reference(replace(plan, preset=large))) == n_most
+
+
+def test_of_several_processes_each_rehearses_its_share_of_a_step(plan, monkeypatch):
+    model = shape_of(plan)
+    preset = replace(PRESET, micro_batch_tokens=10**6, sft_examples_per_step=8, dpo_pairs_per_step=8)
+    plan = replace(plan, preset=preset)
+    alone = [len(batch) for batch in largest_sft_batches(plan, model)]
+    assert alone[1] == 8 and len(largest_pairs(plan)) == 8
+    monkeypatch.setattr(rehearsal, "world_size", lambda: 2)
+    batches = largest_sft_batches(plan, model)
+    assert len(batches[0]) <= 4 and len(batches[1]) == 4
+    for batch in batches:
+        copies = rehearsal.once_for_every_rank(batch)
+        for own in parallel.deal([[example] for example in copies], 2):
+            # All of it, as different prompts: an encoder reads equal ones once.
+            assert sorted(copies[i].prompt_ids for i in own) == sorted(example.prompt_ids for example in batch)
+    pairs = largest_pairs(plan)
+    assert len(pairs) == 2 * 6  # a rank may get two questions of three pairs
+    assert len({pair.chosen.prompt_ids for pair in pairs}) == 12
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,25 @@ def test_other_settings_are_refused_by_name(tmp_path, change, complaint):
     assert files_of(tmp_path) == before
 
 
+def test_another_kind_of_device_is_logged_and_written(tmp_path, capsys):
+    def config() -> dict:
+        return json.loads((tmp_path / "config.json").read_text())
+
+    RunDirectory(tmp_path, SETTINGS)
+    assert config()["device"] == "cpu"
+    RunDirectory(tmp_path, SETTINGS, device="cpu:0")
+    assert "which was" not in capsys.readouterr().out
+    for _ in range(2):
+        RunDirectory(tmp_path, SETTINGS, device="cuda:1")
+    assert capsys.readouterr().out.count("continued on cuda, which was cpu: rounding and dropout may differ") == 1
+    assert config()["device"] == "cuda"
+    content = config()
+    del content["device"]  # as earlier versions wrote it
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    RunDirectory(tmp_path, SETTINGS)
+    assert "which was" not in capsys.readouterr().out
+
+
 def test_settings_that_may_change_are_logged_and_written(tmp_path, capsys):
     may_change = ["preset.slots"]
     RunDirectory(tmp_path, {"seed": 1, "preset": {"slots": 64, "beta": 0.1}}, may_change=may_change)

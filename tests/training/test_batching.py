@@ -15,11 +15,11 @@ from minidpost.training.batching import (
     PaddedShape,
     TokenizedExample,
     collate,
+    counted,
     drop_too_long,
     epoch_steps,
     length_buckets,
     micro_batches,
-    occupied,
     optimal_cuts,
     pad,
     token_counts,
@@ -103,11 +103,16 @@ def test_too_long_items_are_dropped_whole():
     assert drop_too_long(pairs, max_source=4, max_target=6) == pairs[:1]
 
 
+def rows(*lengths: int) -> tuple[list[PaddedShape], list[int]]:
+    """What `length_buckets` takes of items that are a target each, without a source."""
+    return [PaddedShape(length, 0, 1) for length in lengths], [*lengths]
+
+
 @pytest.mark.parametrize("budget", [1, 40, 100, 10_000])
 def test_length_buckets_cover_each_index_within_the_budget(budget):
     random = Random(budget)
     sizes = [random.randint(1, 60) for _ in range(200)]
-    groups = length_buckets(sizes, budget)
+    groups = length_buckets(*rows(*sizes), budget)
     assert sorted(chain(*groups)) == list(range(200))
     assert all(len(group) == 1 or max(sizes[i] for i in group) * len(group) <= budget for group in groups)
     in_order = [sizes[i] for i in chain(*groups)]
@@ -117,17 +122,38 @@ def test_length_buckets_cover_each_index_within_the_budget(budget):
 
 
 def test_length_buckets_by_hand():
-    assert length_buckets([3, 9, 3, 4], 12) == [[1], [3, 0, 2]]
-    assert length_buckets([50, 50], 10) == [[0], [1]]
-    assert length_buckets([], 10) == []
+    assert length_buckets(*rows(3, 9, 3, 4), 12) == [[1], [3, 0, 2]]
+    assert length_buckets(*rows(50, 50), 10) == [[0], [1]]
+    assert length_buckets([], [], 10) == []
+
+
+@pytest.mark.parametrize("config", [T5_CONFIG, LLAMA_CONFIG])
+def test_a_micro_batch_of_several_items_has_no_more_padded_tokens_than_allowed(config):
+    random = Random(5)
+    items = []
+    for index in range(60):
+        prompt = (index + 2,) * random.randint(5, 60)
+        n_completions = random.choice([1, 2, 4, 6])
+        items.append([TokenizedExample(prompt, (3,) * random.choice([40, 45, 50, 384])) for _ in range(n_completions)])
+    n_several = 0
+    for batch in micro_batches(config, items, 8192, "cpu"):
+        batch_of_it = collate(config, [example for i in batch for example in items[i]], "cpu")
+        if config.is_encoder_decoder:
+            n_padded = batch_of_it.inputs.source_QS.numel() + batch_of_it.inputs.target_BT.numel()
+        else:
+            n_padded = batch_of_it.inputs.ids_BT.numel()
+        n_several += len(batch) > 1
+        assert len(batch) == 1 or n_padded <= 8192
+    assert n_several > 5
 
 
 def test_padding_counts_as_a_fraction_where_tokens_are_packed():
-    assert occupied([9, 4, 3], 1.0) == 27
-    assert occupied([9, 4, 3], 0.5) == 16 + 5.5
-    assert length_buckets([3, 9, 3, 4], 20, 0.5) == [[1, 3], [0, 2]]  # 13 + 2.5; with another 3 it would be 21.5
-    assert length_buckets([3, 9, 3, 4], 20) == [[1, 3], [0, 2]]
-    assert length_buckets([3, 9, 3, 4], 22, 0.5) == [[1, 3, 0], [2]]
+    three = PaddedShape(9, 0, 1).beside(PaddedShape(4, 0, 1)).beside(PaddedShape(3, 0, 1))
+    assert counted(three, 16, 1.0) == 27
+    assert counted(three, 16, 0.5) == 16 + 5.5
+    assert length_buckets(*rows(3, 9, 3, 4), 20, 0.5) == [[1, 3], [0, 2]]  # 13 + 2.5; with another 3 it would be 21.5
+    assert length_buckets(*rows(3, 9, 3, 4), 20) == [[1, 3], [0, 2]]
+    assert length_buckets(*rows(3, 9, 3, 4), 22, 0.5) == [[1, 3, 0], [2]]
     items = [[TokenizedExample((5,) * n, (6,) * n)] for n in (100, 10, 10, 10)]
     # 200 tokens and three times 20, padded to 800: with 540 places of padding at a quarter they are 395.
     assert len(micro_batches(T5_CONFIG, items, 400, "cuda")) == 1
