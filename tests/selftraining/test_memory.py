@@ -500,11 +500,13 @@ def test_a_published_model_on_a_cpu_is_warned_of_its_hours(monkeypatch):
 
     def rate(dtype: torch.dtype) -> float:
         asked.append(dtype)
-        return run_flops(plan(), model_size(large)) / 3600 / 250  # 250 hours
+        stages = planned_stages(plan(), model_size(large)).values()
+        training, sampling = (sum(s.flops for s in stages if s.work == work) for work in ("training", "inference"))
+        return (training / 0.45 + sampling / 0.3) / 3600 / 250  # 250 hours
 
     monkeypatch.setattr(estimates, "product_flops_per_second", rate)
     with pytest.warns(
-        UserWarning, match=r"some-model has 128 million .* a CPU: .* 250 hours or more.*bfloat16"
+        UserWarning, match=r"some-model has 128 million .* a CPU: .* about 250 hours, .*bfloat16"
     ) as seen:
         warn_of_hours(plan(training_dtype=torch.bfloat16), large)
     assert len(seen) == 1 and "\n" not in str(seen[0].message) and asked == [torch.bfloat16]
@@ -520,8 +522,8 @@ def test_of_a_run_that_goes_on_the_hours_are_those_of_the_rest(monkeypatch):
     large = empty_model(replace(CONFIG, vocab_size=10**6))
     *finished, last = planned_stages(plan(), model_size(large))
     flops = planned_stages(plan(), model_size(large))[last].flops
-    monkeypatch.setattr(estimates, "product_flops_per_second", lambda dtype: flops / 3600 / 7)
-    with pytest.warns(UserWarning, match=r"a CPU: the rest of the run takes about 7.0 hours or more"):
+    monkeypatch.setattr(estimates, "product_flops_per_second", lambda dtype: flops / 0.3 / 3600 / 7)
+    with pytest.warns(UserWarning, match=r"a CPU: the rest of the run takes about 7.0 hours, by an estimate"):
         warn_of_hours(plan(), large, finished)
 
 
