@@ -90,7 +90,7 @@ def find_model(name_or_path: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
     path = Path(name_or_path)
     weights_dir = Path(weights_dir)
     if (path / "config.json").is_file():
-        return path
+        return path.resolve() if path.name in ("", "..") else path  # so that it has a name, as runs are named by it
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         return _converted(path, weights_dir)
     if name_or_path in BUNDLED:

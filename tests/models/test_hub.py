@@ -446,6 +446,15 @@ def test_existing_directories_win_over_repositories(tmp_path, monkeypatch):
         hub.find_model("owner/empty", tmp_path / "weights")
 
 
+@pytest.mark.parametrize("name", [".", "..", "sub/.."])
+def test_a_model_given_by_dots_is_found_by_its_own_name(tmp_path, monkeypatch, name):
+    """A run's directory is named by the model's, and would begin with a dash."""
+    mine = make_model(tmp_path / "mine", "config.json")
+    make_model(mine / "sub")
+    monkeypatch.chdir(mine / "sub" if name == ".." else mine)
+    assert hub.find_model(name, tmp_path / "weights") == mine.resolve()
+
+
 def test_directories_of_adapters_and_gguf_files_say_what_to_give(tmp_path):
     adapter = make_model(tmp_path / "adapter", "adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "meta-llama/Llama-3.2-1B"}')
