@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import quote
 
 from minidpost.errors import UserError
-from minidpost.models.gguf import convert_gguf, source_of
+from minidpost.models.gguf import MAGIC, convert_gguf, source_of
 from minidpost.models.hf_config import read_config
 from minidpost.models.lora import ADAPTER_CONFIG
 from minidpost.models.weights import INDEX, RECORD, WEIGHTS, shards_of
@@ -76,7 +76,7 @@ def find_model(name_or_path: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
     `name_or_path` is the first of these that it can be:
 
     1. a directory with a config.json, in Hugging Face's layout. An existing relative directory `a/b` wins over a
-       repository of that name, and one called `tiny-t5` over the bundled model;
+       repository of that name (so does a file, which is refused), and one called `tiny-t5` over the bundled model;
     2. a `.gguf` file: converted into `weights_dir/NAME` the first time; later calls know by its sha256 that it is the
        same file. Where NAME is another model's, the directory's name ends in the first digits of the sha256;
     3. the name of a bundled or a published model;
@@ -111,12 +111,12 @@ def find_model(name_or_path: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
 
 
 def _source_of(name: str, weights_dir: Path) -> _Source | None:
-    """What a published name or a repository's id stands for; None where it is neither, or an existing directory's."""
+    """What a published name or a repository's id stands for; None where it is neither, or what exists here."""
     if name in PUBLISHED:
         repository, tokenizer_file = PUBLISHED[name]
         return _Source(repository, "main", tokenizer_file, weights_dir / name)
     hub_id = _HUB_ID.fullmatch(name)
-    if hub_id is None or Path(name).is_dir() or "--" in hub_id[1] or ".." in hub_id[1]:
+    if hub_id is None or Path(name).exists() or "--" in hub_id[1] or ".." in hub_id[1]:
         return None
     repository, revision = hub_id.groups()
     for published_name, (published_repository, _) in PUBLISHED.items():
@@ -130,6 +130,8 @@ def _source_of(name: str, weights_dir: Path) -> _Source | None:
 def _explain_unknown(name: str) -> str:
     """Say what is wrong with a name that is no model's, nor a directory with one."""
     path = Path(name)
+    if path.is_file():
+        return _explain_file(path)
     if path.is_dir():
         if (path / ADAPTER_CONFIG).is_file():
             return _explain_adapter(name, path / ADAPTER_CONFIG)
@@ -144,6 +146,20 @@ def _explain_unknown(name: str) -> str:
         f"no model and no directory is called {name!r}{hint}; known models: {', '.join(known)}; any other is given as "
         "a directory, a .gguf file, or OWNER/NAME on the hub"
     )
+
+
+def _explain_file(path: Path) -> str:
+    """Say what to give instead of a file; those whose name ends in .gguf do not come here."""
+    try:
+        with path.open("rb") as stream:
+            is_gguf = stream.read(len(MAGIC)) == MAGIC
+    except OSError:
+        is_gguf = False
+    if is_gguf:
+        return f"{path}: a GGUF file, but its name does not end in .gguf; rename it to {path.name}.gguf"
+    directory = path.absolute().parent
+    example = f", as {directory}" if (directory / "config.json").is_file() else ""
+    return f"{path}: a file; a model is given as a directory in Hugging Face's format{example}, or as a .gguf file"
 
 
 def _explain_adapter(where: str, file: Path) -> str:

@@ -455,6 +455,27 @@ def test_a_model_given_by_dots_is_found_by_its_own_name(tmp_path, monkeypatch, n
     assert hub.find_model(name, tmp_path / "weights") == mine.resolve()
 
 
+def test_a_file_is_not_looked_for_on_a_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "_fetch", lambda source: pytest.fail(f"asks for {source.repository}"))
+    make_model(tmp_path / "mine", "config.json", "model.safetensors")
+    make_model(tmp_path / "files", "notes")
+    (tmp_path / "files/llama-Q4").write_bytes(b"GGUF" + bytes(20))
+    (tmp_path / "tiny-t5").write_text("a file of that name")
+    format_ = "a file; a model is given as a directory in Hugging Face's format"
+    for name, line in {
+        "files/llama-Q4": "a GGUF file, but its name does not end in .gguf; rename it to llama-Q4.gguf",
+        "files/notes": f"{format_}, or as a .gguf file",
+        "mine/config.json": f"{format_}, as {tmp_path}/mine, or as a .gguf file",
+        "mine/model.safetensors": f"{format_}, as {tmp_path}/mine, or as a .gguf file",
+    }.items():
+        with pytest.raises(UserError) as raised:
+            hub.find_model(name, tmp_path / "weights")
+        assert str(raised.value) == f"{name}: {line}"
+    assert hub.find_model("tiny-t5") == hub.WEIGHTS_DIR / "tiny-t5"
+    assert not (tmp_path / "weights").exists()
+
+
 def test_directories_of_adapters_and_gguf_files_say_what_to_give(tmp_path):
     adapter = make_model(tmp_path / "adapter", "adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "meta-llama/Llama-3.2-1B"}')
