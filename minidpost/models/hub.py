@@ -19,15 +19,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from minidpost.errors import UserError
 from minidpost.models.gguf import MAGIC, convert_gguf, source_of
 from minidpost.models.hf_config import read_config
-from minidpost.models.lora import ADAPTER_CONFIG
-from minidpost.models.weights import INDEX, RECORD, WEIGHTS, shards_of
-from minidpost.storage import read_json, sha256_of
+from minidpost.models.weights import ADAPTER_CONFIG, INDEX, RECORD, WEIGHTS, explain_adapter, pickled_weights, shards_of
+from minidpost.storage import sha256_of
 from minidpost.text.chat import CHAT_FILES
 from minidpost.text.tokenizer import FILE_NAMES
 
@@ -54,7 +52,6 @@ PUBLISHED: dict[str, tuple[str, str]] = {  # name: repository, and its tokenizer
 }
 BROKEN_INDEX = (OSError, ValueError, KeyError, AttributeError, TypeError)  # what reading one may raise
 SETTINGS = (*CHAT_FILES, "special_tokens_map.json", "generation_config.json", RECORD)  # fetched where they are there
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 _PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"  # of a repository's id: neither `.` nor `-` at its ends
 _HUB_ID = re.compile(rf"({_PART}/{_PART})(?:@(.+))?", re.ASCII)
@@ -134,7 +131,7 @@ def _explain_unknown(name: str) -> str:
         return _explain_file(path)
     if path.is_dir():
         if (path / ADAPTER_CONFIG).is_file():
-            return _explain_adapter(name, path / ADAPTER_CONFIG)
+            return explain_adapter(name, path / ADAPTER_CONFIG)
         files = sorted(path.glob("*.gguf"))
         if files:
             return f"{name}: this directory holds GGUF files and no config.json; give the path of one, as {files[0]}"
@@ -160,19 +157,6 @@ def _explain_file(path: Path) -> str:
     directory = path.absolute().parent
     example = f", as {directory}" if (directory / "config.json").is_file() else ""
     return f"{path}: a file; a model is given as a directory in Hugging Face's format{example}, or as a .gguf file"
-
-
-def _explain_adapter(where: str, file: Path) -> str:
-    """Say that an adapter is no model, and which model it belongs to."""
-    try:
-        content: Any = read_json(file)
-        base = f"{content['base_model_name_or_path']:.200}"
-    except (OSError, ValueError, KeyError, TypeError):
-        base = "a model that it does not name"
-    return (
-        f"{where}: a LoRA adapter of {base}, and adapters are not merged here; merge it where peft is installed "
-        "(merge_and_unload, then save_pretrained) and give the new directory, or give the base model alone"
-    )
 
 
 def _missing_files(directory: Path, tokenizer_file: str | None) -> list[str]:
@@ -330,12 +314,12 @@ def _check_readable(files: set[str], commit: str, source: _Source) -> None:
     if ADAPTER_CONFIG in files:
         with tempfile.TemporaryDirectory() as folder:
             snapshot_download(source.repository, revision=commit, local_dir=folder, allow_patterns=[ADAPTER_CONFIG])
-            raise UserError(_explain_adapter(where, Path(folder) / ADAPTER_CONFIG))
+            raise UserError(explain_adapter(where, Path(folder) / ADAPTER_CONFIG))
     gguf_files = sorted(name for name in files if name.endswith(".gguf"))
     if gguf_files:
         url = f"{where}/resolve/{quote(source.revision, safe='')}/{gguf_files[0]}"
         raise UserError(f"{where}: holds GGUF files alone; download one, as {url}, and give the path of the file")
-    pickles = sorted(name for name in files if name.endswith(PICKLES))
+    pickles = pickled_weights(files)
     if pickles:
         raise UserError(
             f"{where}: holds its weights as a pickle alone ({pickles[0]}), which can run code and is not read; give a "

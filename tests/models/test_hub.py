@@ -321,7 +321,7 @@ def test_what_a_repository_lacks_is_said_before_anything_is_fetched(server, tmp_
         "o/m-GGUF": {"config.json": b"{}", "m.Q8_0.gguf": b"GGUF", "m.Q4_K_M.gguf": b"GGUF"},
         "o/no-tokenizer": {"config.json": LLAMA, "vocab.json": b"{}", "model.safetensors": b"weights"},
         "o/no-config": {"tokenizer.json": b"{}", "model.safetensors": b"weights"},
-        "o/data": {"README.md": b"a data set"},
+        "o/data": {"README.md": b"a data set", "training_args.bin": b"pickle", "old/optimizer.pt": b"pickle"},
         "o/gpt": {"config.json": b'{"model_type": "gpt2"}', "tokenizer.json": b"{}", "model.safetensors": b"weights"},
     }
     names = [*server.repositories][1:]
