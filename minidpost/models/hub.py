@@ -2,8 +2,8 @@
 
 A fetched model has the files that weights.py and tokenizer.py read (config.json, safetensors, the vocabulary), never
 a pickle. It lies under `NAME.unfinished` until it is complete; a fetch that was broken off goes on with the files that
-had arrived whole. What a repository holds, and whether its config.json is of a family that we have, is looked at before
-the first weight is fetched.
+had arrived whole. What a repository holds, whether its config.json is of a family that we have, and whether its
+tokenizer and its index of shards can be used, is looked at before the first weight is fetched.
 """
 
 import difflib
@@ -24,7 +24,17 @@ from urllib.parse import quote
 from minidpost.errors import UserError
 from minidpost.models.gguf import MAGIC, convert_gguf, source_of
 from minidpost.models.hf_config import read_config
-from minidpost.models.weights import ADAPTER_CONFIG, INDEX, RECORD, WEIGHTS, explain_adapter, pickled_weights, shards_of
+from minidpost.models.weights import (
+    ADAPTER_CONFIG,
+    INDEX,
+    RECORD,
+    WEIGHTS,
+    explain_adapter,
+    load_template,
+    pickled_weights,
+    shards_of,
+    tensors_of_shards,
+)
 from minidpost.storage import sha256_of
 from minidpost.text.chat import CHAT_FILES
 from minidpost.text.tokenizer import FILE_NAMES
@@ -253,26 +263,25 @@ def _fetch(source: _Source) -> None:
     def download(names: list[str]) -> None:
         patterns = [glob.escape(name) for name in names]
         snapshot_download(source.repository, revision=commit, local_dir=unfinished, allow_patterns=patterns)
+        # A broken line may leave it content with less.
+        missing = [name for name in names if not (unfinished / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{', '.join(missing)} did not arrive")
+        _check_arrived(unfinished)
 
     try:
         # 1) What is there? Later requests name the commit, so that all files are of one.
         commit, files = _list_files(source)
         _check_readable(files, commit, source)
 
-        # 2) The small files, and whether we have the model that they describe.
+        # 2) The small files, and whether a command would take the model that they describe.
         tokenizer_files = FILE_NAMES if source.tokenizer_file is None else (source.tokenizer_file,)
         index = [] if WEIGHTS in files else [INDEX]
         download([name for name in ("config.json", *tokenizer_files, *SETTINGS, *index) if name in files])
-        _check_arrived(unfinished)
-        _check_config(unfinished, source)
+        _check_small_files(unfinished, files, source)
 
         # 3) The weights: one file, or the shards of the index. Repositories may hold them twice, in other formats.
-        download([WEIGHTS] if WEIGHTS in files else _shards_there(unfinished / INDEX, files))
-        # The index may name shards that are not there, and a broken line may leave snapshot_download content with less.
-        missing = _missing_files(unfinished, source.tokenizer_file)
-        if missing:
-            raise FileNotFoundError(f"{', '.join(missing)} did not arrive")
-        _check_arrived(unfinished)
+        download([WEIGHTS] if WEIGHTS in files else [path.name for path in tensors_of_shards(unfinished / INDEX)])
         shutil.rmtree(unfinished / ".cache", ignore_errors=True)  # its records of the download
         os.replace(unfinished, source.directory)
     except UserError:
@@ -329,24 +338,26 @@ def _check_readable(files: set[str], commit: str, source: _Source) -> None:
     raise UserError(f"{where}: holds neither {WEIGHTS} nor {INDEX}, so it is no model that can be read here")
 
 
-def _check_config(unfinished: Path, source: _Source) -> None:
-    """UserError where config.json is of a family or has a setting that we do not have; then nothing is left."""
+def _check_small_files(unfinished: Path, files: set[str], source: _Source) -> None:
+    """UserError where a model cannot be used, as far as can be told without its weights; then nothing is left.
+
+    That is config.json of another family, a tokenizer that is broken or another model's, an index that names shards
+    that are not there or lie elsewhere. Nothing is asked of a chat template: the model can do without.
+    """
     from huggingface_hub import constants
 
+    index = unfinished / INDEX
     try:
-        read_config(unfinished)
+        family = read_config(unfinished).family
+        load_template(unfinished, None if family == "t5" else "alpaca")
+        shards = [] if WEIGHTS in files else [path.name for path in tensors_of_shards(index)]
+        missing = [name for name in shards if name not in files]
+        if missing:
+            raise UserError(f"{index}: names {missing[0]}, which is not there")
     except UserError as error:
         shutil.rmtree(unfinished)
         reason = str(error).replace(os.fspath(unfinished), f"{constants.ENDPOINT}/{source.repository}")
         raise UserError(reason) from None
-
-
-def _shards_there(index: Path, files: set[str]) -> list[str]:
-    """The shards that an index names, those that the repository has; none where the index is broken."""
-    try:
-        return sorted(set(shards_of(index).values()) & files)
-    except BROKEN_INDEX:
-        return []
 
 
 def _explain_failure(error: Exception, source: _Source) -> str:

@@ -317,12 +317,20 @@ def tensor_files(directory: Path) -> dict[Path, list[str]]:
             return {single: list(tensors.keys())}
     if not index.is_file():
         raise UserError(_explain_no_weights(directory))
+    return tensors_of_shards(index)
+
+
+def tensors_of_shards(index: Path) -> dict[Path, list[str]]:
+    """The names of the tensors in each shard, from an index; the shards themselves need not be there.
+
+    UserError: a broken index, a shard that is no safetensors file of the same directory.
+    """
     files: dict[Path, list[str]] = {}
     try:
         for name, shard in shards_of(index).items():
             if not is_plain_name(shard) or not shard.endswith(".safetensors"):
                 raise UserError(f"{index}: shard {shard!r:.80} is no safetensors file of this directory")
-            files.setdefault(directory / shard, []).append(name)
+            files.setdefault(index.with_name(shard), []).append(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index}: not readable as an index of shards") from None
     return files
