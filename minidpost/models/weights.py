@@ -340,7 +340,7 @@ def _explain_no_weights(directory: Path) -> str:
     """Say what a directory has in place of the weights that are read."""
     if (directory / ADAPTER_CONFIG).is_file():
         return explain_adapter(os.fspath(directory), directory / ADAPTER_CONFIG)
-    names = sorted(path.name for path in directory.glob("*"))
+    names = sorted(path.name for path in directory.glob("*") if path.is_file())
     others = [name for name in names if name.endswith(".safetensors")]
     if others:
         return (

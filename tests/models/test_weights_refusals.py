@@ -89,7 +89,10 @@ def test_a_trainings_other_pickles_are_not_taken_for_weights(saved, pickle):
     (saved / "model.fp16.safetensors").rename(saved / "pytorch_model.pt")
     assert_refused(saved, f"{saved}: pytorch_model.pt is a pickle", "save_pretrained")
     (saved / "pytorch_model.pt").unlink()
-    assert_refused(saved, line)
+    (saved / WEIGHTS).mkdir()
+    with pytest.raises(UserError) as raised:
+        check_weights(saved)
+    assert str(raised.value) == line
 
 
 def test_an_adapter_beside_a_config_says_what_it_is(saved):
