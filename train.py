@@ -157,7 +157,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--model",
         default="tiny-t5",
-        help=f"{models}; a directory; a .gguf file; OWNER/NAME[@REVISION] of the hub (default: tiny-t5)",
+        help=f"{models}; a directory; a .gguf file (not of a T5); OWNER/NAME[@REVISION] of the hub (default: tiny-t5)",
     )
     parser.add_argument("--method", default="dpo-st", choices=METHODS, help="what to train by (default: dpo-st)")
     parser.add_argument(

@@ -205,8 +205,8 @@ def model_parser(description: str) -> Parser:
     parser.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="a directory, a model's name, a .gguf file, or OWNER/NAME[@REVISION] of the hub (default: the best on dev "
-        "of the newest run, else tiny-t5-dpo-st)",
+        help="a directory, a model's name, a .gguf file (not of a T5), or OWNER/NAME[@REVISION] of the hub (default: "
+        "the best on dev of the newest run, else tiny-t5-dpo-st)",
     )
     parser.add_argument("--template", choices=TEMPLATES, help=TEMPLATE_TEXT)
     parser.add_argument(

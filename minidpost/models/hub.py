@@ -2,8 +2,8 @@
 
 A fetched model has the files that weights.py and tokenizer.py read (config.json, safetensors, the vocabulary), never
 a pickle. It lies under `NAME.unfinished` until it is complete; a fetch that was broken off goes on with the files that
-had arrived whole. What a repository holds, and whether its config.json is of a family that we have, is looked at before
-the first weight is fetched.
+had arrived whole. What a repository holds, whether its config.json is of a family that we have, and whether its
+tokenizer and its index of shards can be used, is looked at before the first weight is fetched.
 """
 
 import difflib
@@ -19,15 +19,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from minidpost.errors import UserError
-from minidpost.models.gguf import convert_gguf, source_of
+from minidpost.models.gguf import MAGIC, convert_gguf, source_of
 from minidpost.models.hf_config import read_config
-from minidpost.models.lora import ADAPTER_CONFIG
-from minidpost.models.weights import INDEX, RECORD, WEIGHTS, shards_of
-from minidpost.storage import read_json, sha256_of
+from minidpost.models.weights import (
+    ADAPTER_CONFIG,
+    INDEX,
+    RECORD,
+    WEIGHTS,
+    explain_adapter,
+    load_template,
+    pickled_weights,
+    shards_of,
+    tensors_of_shards,
+)
+from minidpost.storage import sha256_of
 from minidpost.text.chat import CHAT_FILES
 from minidpost.text.tokenizer import FILE_NAMES
 
@@ -54,7 +62,6 @@ PUBLISHED: dict[str, tuple[str, str]] = {  # name: repository, and its tokenizer
 }
 BROKEN_INDEX = (OSError, ValueError, KeyError, AttributeError, TypeError)  # what reading one may raise
 SETTINGS = (*CHAT_FILES, "special_tokens_map.json", "generation_config.json", RECORD)  # fetched where they are there
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 _PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"  # of a repository's id: neither `.` nor `-` at its ends
 _HUB_ID = re.compile(rf"({_PART}/{_PART})(?:@(.+))?", re.ASCII)
@@ -76,7 +83,7 @@ def find_model(name_or_path: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
     `name_or_path` is the first of these that it can be:
 
     1. a directory with a config.json, in Hugging Face's layout. An existing relative directory `a/b` wins over a
-       repository of that name, and one called `tiny-t5` over the bundled model;
+       repository of that name (so does a file, which is refused), and one called `tiny-t5` over the bundled model;
     2. a `.gguf` file: converted into `weights_dir/NAME` the first time; later calls know by its sha256 that it is the
        same file. Where NAME is another model's, the directory's name ends in the first digits of the sha256;
     3. the name of a bundled or a published model;
@@ -90,7 +97,7 @@ def find_model(name_or_path: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
     path = Path(name_or_path)
     weights_dir = Path(weights_dir)
     if (path / "config.json").is_file():
-        return path
+        return path.resolve() if path.name in ("", "..") else path  # so that it has a name, as runs are named by it
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         return _converted(path, weights_dir)
     if name_or_path in BUNDLED:
@@ -111,12 +118,12 @@ def find_model(name_or_path: str, weights_dir: Path = WEIGHTS_DIR) -> Path:
 
 
 def _source_of(name: str, weights_dir: Path) -> _Source | None:
-    """What a published name or a repository's id stands for; None where it is neither, or an existing directory's."""
+    """What a published name or a repository's id stands for; None where it is neither, or what exists here."""
     if name in PUBLISHED:
         repository, tokenizer_file = PUBLISHED[name]
         return _Source(repository, "main", tokenizer_file, weights_dir / name)
     hub_id = _HUB_ID.fullmatch(name)
-    if hub_id is None or Path(name).is_dir() or "--" in hub_id[1] or ".." in hub_id[1]:
+    if hub_id is None or Path(name).exists() or "--" in hub_id[1] or ".." in hub_id[1]:
         return None
     repository, revision = hub_id.groups()
     for published_name, (published_repository, _) in PUBLISHED.items():
@@ -130,9 +137,11 @@ def _source_of(name: str, weights_dir: Path) -> _Source | None:
 def _explain_unknown(name: str) -> str:
     """Say what is wrong with a name that is no model's, nor a directory with one."""
     path = Path(name)
+    if path.is_file():
+        return _explain_file(path)
     if path.is_dir():
         if (path / ADAPTER_CONFIG).is_file():
-            return _explain_adapter(name, path / ADAPTER_CONFIG)
+            return explain_adapter(name, path / ADAPTER_CONFIG)
         files = sorted(path.glob("*.gguf"))
         if files:
             return f"{name}: this directory holds GGUF files and no config.json; give the path of one, as {files[0]}"
@@ -146,17 +155,18 @@ def _explain_unknown(name: str) -> str:
     )
 
 
-def _explain_adapter(where: str, file: Path) -> str:
-    """Say that an adapter is no model, and which model it belongs to."""
+def _explain_file(path: Path) -> str:
+    """Say what to give instead of a file; those whose name ends in .gguf do not come here."""
     try:
-        content: Any = read_json(file)
-        base = f"{content['base_model_name_or_path']:.200}"
-    except (OSError, ValueError, KeyError, TypeError):
-        base = "a model that it does not name"
-    return (
-        f"{where}: a LoRA adapter of {base}, and adapters are not merged here; merge it where peft is installed "
-        "(merge_and_unload, then save_pretrained) and give the new directory, or give the base model alone"
-    )
+        with path.open("rb") as stream:
+            is_gguf = stream.read(len(MAGIC)) == MAGIC
+    except OSError:
+        is_gguf = False
+    if is_gguf:
+        return f"{path}: a GGUF file, but its name does not end in .gguf; rename it to {path.name}.gguf"
+    directory = path.absolute().parent
+    example = f", as {directory}" if (directory / "config.json").is_file() else ""
+    return f"{path}: a file; a model is given as a directory in Hugging Face's format{example}, or as a .gguf file"
 
 
 def _missing_files(directory: Path, tokenizer_file: str | None) -> list[str]:
@@ -253,26 +263,25 @@ def _fetch(source: _Source) -> None:
     def download(names: list[str]) -> None:
         patterns = [glob.escape(name) for name in names]
         snapshot_download(source.repository, revision=commit, local_dir=unfinished, allow_patterns=patterns)
+        # A broken line may leave it content with less.
+        missing = [name for name in names if not (unfinished / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{', '.join(missing)} did not arrive")
+        _check_arrived(unfinished)
 
     try:
         # 1) What is there? Later requests name the commit, so that all files are of one.
         commit, files = _list_files(source)
         _check_readable(files, commit, source)
 
-        # 2) The small files, and whether we have the model that they describe.
+        # 2) The small files, and whether a command would take the model that they describe.
         tokenizer_files = FILE_NAMES if source.tokenizer_file is None else (source.tokenizer_file,)
         index = [] if WEIGHTS in files else [INDEX]
         download([name for name in ("config.json", *tokenizer_files, *SETTINGS, *index) if name in files])
-        _check_arrived(unfinished)
-        _check_config(unfinished, source)
+        _check_small_files(unfinished, files, source)
 
         # 3) The weights: one file, or the shards of the index. Repositories may hold them twice, in other formats.
-        download([WEIGHTS] if WEIGHTS in files else _shards_there(unfinished / INDEX, files))
-        # The index may name shards that are not there, and a broken line may leave snapshot_download content with less.
-        missing = _missing_files(unfinished, source.tokenizer_file)
-        if missing:
-            raise FileNotFoundError(f"{', '.join(missing)} did not arrive")
-        _check_arrived(unfinished)
+        download([WEIGHTS] if WEIGHTS in files else [path.name for path in tensors_of_shards(unfinished / INDEX)])
         shutil.rmtree(unfinished / ".cache", ignore_errors=True)  # its records of the download
         os.replace(unfinished, source.directory)
     except UserError:
@@ -314,12 +323,12 @@ def _check_readable(files: set[str], commit: str, source: _Source) -> None:
     if ADAPTER_CONFIG in files:
         with tempfile.TemporaryDirectory() as folder:
             snapshot_download(source.repository, revision=commit, local_dir=folder, allow_patterns=[ADAPTER_CONFIG])
-            raise UserError(_explain_adapter(where, Path(folder) / ADAPTER_CONFIG))
+            raise UserError(explain_adapter(where, Path(folder) / ADAPTER_CONFIG))
     gguf_files = sorted(name for name in files if name.endswith(".gguf"))
     if gguf_files:
         url = f"{where}/resolve/{quote(source.revision, safe='')}/{gguf_files[0]}"
         raise UserError(f"{where}: holds GGUF files alone; download one, as {url}, and give the path of the file")
-    pickles = sorted(name for name in files if name.endswith(PICKLES))
+    pickles = pickled_weights(files)
     if pickles:
         raise UserError(
             f"{where}: holds its weights as a pickle alone ({pickles[0]}), which can run code and is not read; give a "
@@ -329,24 +338,26 @@ def _check_readable(files: set[str], commit: str, source: _Source) -> None:
     raise UserError(f"{where}: holds neither {WEIGHTS} nor {INDEX}, so it is no model that can be read here")
 
 
-def _check_config(unfinished: Path, source: _Source) -> None:
-    """UserError where config.json is of a family or has a setting that we do not have; then nothing is left."""
+def _check_small_files(unfinished: Path, files: set[str], source: _Source) -> None:
+    """UserError where a model cannot be used, as far as can be told without its weights; then nothing is left.
+
+    That is config.json of another family, a tokenizer that is broken or another model's, an index that names shards
+    that are not there or lie elsewhere. Nothing is asked of a chat template: the model can do without.
+    """
     from huggingface_hub import constants
 
+    index = unfinished / INDEX
     try:
-        read_config(unfinished)
+        family = read_config(unfinished).family
+        load_template(unfinished, None if family == "t5" else "alpaca")
+        shards = [] if WEIGHTS in files else [path.name for path in tensors_of_shards(index)]
+        missing = [name for name in shards if name not in files]
+        if missing:
+            raise UserError(f"{index}: names {missing[0]}, which is not there")
     except UserError as error:
         shutil.rmtree(unfinished)
         reason = str(error).replace(os.fspath(unfinished), f"{constants.ENDPOINT}/{source.repository}")
         raise UserError(reason) from None
-
-
-def _shards_there(index: Path, files: set[str]) -> list[str]:
-    """The shards that an index names, those that the repository has; none where the index is broken."""
-    try:
-        return sorted(set(shards_of(index).values()) & files)
-    except BROKEN_INDEX:
-        return []
 
 
 def _explain_failure(error: Exception, source: _Source) -> str:

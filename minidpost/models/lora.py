@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minidpost.models.hf_config import Model, mapping_for
 from minidpost.models.layers import Linear
 from minidpost.models.weights import (
+    ADAPTER_CONFIG,
     WritableTensor,
     checked_files,
     in_memory,
@@ -32,7 +33,6 @@ from minidpost.processes import rank, whole
 from minidpost.storage import write_json
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # peft's names
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 class LoRALinear(Linear):

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -31,11 +31,14 @@ from minidpost.text.tokenizer import FILE_NAMES, load_tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"  # peft's
 RECORD = "minidpost.json"  # how the model of a directory writes: {"template": "chat"}
 TOKENIZER_FILES = (*FILE_NAMES, *CHAT_FILES, "generation_config.json", RECORD)
 TEMPLATES = ("alpaca", "chat")  # of decoder-only models
 READABLE_DTYPES = ("F32", "BF16", "F16")  # in the words of safetensors
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")  # the Trainer's other pickles
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -313,23 +316,65 @@ def tensor_files(directory: Path) -> dict[Path, list[str]]:
         with open_tensors(single) as tensors:
             return {single: list(tensors.keys())}
     if not index.is_file():
-        pickles = sorted(path.name for path in directory.glob("*.bin"))
-        if pickles:
-            raise UserError(
-                f"{directory}: {pickles[0]} is a pickle, which can run code and is not read; convert it once where "
-                "transformers is installed, with T5ForConditionalGeneration (or LlamaForCausalLM): "
-                ".from_pretrained(DIR).save_pretrained(NEW_DIR)"
-            )
-        raise UserError(f"{directory}: neither {WEIGHTS} nor {INDEX} is here")
+        raise UserError(_explain_no_weights(directory))
+    return tensors_of_shards(index)
+
+
+def tensors_of_shards(index: Path) -> dict[Path, list[str]]:
+    """The names of the tensors in each shard, from an index; the shards themselves need not be there.
+
+    UserError: a broken index, a shard that is no safetensors file of the same directory.
+    """
     files: dict[Path, list[str]] = {}
     try:
         for name, shard in shards_of(index).items():
             if not is_plain_name(shard) or not shard.endswith(".safetensors"):
                 raise UserError(f"{index}: shard {shard!r:.80} is no safetensors file of this directory")
-            files.setdefault(directory / shard, []).append(name)
+            files.setdefault(index.with_name(shard), []).append(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index}: not readable as an index of shards") from None
     return files
+
+
+def _explain_no_weights(directory: Path) -> str:
+    """Say what a directory has in place of the weights that are read."""
+    if (directory / ADAPTER_CONFIG).is_file():
+        return explain_adapter(os.fspath(directory), directory / ADAPTER_CONFIG)
+    names = sorted(path.name for path in directory.glob("*") if path.is_file())
+    others = [name for name in names if name.endswith(".safetensors")]
+    if others:
+        return (
+            f"{directory}: neither {WEIGHTS} nor {INDEX} is here, but {others[0]} is; rename it to {WEIGHTS} if it "
+            "holds the whole model"
+        )
+    pickles = pickled_weights(names)
+    if pickles:
+        return (
+            f"{directory}: {pickles[0]} is a pickle, which can run code and is not read; convert it once where "
+            "transformers is installed, with T5ForConditionalGeneration (or LlamaForCausalLM): "
+            ".from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        )
+    return f"{directory}: neither {WEIGHTS} nor {INDEX} is here"
+
+
+def explain_adapter(where: str, file: Path) -> str:
+    """Say that an adapter is no model, and which model it belongs to."""
+    try:
+        content: Any = read_json(file)
+        base = f"{content['base_model_name_or_path']:.200}"
+    except (OSError, ValueError, KeyError, TypeError):
+        base = "a model that it does not name"
+    return (
+        f"{where}: a LoRA adapter of {base}, and adapters are not merged here; merge it where peft is installed "
+        "(merge_and_unload, then save_pretrained) and give the new directory, or give the base model alone"
+    )
+
+
+def pickled_weights(names: Iterable[str]) -> list[str]:
+    """Those files of a directory or a repository that hold weights as a pickle, sorted."""
+    return sorted(
+        name for name in names if name.endswith(PICKLES) and not name.rpartition("/")[2].startswith(TRAINING_STATE)
+    )
 
 
 def shards_of(index: Path) -> dict[str, str]:

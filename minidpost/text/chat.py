@@ -1,8 +1,8 @@
 """A checkpoint's own chat format: the question as the user's turn, the rationale as the assistant's.
 
 A chat template is a program in Jinja's language, in tokenizer_config.json's `chat_template` or in the file
-chat_template.jinja. It is run once, in Jinja's sandbox, with placeholders for the two texts, which gives the frame of
-all prompts; SmolLM2's is
+chat_template.jinja. It is run once, in Jinja's sandbox and in a process whose time and memory are bounded, with
+placeholders for the two texts, which gives the frame of all prompts; SmolLM2's is
 
     <|im_start|>system
     You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
@@ -20,7 +20,10 @@ day (Llama-3.1 and later) have the one that they fall back to, not today's, so t
 prompt every day; what a template puts between prompt and answer (Llama-2's space) is left out.
 """
 
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +36,11 @@ from minidpost.text.tokenizer import read_special_tokens
 
 CHAT_FILES = ("tokenizer_config.json", "chat_template.jinja")  # of which the latter has the word where both are there
 MAX_TEMPLATE_BYTES = 2**20
+JINJA = Path(__file__).with_name("jinja.py")  # which is run, not imported
+# What templates may take; those that we know need a hundredth of each.
+MAX_SECONDS = 10
+MAX_MEMORY_BYTES = 2**30
+MAX_CHARACTERS = 2**20
 QUESTION, ANSWER = "{question}", "{answer}"
 
 
@@ -122,8 +130,12 @@ def _format_of_template(path: Path, source: str, tokenizer: Tokenizer) -> ChatFo
     }
     user = {"role": "user", "content": QUESTION}
     assistant = {"role": "assistant", "content": ANSWER}
-    frame = _rendered(path, source, messages=[user], add_generation_prompt=True, **names)
-    both = _rendered(path, source, messages=[user, assistant], add_generation_prompt=False, **names)
+    frame, both = _rendered(
+        path,
+        source,
+        names | {"messages": [user], "add_generation_prompt": True},
+        names | {"messages": [user, assistant], "add_generation_prompt": False},
+    )
     n_shown = frame.count(QUESTION)
     if n_shown != 1:
         raise UserError(f"{path}: not usable as a chat template: it shows the user's message {n_shown} times, not once")
@@ -137,15 +149,29 @@ def _split_at(special_ids: Mapping[str, int], text: str) -> list[str]:
     return re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
 
 
-def _rendered(path: Path, source: str, **variables: Any) -> str:
-    """What a template makes of its variables; UserError whatever goes wrong in it."""
-    from minidpost.text.jinja import render  # here: slow to import, and most commands need none
-
-    try:
-        return render(source, variables | {"tools": None, "documents": None, "enable_thinking": False})
-    except Exception as error:  # a template may fail in any way that a program may
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: not usable as a chat template: {reason:.200}") from None
+def _rendered(path: Path, source: str, *calls: dict[str, Any]) -> list[str]:
+    """What a template makes of each set of variables; UserError whatever goes wrong in it, or where it has no end."""
+    unused = {"tools": None, "documents": None, "enable_thinking": False}
+    asked = {
+        "source": source,
+        "calls": [variables | unused for variables in calls],
+        "seconds": MAX_SECONDS,
+        "n_bytes": MAX_MEMORY_BYTES,
+        "n_characters": MAX_CHARACTERS,
+    }
+    # -P: no module beside jinja.py is to be taken for one of Python's.
+    command = [sys.executable, "-P", str(JINJA)]
+    process = subprocess.run(command, input=json.dumps(asked).encode(), capture_output=True, check=False)
+    if process.returncode > 0:  # not the template's fault: a library is missing
+        raise RuntimeError(f"{JINJA}: {process.stderr.decode(errors='replace')}")
+    # A signal ends what takes too long.
+    answer: dict[str, Any] = {"fault": None} if process.returncode < 0 else json.loads(process.stdout)
+    if "texts" in answer:
+        texts: list[str] = answer["texts"]
+        return texts
+    too_much = f"it takes more than {MAX_SECONDS} seconds of computing or {MAX_MEMORY_BYTES / 2**30:g} GiB of memory"
+    reason = answer["fault"] or too_much
+    raise UserError(f"{path}: not usable as a chat template: {' '.join(reason.split()):.200}")
 
 
 def _template_source(directory: Path) -> tuple[Path, str | None]:

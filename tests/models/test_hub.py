@@ -12,14 +12,10 @@ from threading import Thread
 from urllib.parse import unquote
 
 import pytest
-import torch
 from fetching import find_models
-from llama_oracle import LLAMA_SHAPES
-from t5_oracle import SHAPES as T5_SHAPES
 
 from minidpost.errors import UserError
 from minidpost.models import hub
-from minidpost.models.hf_config import config_json
 from minidpost.models.weights import load_template
 from minidpost.text.templates import LlamaTemplate, T5Template
 
@@ -27,25 +23,26 @@ REPOSITORY = "google/flan-t5-xl"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PULL_REQUEST = "89abcdef0123456789abcdef0123456789abcdef"  # another commit
 SHARDS = {"encoder": "model-00001-of-00002.safetensors", "decoder": "model-00002-of-00002.safetensors"}
+T5, LLAMA = hub.WEIGHTS_DIR / "tiny-t5", hub.WEIGHTS_DIR / "tiny-llama"
 WANTED = {
-    "config.json": json.dumps(config_json(T5_SHAPES["gated-untied"], torch.float32)).encode(),
-    "spiece.model": b"pieces" * 100,
+    "config.json": (T5 / "config.json").read_bytes(),
+    "spiece.model": (T5 / "spiece.model").read_bytes(),
     "model.safetensors.index.json": json.dumps({"weight_map": SHARDS}).encode(),
     SHARDS["encoder"]: bytes(range(256)) * 64,
     SHARDS["decoder"]: b"decoder" * 4096,
 }
 PUBLISHED = WANTED | {"pytorch_model.bin": b"a pickle", "README.md": b"card", "tokenizer.json": b"{}"}
-LLAMA = json.dumps(config_json(LLAMA_SHAPES["plain"], torch.bfloat16)).encode()
+LLAMA_CONFIG = (LLAMA / "config.json").read_bytes()
 OTHER = "some.one/a_Model-1"  # not among the published ones
 OTHER_WANTED = {
-    "config.json": LLAMA,
+    "config.json": LLAMA_CONFIG,
     "generation_config.json": b'{"eos_token_id": [1, 2]}',
     "tokenizer.json": b'{"model": {}}',
     "tokenizer_config.json": b'{"add_bos_token": false}',
     "special_tokens_map.json": b"{}",
     "chat_template.jinja": b"{{ bos_token }}",
     "minidpost.json": b'{"template": "chat"}',  # of a model that was trained here
-    "tokenizer.model": b"pieces",
+    "tokenizer.model": (LLAMA / "tokenizer.model").read_bytes(),
     "model.safetensors": b"weights" * 1000,
 }
 OTHER_FILES = OTHER_WANTED | {
@@ -259,8 +256,9 @@ def test_no_server(tmp_path):
 def test_a_shard_that_the_repository_lacks_is_named(server, tmp_path):
     del server.files[SHARDS["decoder"]]
     line = user_error(find_in_new_process(address(server), tmp_path))
-    assert f"{SHARDS['decoder']} did not arrive" in line
-    assert not (tmp_path / "weights/flan-t5-xl").exists()
+    assert line.endswith(f"flan-t5-xl/model.safetensors.index.json: names {SHARDS['decoder']}, which is not there")
+    assert SHARDS["encoder"] not in server.served
+    assert not [*(tmp_path / "weights").iterdir()]
 
 
 def test_repository_without_safetensors_is_no_model(server, tmp_path):
@@ -315,13 +313,21 @@ def test_a_published_repository_is_the_published_model(server, tmp_path):
 def test_what_a_repository_lacks_is_said_before_anything_is_fetched(server, tmp_path):
     adapter = {"adapter_config.json": b'{"base_model_name_or_path": "a/base"}', "adapter_model.safetensors": b"A, B"}
     server.repositories |= {
-        "o/pickle": {"config.json": LLAMA, "tokenizer.json": b"{}", "pytorch_model-00001-of-00002.bin": b"pickle"},
+        "o/pickle": {
+            "config.json": LLAMA_CONFIG,
+            "tokenizer.json": b"{}",
+            "pytorch_model-00001-of-00002.bin": b"pickle",
+        },
         "o/adapter": adapter | {"tokenizer.json": b"{}"},
         "o/broken-adapter": {"adapter_config.json": b"[]", "adapter_model.bin": b"A, B"},
         "o/m-GGUF": {"config.json": b"{}", "m.Q8_0.gguf": b"GGUF", "m.Q4_K_M.gguf": b"GGUF"},
-        "o/no-tokenizer": {"config.json": LLAMA, "vocab.json": b"{}", "model.safetensors": b"weights"},
+        "o/no-tokenizer": {
+            "config.json": LLAMA_CONFIG,
+            "vocab.json": b"{}",
+            "model.safetensors": b"weights",
+        },
         "o/no-config": {"tokenizer.json": b"{}", "model.safetensors": b"weights"},
-        "o/data": {"README.md": b"a data set"},
+        "o/data": {"README.md": b"a data set", "training_args.bin": b"pickle", "old/optimizer.pt": b"pickle"},
         "o/gpt": {"config.json": b'{"model_type": "gpt2"}', "tokenizer.json": b"{}", "model.safetensors": b"weights"},
     }
     names = [*server.repositories][1:]
@@ -348,6 +354,29 @@ def test_what_a_repository_lacks_is_said_before_anything_is_fetched(server, tmp_
     )
     assert "(did you mean HuggingFaceTB/SmolLM2-135M-Instruct?)" in misspelt
     assert not {"model.safetensors", "adapter_model.safetensors", "m.Q8_0.gguf"} & {*server.served}
+    assert not [*(tmp_path / "weights").iterdir()]
+
+
+def test_what_no_command_would_take_is_refused_before_the_weights(server, tmp_path):
+    def sharded(index: str) -> dict[str, bytes]:
+        small = {name: body for name, body in OTHER_WANTED.items() if name != "model.safetensors"}
+        return small | {"model.safetensors.index.json": index.encode(), "sub/1.safetensors": b"weights"}
+
+    few = json.loads(LLAMA_CONFIG) | {"vocab_size": 5}
+    lines = {
+        "o/tokenizer": ("/tokenizer.model: not a SentencePiece model, ", OTHER_WANTED | {"tokenizer.model": b"pieces"}),
+        "o/other": (": the tokenizer has ", OTHER_WANTED | {"config.json": json.dumps(few).encode()}),
+        "o/shards": (
+            "/model.safetensors.index.json: shard 'sub/1.safetensors' is no safetensors file of this directory",
+            sharded('{"weight_map": {"a": "sub/1.safetensors"}}'),
+        ),
+        "o/index": ("/model.safetensors.index.json: not readable as an index", sharded('{"weight_map": 5}')),
+    }
+    server.repositories |= {name: files for name, (_, files) in lines.items()}
+    result = find_in_new_process(address(server), tmp_path, *lines)
+    for line, (name, (expected, _)) in zip(user_errors(result), lines.items(), strict=True):
+        assert line.startswith(f"{address(server)}/{name}{expected}")
+    assert not {"model.safetensors", "sub/1.safetensors"} & {*server.served}
     assert not [*(tmp_path / "weights").iterdir()]
 
 
@@ -444,6 +473,36 @@ def test_existing_directories_win_over_repositories(tmp_path, monkeypatch):
     assert hub.find_model("tiny-t5", tmp_path / "weights") == Path("tiny-t5")
     with pytest.raises(UserError, match=r"^owner/empty: this directory holds no config\.json"):
         hub.find_model("owner/empty", tmp_path / "weights")
+
+
+@pytest.mark.parametrize("name", [".", "..", "sub/.."])
+def test_a_model_given_by_dots_is_found_by_its_own_name(tmp_path, monkeypatch, name):
+    """A run's directory is named by the model's, and would begin with a dash."""
+    mine = make_model(tmp_path / "mine", "config.json")
+    make_model(mine / "sub")
+    monkeypatch.chdir(mine / "sub" if name == ".." else mine)
+    assert hub.find_model(name, tmp_path / "weights") == mine.resolve()
+
+
+def test_a_file_is_not_looked_for_on_a_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "_fetch", lambda source: pytest.fail(f"asks for {source.repository}"))
+    make_model(tmp_path / "mine", "config.json", "model.safetensors")
+    make_model(tmp_path / "files", "notes")
+    (tmp_path / "files/llama-Q4").write_bytes(b"GGUF" + bytes(20))
+    (tmp_path / "tiny-t5").write_text("a file of that name")
+    format_ = "a file; a model is given as a directory in Hugging Face's format"
+    for name, line in {
+        "files/llama-Q4": "a GGUF file, but its name does not end in .gguf; rename it to llama-Q4.gguf",
+        "files/notes": f"{format_}, or as a .gguf file",
+        "mine/config.json": f"{format_}, as {tmp_path}/mine, or as a .gguf file",
+        "mine/model.safetensors": f"{format_}, as {tmp_path}/mine, or as a .gguf file",
+    }.items():
+        with pytest.raises(UserError) as raised:
+            hub.find_model(name, tmp_path / "weights")
+        assert str(raised.value) == f"{name}: {line}"
+    assert hub.find_model("tiny-t5") == hub.WEIGHTS_DIR / "tiny-t5"
+    assert not (tmp_path / "weights").exists()
 
 
 def test_directories_of_adapters_and_gguf_files_say_what_to_give(tmp_path):

@@ -80,6 +80,29 @@ def test_pickle_is_refused_with_the_way_out(saved):
     assert_refused(saved, str(saved), "pytorch_model.bin", "pickle", "save_pretrained")
 
 
+@pytest.mark.parametrize("pickle", ["training_args.bin", "optimizer.bin", "scheduler.bin", "rng_state_0.pth"])
+def test_a_trainings_other_pickles_are_not_taken_for_weights(saved, pickle):
+    (saved / WEIGHTS).rename(saved / "model.fp16.safetensors")
+    (saved / pickle).write_bytes(b"pickle")
+    line = f"{saved}: neither {WEIGHTS} nor {INDEX} is here"
+    assert_refused(saved, f"{line}, but model.fp16.safetensors is; rename it to {WEIGHTS} if it holds the whole model")
+    (saved / "model.fp16.safetensors").rename(saved / "pytorch_model.pt")
+    assert_refused(saved, f"{saved}: pytorch_model.pt is a pickle", "save_pretrained")
+    (saved / "pytorch_model.pt").unlink()
+    (saved / WEIGHTS).mkdir()
+    with pytest.raises(UserError) as raised:
+        check_weights(saved)
+    assert str(raised.value) == line
+
+
+def test_an_adapter_beside_a_config_says_what_it_is(saved):
+    """Some libraries write the base model's config.json and tokenizer beside it."""
+    (saved / WEIGHTS).rename(saved / "adapter_model.safetensors")
+    (saved / "adapter_config.json").write_text('{"base_model_name_or_path": "a/base"}')
+    (saved / "training_args.bin").write_bytes(b"pickle")
+    assert_refused(saved, f"{saved}: a LoRA adapter of a/base", "merge_and_unload")
+
+
 def test_empty_or_absent_directory(tmp_path):
     assert_refused(tmp_path, str(tmp_path), WEIGHTS)
     assert_refused(tmp_path / "nowhere", "nowhere")

@@ -244,6 +244,32 @@ def test_a_template_that_fails_is_one_line(tmp_path, template, reason):
     assert "\n" not in str(error.value)
 
 
+TOO_MUCH = "it takes more than 1 seconds of computing or 1 GiB of memory"
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+MACROS = "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}"
+DOUBLED = "{% set text = namespace(is='a') %}{% for i in range(50) %}{% set text.is = text.is ~ text.is %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (LOOPS, TOO_MUCH),
+        (MACROS, TOO_MUCH),
+        ("{{ 10 ** (10 ** 10) }}", TOO_MUCH),
+        (DOUBLED, TOO_MUCH),
+        ("{{ 'a' * 10 ** 10 }}", TOO_MUCH),
+        ("{{ 'a' | center(10 ** 10) }}", TOO_MUCH),
+        ("{{ 'a' * 10 ** 7 }}", "it writes more than 1,048,576 characters"),
+    ],
+)
+def test_a_template_without_an_end_is_one_line(tmp_path, monkeypatch, template, reason):
+    monkeypatch.setattr("minidpost.text.chat.MAX_SECONDS", 1)
+    (tmp_path / "chat_template.jinja").write_text(template + "{{ messages[0].content }}")
+    with pytest.raises(UserError) as raised:
+        format_of(tmp_path, CHATML_IDS)
+    assert str(raised.value) == f"{tmp_path}/chat_template.jinja: not usable as a chat template: {reason}"
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
