@@ -166,7 +166,8 @@ LLAMA = replace(
 # [ours] Smaller decoder-only models need larger steps than the paper's 7B, and more of them: with 128 examples a step
 # SmolLM2-135M has too few on a small labelled set. With SFT's values it answers 12.9 % of GSM8K's dev questions
 # (benchmarks/results/smollm2.md); no others were compared. DPO's learning rate is the paper's for T5, the model of its
-# that is nearest in size: 5e-6 was far too high, samples were then 2.9 % correct that had been 10.4 %.
+# that is nearest in size: 5e-6 was far too high, samples were then 2.9 % correct that had been 10.4 %. MEDIUM_LLAMA's
+# values lie between those and the paper's for 7B, and have not been tried.
 MEDIUM_LLAMA = replace(  # 700M to 4B: Llama-3.2-1B and -3B, TinyLlama, SmolLM2-1.7B, Qwen2.5-1.5B
     LLAMA,
     sft_epochs=3,
