@@ -156,7 +156,15 @@ class FastTokenizer:
             own_bos_id = _first_of_template(content.get("post_processor"))
             if own_bos_id is not None and own_bos_id not in ids:
                 raise ValueError
-            self.unk_id = _unknown_id(model)
+            unknown_id = _unknown_id(model)
+        named = [self.special_ids[name] for name in COMMON_EOS if name in self.special_ids]
+        ends = [end_id for end_id in said.end_ids if end_id in self.special_ids.values()]
+        self.bos_id, self.eos_id, self.stop_ids = _begin_and_end(
+            self.special_ids, said, own_bos_id=own_bos_id, own_eos_id=next(iter([*ends, *named]), None)
+        )
+        # What begins or ends a text stands for no text, though some vocabularies name it for what they cannot write.
+        self.unk_id = None if unknown_id in {self.bos_id, self.eos_id, *self.stop_ids} else unknown_id
+        with _one_line_for_any_fault(path):
             self._unknown_text = next((_hidden(name) for name, i in self.special_ids.items() if i == self.unk_id), None)
             self.files = [path]
             self._unspeakable = frozenset(self.special_ids.values()) - {self.unk_id}
@@ -171,11 +179,6 @@ class FastTokenizer:
             if self.encode("\n24>>") != [*line_break_ids, *self.encode("24>>")]:
                 self._lead = "\n"
             self._n_lead_ids = len(line_break_ids) if self._lead else 0
-        named = [self.special_ids[name] for name in COMMON_EOS if name in self.special_ids]
-        ends = [end_id for end_id in said.end_ids if end_id in self._unspeakable]
-        self.bos_id, self.eos_id, self.stop_ids = _begin_and_end(
-            self.special_ids, said, own_bos_id=own_bos_id, own_eos_id=next(iter([*ends, *named]), None)
-        )
         self.pad_id = self.special_ids.get(said.pad) if said.pad else None
 
     def encode(self, text: str, continued: bool = False) -> list[int]:

@@ -635,3 +635,14 @@ def test_what_no_piece_can_write_is_shown_as_such(llama2_oracle, tmp_path):
     ids = found.encode("two apples")
     assert (found.unk_id, found.token_texts[0]) == (0, "\ufffd")
     assert found.decode([*ids, found.unk_id, *found.encode("!", continued=True)]) == "two apples\ufffd!"
+
+
+@pytest.mark.parametrize("name", ["<|im_end|>", "<|endoftext|>"])
+def test_an_end_that_also_stands_for_the_unknown_has_no_text(tmp_path, small, name):
+    changed = small | {"model": small["model"] | {"unk_token": name}}
+    end_id = {"<|endoftext|>": 0, "<|im_end|>": 2}[name]
+    found = load_tokenizer(directory_with(tmp_path, changed, None, {"config": {"eos_token_id": end_id}}))
+    assert (found.eos_id, found.stop_ids, found.unk_id) == (end_id, {end_id}, None)
+    template = template_for("llama", found)
+    assert template.decode(template.target_ids("It is 2.\n#### 2")) == "It is 2.\n#### 2"
+    assert found.token_texts[end_id] == "" and end_id not in found.encode(f"Say {name}!")
