@@ -260,7 +260,11 @@ def _fetch(source: _Source) -> None:
         _check_readable(files, commit, source)
 
         # 2) The small files, and whether we have the model that they describe.
-        tokenizer_files = FILE_NAMES if source.tokenizer_file is None else (source.tokenizer_file,)
+        tokenizer_files: tuple[str, ...] = FILE_NAMES
+        if source.tokenizer_file == "tokenizer.model":  # which does not say how a text after a special token begins
+            tokenizer_files = ("tokenizer.model", "tokenizer.json")
+        elif source.tokenizer_file is not None:
+            tokenizer_files = (source.tokenizer_file,)
         index = [] if WEIGHTS in files else [INDEX]
         download([name for name in ("config.json", *tokenizer_files, *SETTINGS, *index) if name in files])
         _check_arrived(unfinished)

@@ -65,14 +65,18 @@ class SpecialTokens:
     eos: str | None = None
     pad: str | None = None
     adds_bos: bool | None = None
+    is_legacy: bool = False  # of Llama's SentencePiece models: a space is put before every text after a special token
     end_ids: tuple[int, ...] = ()  # `eos_token_id` of config.json and of generation_config.json
 
 
 class SentencePieceTokenizer:
     """A SentencePiece vocabulary."""
 
-    def __init__(self, path: Path, said: SpecialTokens | None = None):
-        """Read a SentencePiece model file; UserError if it is not one, or if `said` does not fit it."""
+    def __init__(self, path: Path, said: SpecialTokens | None = None, begins_anew_after_marks: bool = False):
+        """Read a SentencePiece model file; UserError if it is not one, or if `said` does not fit it.
+
+        Whether it `begins_anew_after_marks` no such file says.
+        """
         model = sentencepiece.SentencePieceProcessor()
         try:
             content = path.read_bytes()
@@ -89,7 +93,7 @@ class SentencePieceTokenizer:
         self.files = [path]
         self.vocab_size = model.get_piece_size()
         self.special_ids: dict[str, int] = {model.id_to_piece(i): i for i in ids if model.is_control(i)}
-        self.begins_anew_after_marks = True  # each text between special ids is encoded by itself
+        self.begins_anew_after_marks = begins_anew_after_marks
         self.unk_id = _id_or_none(model.unk_id())
         self.pad_id = _id_or_none(model.pad_id())
         own_bos_id = _id_or_none(model.bos_id())
@@ -358,7 +362,20 @@ def load_tokenizer(directory: str | Path) -> SentencePieceTokenizer | FastTokeni
     added = _added_tokens(fast_path)
     if added and max(added) >= SentencePieceTokenizer(path).vocab_size:
         return FastTokenizer(fast_path, _read_object(fast_path), said)
-    return SentencePieceTokenizer(path, said)
+    return SentencePieceTokenizer(path, said, _begins_anew_after_marks(fast_path, said))
+
+
+def _begins_anew_after_marks(fast_path: Path, said: SpecialTokens) -> bool:
+    """Whether the spaces that a SentencePiece model puts before a text stand after special tokens too.
+
+    The steps of a tokenizer.json beside it say so. Where there is none, or a broken one, it is `legacy` in
+    tokenizer_config.json, false where absent, as in transformers 5.
+    """
+    try:
+        content = _read_object(fast_path)
+        return _puts_spaces_everywhere(content) if content else said.is_legacy
+    except (UserError, LookupError, TypeError, AttributeError):
+        return said.is_legacy
 
 
 def _added_tokens(path: Path) -> list[int]:
@@ -392,9 +409,10 @@ def read_special_tokens(directory: str | Path) -> SpecialTokens:
     directory = Path(directory)
     path = directory / "tokenizer_config.json"
     content = _read_object(path)
-    adds_bos = content.get("add_bos_token")
-    if adds_bos is not None and not isinstance(adds_bos, bool):
-        raise UserError(f"{path}: add_bos_token is {adds_bos!r:.40}, true or false is expected")
+    for key in ("add_bos_token", "legacy"):
+        found = content.get(key)
+        if found is not None and not isinstance(found, bool):
+            raise UserError(f"{path}: {key} is {found!r:.40}, true or false is expected")
     end_ids: list[int] = []
     for file in (directory / "config.json", directory / "generation_config.json"):
         found = _read_object(file).get("eos_token_id")
@@ -404,7 +422,8 @@ def read_special_tokens(directory: str | Path) -> SpecialTokens:
                 raise UserError(f"{file}: eos_token_id is {found!r:.60}, a number or a list of numbers is expected")
         end_ids += listed
     bos, eos, pad = (_token_name(content, key, path) for key in ("bos_token", "eos_token", "pad_token"))
-    return SpecialTokens(path, bos, eos, pad, adds_bos, tuple(end_ids))
+    adds_bos, is_legacy = content.get("add_bos_token"), bool(content.get("legacy"))
+    return SpecialTokens(path, bos, eos, pad, adds_bos, is_legacy, tuple(end_ids))
 
 
 def _read_object(path: Path) -> dict[str, Any]:

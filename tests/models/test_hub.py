@@ -291,6 +291,13 @@ def test_any_repository_is_fetched_with_its_tokenizer_files(server, tmp_path):
     assert [*(tmp_path / "weights").iterdir()] == [directory]
 
 
+def test_beside_a_published_tokenizer_model_lies_its_tokenizer_json(server, tmp_path):
+    server.repositories["TinyLlama/TinyLlama-1.1B-Chat-v1.0"] = OTHER_FILES
+    result = find_in_new_process(address(server), tmp_path, "tinyllama-1.1b")
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "weights/tinyllama-1.1b") == OTHER_WANTED
+
+
 def test_revisions_have_directories_of_their_own(server, tmp_path):
     names = [f"{OTHER}@refs/pr/1", f"{OTHER}@{COMMIT}", f"{OTHER}@no/such"]
     result = find_in_new_process(address(server), tmp_path, *names)

@@ -70,6 +70,15 @@ FORMATS = {
     "llama2-inst": INST,
     "llama2.legacy-inst": INST,  # whose vocabulary puts a space before every text between marks
     "llama2.legacy-zephyr": ZEPHYR,
+    # The same vocabulary as a SentencePiece model: what transformers makes of it depends on `legacy`, or on the
+    # tokenizer.json beside it.
+    "llama2.model-zephyr": ZEPHYR,
+    "llama2.model.legacy_false-zephyr": ZEPHYR,
+    "llama2.model.legacy_true-zephyr": ZEPHYR,
+    "llama2.model.legacy_true-inst": INST,
+    "llama2.model.json-zephyr": ZEPHYR,
+    "llama2.model.json-inst": INST,
+    "llama2.model.json.legacy-zephyr": ZEPHYR,
 }
 
 
@@ -82,11 +91,18 @@ def chat(request, shared, tmp_path_factory):
     name = re.split(r"[-.]", request.param)[0]
     source = shared / "tokenizers" / name
     directory = tmp_path_factory.mktemp(request.param)
+    said = {}
     if name == "llama2":
-        theirs = llama2_of_transformers(load_tokenizer(source))
-        if "legacy" in request.param:
+        kinds = request.param.partition("-")[0].split(".")
+        theirs = llama2_of_transformers(load_tokenizer(source), legacy="legacy_true" in kinds)
+        if "legacy" in kinds:
             theirs = with_legacy_normalizer(theirs)
-        theirs.backend_tokenizer.save(str(directory / "tokenizer.json"))
+        if "model" in kinds:
+            shutil.copy(source / "tokenizer.model", directory)
+        if "model" not in kinds or "json" in kinds:
+            theirs.backend_tokenizer.save(str(directory / "tokenizer.json"))
+        if "legacy_true" in kinds or "legacy_false" in kinds:
+            said["legacy"] = "legacy_true" in kinds
     else:
         for path in source.iterdir():
             shutil.copy(path, directory)
@@ -96,7 +112,7 @@ def chat(request, shared, tmp_path_factory):
         )
     if template is not None:
         theirs.chat_template = template
-        said = {"chat_template": template}
+        said["chat_template"] = template
         if name == "smollm2":
             said["eos_token"] = theirs.eos_token
         (directory / "tokenizer_config.json").write_text(json.dumps(said))

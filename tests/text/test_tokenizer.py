@@ -435,6 +435,7 @@ def test_a_sentencepiece_model_obeys_its_files_too(tmp_path, shared):
         ({"eos_token": "<nowhere>"}, {}, "tokenizer_config.json: eos_token is '<nowhere>', which the tokenizer"),
         ({"bos_token": 5}, {}, "tokenizer_config.json: bos_token is 5, the name of a token is expected"),
         ({"add_bos_token": "yes"}, {}, "tokenizer_config.json: add_bos_token is 'yes', true or false is expected"),
+        ({"legacy": 1}, {}, "tokenizer_config.json: legacy is 1, true or false is expected"),
         ({"add_bos_token": True}, {}, "tokenizer_config.json: add_bos_token is true, but bos_token names none"),
         ([], {}, "tokenizer_config.json: not readable as a JSON object"),
         ({}, {"config": {"eos_token_id": "2"}}, "config.json: eos_token_id is '2', a number or a list"),
@@ -625,6 +626,16 @@ def test_added_tokens_of_tokenizer_json_count_beside_a_sentencepiece_model(llama
     for broken in ("{", "[]", '{"added_tokens": [5]}'):
         (tmp_path / "tokenizer.json").write_text(broken)
         assert load_tokenizer(tmp_path).files == [tmp_path / "tokenizer.model"]
+
+
+def test_how_texts_after_marks_begin_is_told_by_tokenizer_json_before_legacy(llama2_oracle, shared, tmp_path):
+    shutil.copy(shared / "tokenizers" / "llama2" / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"legacy": true}')
+    for content, begins_anew in ((llama2_oracle.backend_tokenizer.to_str(), False), ("{", True), ("{}", True)):
+        (tmp_path / "tokenizer.json").write_text(content)
+        found = load_tokenizer(tmp_path)
+        assert found.files == [tmp_path / "tokenizer.model"]
+        assert found.begins_anew_after_marks == begins_anew
 
 
 def test_what_no_piece_can_write_is_shown_as_such(llama2_oracle, tmp_path):
