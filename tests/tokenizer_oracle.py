@@ -44,6 +44,18 @@ def llama2_of_transformers(llama2, legacy=False):
     return LlamaTokenizer(vocab=pieces, merges=generate_merges(pieces, scores), add_bos_token=True, legacy=legacy)
 
 
+def with_user_defined_pieces(content: bytes, names: list[str], last_piece: str) -> bytes:
+    """A SentencePiece model with user-defined pieces after its last one, as Yi has its chat marks."""
+    last = last_piece.encode()
+    head = b"\x0a" + bytes([len(last)]) + last + b"\x15"
+    end = content.index(head) + len(head) + 4  # the score; a piece of the usual type says nothing more
+    pieces = b""
+    for name in names:
+        piece = b"\x0a" + bytes([len(name)]) + name.encode() + b"\x15" + bytes(4) + b"\x18\x04"
+        pieces += b"\x0a" + bytes([len(piece)]) + piece
+    return content[:end] + pieces + content[end:]
+
+
 def with_legacy_normalizer(tokenizer):
     """The same tokenizer as older files have it: a space before every text between special tokens."""
     from tokenizers import normalizers

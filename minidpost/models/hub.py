@@ -29,7 +29,7 @@ from minidpost.models.lora import ADAPTER_CONFIG
 from minidpost.models.weights import INDEX, RECORD, WEIGHTS, shards_of
 from minidpost.storage import read_json, sha256_of
 from minidpost.text.chat import CHAT_FILES
-from minidpost.text.tokenizer import FILE_NAMES
+from minidpost.text.tokenizer import ADDED_TOKENS, FILE_NAMES
 
 WEIGHTS_DIR = Path(__file__).resolve().parents[2] / "weights"
 BUNDLED = ("tiny-t5", "tiny-t5-sft", "tiny-t5-dpo-st", "tiny-llama")  # base models, and what SFT and DPO-ST make of one
@@ -53,7 +53,7 @@ PUBLISHED: dict[str, tuple[str, str]] = {  # name: repository, and its tokenizer
     "mistral-7b": ("mistralai/Mistral-7B-v0.3", "tokenizer.model"),  # of the three, the one without sliding window
 }
 BROKEN_INDEX = (OSError, ValueError, KeyError, AttributeError, TypeError)  # what reading one may raise
-SETTINGS = (*CHAT_FILES, "special_tokens_map.json", "generation_config.json", RECORD)  # fetched where they are there
+SETTINGS = (*CHAT_FILES, ADDED_TOKENS, "generation_config.json", RECORD)  # fetched where they are there
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 _PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"  # of a repository's id: neither `.` nor `-` at its ends

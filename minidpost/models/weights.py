@@ -27,12 +27,12 @@ from minidpost.processes import rank, whole
 from minidpost.storage import read_json, write_json
 from minidpost.text.chat import CHAT_FILES, ChatTemplate, chat_format_of
 from minidpost.text.templates import Template, Tokenizer, template_for
-from minidpost.text.tokenizer import FILE_NAMES, load_tokenizer
+from minidpost.text.tokenizer import ADDED_TOKENS, FILE_NAMES, load_tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 RECORD = "minidpost.json"  # how the model of a directory writes: {"template": "chat"}
-TOKENIZER_FILES = (*FILE_NAMES, *CHAT_FILES, "generation_config.json", RECORD)
+TOKENIZER_FILES = (*FILE_NAMES, *CHAT_FILES, ADDED_TOKENS, "generation_config.json", RECORD)
 TEMPLATES = ("alpaca", "chat")  # of decoder-only models
 READABLE_DTYPES = ("F32", "BF16", "F16")  # in the words of safetensors
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -23,7 +23,7 @@ import base64
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from minidpost.errors import UserError
 from minidpost.storage import read_json, write_json
 
 FILE_NAMES = ("spiece.model", "tokenizer.model", "original/tokenizer.model", "tokenizer.json")
+ADDED_TOKENS = "added_tokens.json"  # beside a tokenizer.model
 MAX_IDS = 2**20  # in a vocabulary
 
 # Llama-3: how many pieces of words there are, and how many special ids after them.
@@ -69,13 +70,30 @@ class SpecialTokens:
     end_ids: tuple[int, ...] = ()  # `eos_token_id` of config.json and of generation_config.json
 
 
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that a file beside a SentencePiece model lists: one of its pieces, or one with an id after them."""
+
+    name: str
+    token_id: int
+    is_special: bool
+
+
 class SentencePieceTokenizer:
     """A SentencePiece vocabulary."""
 
-    def __init__(self, path: Path, said: SpecialTokens | None = None, begins_anew_after_marks: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        said: SpecialTokens | None = None,
+        *,
+        added: Sequence[AddedToken] = (),
+        begins_anew_after_marks: bool = False,
+    ):
         """Read a SentencePiece model file; UserError if it is not one, or if `said` does not fit it.
 
-        Whether it `begins_anew_after_marks` no such file says.
+        It says neither which tokens were `added`, nor whether it `begins_anew_after_marks`. All that have ids after its
+        pieces are special ids.
         """
         model = sentencepiece.SentencePieceProcessor()
         try:
@@ -91,8 +109,10 @@ class SentencePieceTokenizer:
         self._model = model
         self._n_line_break_ids = len(model.encode("\n"))
         self.files = [path]
-        self.vocab_size = model.get_piece_size()
-        self.special_ids: dict[str, int] = {model.id_to_piece(i): i for i in ids if model.is_control(i)}
+        self._n_pieces = len(ids)
+        after_pieces = {token.name: token.token_id for token in added if token.token_id >= self._n_pieces}
+        self.vocab_size = max([*ids, *after_pieces.values()]) + 1
+        self.special_ids: dict[str, int] = after_pieces | {model.id_to_piece(i): i for i in ids if model.is_control(i)}
         self.begins_anew_after_marks = begins_anew_after_marks
         self.unk_id = _id_or_none(model.unk_id())
         self.pad_id = _id_or_none(model.pad_id())
@@ -116,13 +136,15 @@ class SentencePieceTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; pad, EOS and BOS ids and ids outside the vocabulary contribute nothing."""
-        shown = [int(i) for i in ids if 0 <= i < self.vocab_size and i not in self._silent_ids]
+        """The text of `ids`; pad, EOS, BOS and added ids and ids outside the vocabulary contribute nothing."""
+        shown = [int(i) for i in ids if 0 <= i < self._n_pieces and i not in self._silent_ids]
         text: str = self._model.decode(shown)
         return text
 
     def _token_text(self, token_id: int) -> str:
-        """One id's text: '▁' is a space, control ids are empty, bytes beyond ASCII and the unknown id are U+FFFD."""
+        """One id's text: '▁' is a space, bytes beyond ASCII and the unknown id are U+FFFD; nothing for special ids."""
+        if token_id >= self._n_pieces:
+            return ""
         piece: str = self._model.id_to_piece(token_id)
         if self._model.is_control(token_id):
             return ""
@@ -359,10 +381,16 @@ def load_tokenizer(directory: str | Path) -> SentencePieceTokenizer | FastTokeni
     with path.open("rb") as stream:
         if _RANKED_PIECE.match(stream.readline()):
             return _from_ranked_pieces(path, said)
-    added = _added_tokens(fast_path)
-    if added and max(added) >= SentencePieceTokenizer(path).vocab_size:
+    in_json = _added_in_tokenizer_json(fast_path)
+    n_pieces = SentencePieceTokenizer(path).vocab_size
+    if any(token.token_id >= n_pieces for token in in_json):
         return FastTokenizer(fast_path, _read_object(fast_path), said)
-    return SentencePieceTokenizer(path, said, _begins_anew_after_marks(fast_path, said))
+    return SentencePieceTokenizer(
+        path,
+        said,
+        added=[*_added_beside(directory), *in_json],
+        begins_anew_after_marks=_begins_anew_after_marks(fast_path, said),
+    )
 
 
 def _begins_anew_after_marks(fast_path: Path, said: SpecialTokens) -> bool:
@@ -378,13 +406,45 @@ def _begins_anew_after_marks(fast_path: Path, said: SpecialTokens) -> bool:
         return said.is_legacy
 
 
-def _added_tokens(path: Path) -> list[int]:
-    """The ids that a tokenizer.json lists as added, T5's `<extra_id_0>` and so on left out; none where it is broken."""
+def _added_in_tokenizer_json(path: Path) -> list[AddedToken]:
+    """The tokens that a tokenizer.json lists as added, but T5's `<extra_id_0>` and so on; none where it is broken."""
     try:
-        tokens = _read_object(path)["added_tokens"]
-        return [int(token["id"]) for token in tokens if not token["content"].startswith("<extra_id_")]
+        return _without_extra_ids(
+            AddedToken(str(token["content"]), int(token["id"]), bool(token.get("special")))
+            for token in _read_object(path)["added_tokens"]
+        )
     except (UserError, LookupError, TypeError, ValueError, AttributeError):
         return []
+
+
+def _added_beside(directory: Path) -> list[AddedToken]:
+    """The tokens that tokenizer_config.json lists as added, or else added_tokens.json, which old checkpoints have.
+
+    As above without T5's. UserError where a list is broken: a chat format needs all of its marks.
+    """
+    path = directory / "tokenizer_config.json"
+    listed = _read_object(path).get("added_tokens_decoder")
+    expected = 'added_tokens_decoder is expected to be {"ID": {"content": NAME, "special": true or false}, ...}'
+    try:
+        if listed is not None:
+            tokens = [
+                AddedToken(token["content"], int(token_id), token.get("special") is True)
+                for token_id, token in listed.items()
+            ]
+        else:
+            path = directory / ADDED_TOKENS
+            expected = "{NAME: ID, ...} is expected"
+            tokens = [AddedToken(name, int(token_id), True) for name, token_id in _read_object(path).items()]
+        if not all(isinstance(token.name, str) and 0 <= token.token_id < MAX_IDS for token in tokens):
+            raise ValueError
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path}: {expected}") from None
+    return _without_extra_ids(tokens)
+
+
+def _without_extra_ids(tokens: Iterable[AddedToken]) -> list[AddedToken]:
+    """All but T5's `<extra_id_0>` and so on, which no text of ours has."""
+    return [token for token in tokens if not token.name.startswith("<extra_id_")]
 
 
 def add_end_id(directory: Path, eos_id: int) -> None:

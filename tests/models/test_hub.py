@@ -42,7 +42,7 @@ OTHER_WANTED = {
     "generation_config.json": b'{"eos_token_id": [1, 2]}',
     "tokenizer.json": b'{"model": {}}',
     "tokenizer_config.json": b'{"add_bos_token": false}',
-    "special_tokens_map.json": b"{}",
+    "added_tokens.json": b"{}",
     "chat_template.jinja": b"{{ bos_token }}",
     "minidpost.json": b'{"template": "chat"}',  # of a model that was trained here
     "tokenizer.model": b"pieces",
@@ -54,6 +54,7 @@ OTHER_FILES = OTHER_WANTED | {
     "model.safetensors.index.json": b"of shards that are not there",
     "training_args.bin": b"a pickle",
     "vocab.json": b"{}",
+    "special_tokens_map.json": b"{}",
 }
 
 

@@ -6,7 +6,12 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from tokenizer_oracle import llama2_of_transformers, llama3_of_transformers, with_legacy_normalizer
+from tokenizer_oracle import (
+    llama2_of_transformers,
+    llama3_of_transformers,
+    with_legacy_normalizer,
+    with_user_defined_pieces,
+)
 
 from minidpost.errors import UserError
 from minidpost.models.llama import Llama, LlamaConfig
@@ -79,7 +84,27 @@ FORMATS = {
     "llama2.model.json-zephyr": ZEPHYR,
     "llama2.model.json-inst": INST,
     "llama2.model.json.legacy-zephyr": ZEPHYR,
+    # Marks that the SentencePiece model lacks, or has as pieces that texts can spell.
+    "llama2.model.added_decoder-chatml": SMOLLM2,
+    "llama2.model.added_json-chatml": SMOLLM2,
 }
+
+
+def add_marks(directory, theirs, kinds):
+    """Give both vocabularies ChatML's marks, ours in the files of these kinds; what tokenizer_config.json has of it."""
+    marks = ["<|im_start|>", "<|im_end|>"]
+    theirs.add_tokens(marks, special_tokens=True)
+    ids = dict(zip(marks, theirs.convert_tokens_to_ids(marks), strict=True))
+    assert [*ids.values()] == [32_000, 32_001]
+    path = directory / "tokenizer.model"
+    if {"user_defined", "user_defined_decoder"} & {*kinds}:
+        path.chmod(0o600)
+        path.write_bytes(with_user_defined_pieces(path.read_bytes(), marks, theirs.convert_ids_to_tokens(31_999)))
+    if "added_json" in kinds:
+        (directory / "added_tokens.json").write_text(json.dumps(ids))
+    listed = {str(i): {"content": mark, "special": True} for mark, i in ids.items()}
+    has_decoder = {"added_decoder", "user_defined_decoder"} & {*kinds}
+    return {"eos_token": "<|im_end|>"} | ({"added_tokens_decoder": listed} if has_decoder else {})
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -99,6 +124,8 @@ def chat(request, shared, tmp_path_factory):
             theirs = with_legacy_normalizer(theirs)
         if "model" in kinds:
             shutil.copy(source / "tokenizer.model", directory)
+        if request.param.endswith("chatml"):
+            said |= add_marks(directory, theirs, kinds)
         if "model" not in kinds or "json" in kinds:
             theirs.backend_tokenizer.save(str(directory / "tokenizer.json"))
         if "legacy_true" in kinds or "legacy_false" in kinds:

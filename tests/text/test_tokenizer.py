@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizer_oracle import llama2_of_transformers, llama3_of_transformers, ranks_of_llama3
 
 from minidpost.errors import UserError
+from minidpost.models.weights import tokenizer_files
 from minidpost.text.templates import T5Template, template_for
 from minidpost.text.tokenizer import load_tokenizer
 
@@ -626,6 +627,67 @@ def test_added_tokens_of_tokenizer_json_count_beside_a_sentencepiece_model(llama
     for broken in ("{", "[]", '{"added_tokens": [5]}'):
         (tmp_path / "tokenizer.json").write_text(broken)
         assert load_tokenizer(tmp_path).files == [tmp_path / "tokenizer.model"]
+
+
+MARKS = {"<pad>": 32_001, "<|im_end|>": 32_000}
+
+
+@pytest.mark.parametrize(
+    ("files", "stop_ids"),
+    [
+        ({"added_tokens": MARKS, "tokenizer_config": {"eos_token": "<|im_end|>"}}, {32_000}),
+        ({"added_tokens": MARKS, "config": {"eos_token_id": 32_000}}, {2, 32_000}),
+        (
+            {
+                "tokenizer_config": {
+                    "eos_token": "<|im_end|>",
+                    "added_tokens_decoder": {
+                        "2": {"content": "</s>", "special": True},
+                        "32000": {"content": "<|im_end|>", "special": False},
+                        "32001": {"content": "<pad>"},
+                        "32099": {"content": "<extra_id_0>"},
+                    },
+                },
+                "added_tokens": {"not": 40_000},
+            },
+            {32_000},
+        ),
+    ],
+)
+def test_tokens_that_are_added_beside_a_sentencepiece_model(llama2, shared, tmp_path, files, stop_ids):
+    """Old checkpoints have no tokenizer.json."""
+    shutil.copy(shared / "tokenizers" / "llama2" / "tokenizer.model", tmp_path)
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    found = load_tokenizer(tmp_path)
+    assert found.special_ids == llama2.special_ids | MARKS
+    assert (found.stop_ids, found.vocab_size) == (stop_ids, 32_002)
+    assert found.token_texts == [*llama2.token_texts, "", ""]
+    for text in ("two apples", "Say <|im_end|>, <pad>!"):
+        ids = found.encode(text)
+        assert ids == llama2.encode(text) and found.decode([*ids, 32_000, 32_001, 32_002]) == text
+    assert {path.stem for path in tokenizer_files(tmp_path)} >= {"tokenizer"} | files.keys() - {"config"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("added_tokens", [], "added_tokens.json: not readable as a JSON object"),
+        ("added_tokens", {"<pad>": None}, "added_tokens.json: {NAME: ID, ...} is expected"),
+        ("added_tokens", {"<pad>": -1}, "added_tokens.json: {NAME: ID, ...} is expected"),
+        ("added_tokens", {"<pad>": 2**40}, "added_tokens.json: {NAME: ID, ...} is expected"),
+        ("tokenizer_config", {"added_tokens_decoder": []}, "tokenizer_config.json: added_tokens_decoder is expected"),
+        ("tokenizer_config", {"added_tokens_decoder": {"5": {}}}, "tokenizer_config.json: added_tokens_decoder is"),
+        ("tokenizer_config", {"added_tokens_decoder": {"5": {"content": 5}}}, "added_tokens_decoder is expected"),
+        ("tokenizer_config", {"added_tokens_decoder": {"x": {"content": "x"}}}, "added_tokens_decoder is expected"),
+    ],
+)
+def test_a_broken_list_of_added_tokens_is_named(shared, tmp_path, name, content, complaint):
+    shutil.copy(shared / "tokenizers" / "llama2" / "tokenizer.model", tmp_path)
+    (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(UserError) as error:
+        load_tokenizer(tmp_path)
+    assert complaint in str(error.value) and "\n" not in str(error.value)
 
 
 def test_how_texts_after_marks_begin_is_told_by_tokenizer_json_before_legacy(llama2_oracle, shared, tmp_path):
