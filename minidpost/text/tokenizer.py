@@ -93,11 +93,14 @@ class SentencePieceTokenizer:
         """Read a SentencePiece model file; UserError if it is not one, or if `said` does not fit it.
 
         It says neither which tokens were `added`, nor whether it `begins_anew_after_marks`. All that have ids after its
-        pieces are special ids.
+        pieces are special ids, and so are the special ones among its user-defined pieces.
         """
         model = sentencepiece.SentencePieceProcessor()
         try:
             content = path.read_bytes()
+            for token in added:
+                if token.is_special:
+                    content = _with_control_piece(content, token.name)
             model.LoadFromSerializedProto(content)
             if _last_field(content) < 3:  # the normalizer, without which the default one would be taken
                 raise RuntimeError
@@ -154,6 +157,23 @@ class SentencePieceTokenizer:
             byte = int(piece[1:-1], 16)  # <0x41>
             return chr(byte) if byte < 128 else "\ufffd"
         return piece.replace("▁", " ")
+
+
+def _with_control_piece(content: bytes, name: str) -> bytes:
+    """A SentencePiece model in which the user-defined piece of this name, if any, is a control piece: no text has it.
+
+    A piece lies there as its name (field 1), its score (field 2, four bytes) and its type (field 3): 4 is user-defined,
+    3 is control.
+    """
+    spelt = name.encode("utf-8", "replace")
+    if len(spelt) > 127:  # a length of more than a byte
+        return content
+    before_score = b"\x0a" + bytes([len(spelt)]) + spelt + b"\x15"
+    position = content.find(before_score)
+    type_position = position + len(before_score) + 4
+    if position < 0 or content[type_position : type_position + 2] != b"\x18\x04":
+        return content
+    return content[:type_position] + b"\x18\x03" + content[type_position + 2 :]
 
 
 def _id_or_none(token_id: int) -> int | None:

@@ -87,6 +87,8 @@ FORMATS = {
     # Marks that the SentencePiece model lacks, or has as pieces that texts can spell.
     "llama2.model.added_decoder-chatml": SMOLLM2,
     "llama2.model.added_json-chatml": SMOLLM2,
+    "llama2.model.user_defined_decoder-chatml": SMOLLM2,
+    "llama2.model.user_defined.json-chatml": SMOLLM2,
 }
 
 
