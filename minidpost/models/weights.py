@@ -182,7 +182,14 @@ def load_template(directory: str | Path, template: str | None = None) -> Templat
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, config.vocab_size, directory)
     if family != "t5" and (template or recorded_template(directory)) == "chat":
-        return ChatTemplate(tokenizer, chat_format_of(directory, tokenizer))
+        chat = ChatTemplate(tokenizer, chat_format_of(directory, tokenizer))
+        largest_id = max(*chat.prompt_ids(""), chat.eos_id)
+        if largest_id >= config.vocab_size:
+            raise UserError(
+                f"{directory}: the chat format has a special token of id {largest_id:,}, the model "
+                f"{config.vocab_size:,} embeddings; they do not belong together"
+            )
+        return chat
     return template_for(family, tokenizer)
 
 
@@ -203,8 +210,8 @@ def recorded_template(directory: str | Path) -> str:
 
 
 def check_vocabulary(tokenizer: Tokenizer, n_embeddings: int, directory: Path) -> None:
-    """UserError where a tokenizer has ids that its model has no embedding for, or no id that ends a text."""
-    if tokenizer.vocab_size > n_embeddings:
+    """UserError where a model lacks embeddings that its tokenizer needs, or the tokenizer an id that ends a text."""
+    if tokenizer.n_embeddings_needed > n_embeddings:
         raise UserError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size:,} pieces, the model {n_embeddings:,} embeddings; "
             "they do not belong together"

@@ -15,8 +15,9 @@ cuts or pads texts, or drops merges at random, does so no longer.
 Both kinds have `vocab_size`; `bos_id`, what stands in front of every text, None where nothing does; `eos_id`, what ends
 a text that is trained on, None where nothing does; `stop_ids`, any of which ends a completion; `pad_id` and `unk_id`,
 None where the vocabulary has none; `special_ids`, the ids of special tokens by their names; `begins_anew_after_marks`,
-whether a text after one of them gets the space in front that the vocabulary puts before a text; `token_texts`, what
-each id adds to a text; and `files`, what a model directory must contain for `load_tokenizer`.
+whether a text after one of them gets the space in front that the vocabulary puts before a text; `n_embeddings_needed`,
+how many rows a model's embedding must have; `token_texts`, what each id adds to a text; and `files`, what a model
+directory must contain for `load_tokenizer`.
 """
 
 import base64
@@ -123,6 +124,7 @@ class SentencePieceTokenizer:
         self.bos_id, self.eos_id, self.stop_ids = _begin_and_end(
             self.special_ids, said, own_bos_id=own_bos_id, own_eos_id=_id_or_none(model.eos_id())
         )
+        self.n_embeddings_needed = _n_embeddings_needed(ids, self.bos_id, self.stop_ids)
         self._silent_ids = {self.pad_id, self.eos_id, own_bos_id, *self.stop_ids}
         self.token_texts = [self._token_text(token_id) for token_id in range(self.vocab_size)]
 
@@ -208,6 +210,7 @@ class FastTokenizer:
         self.bos_id, self.eos_id, self.stop_ids = _begin_and_end(
             self.special_ids, said, own_bos_id=own_bos_id, own_eos_id=next(iter([*ends, *named]), None)
         )
+        self.n_embeddings_needed = _n_embeddings_needed(pieces.values(), self.bos_id, self.stop_ids)
         # What begins or ends a text stands for no text, though some vocabularies name it for what they cannot write.
         self.unk_id = None if unknown_id in {self.bos_id, self.eos_id, *self.stop_ids} else unknown_id
         with _one_line_for_any_fault(path):
@@ -382,6 +385,16 @@ def _begin_and_end(
     speechless = {*special_ids.values()}  # an id that stands for text ends nothing, whatever config.json has
     stop_ids = {end_id for end_id in (eos_id, *said.end_ids) if end_id in speechless}
     return bos_id, eos_id, frozenset(stop_ids)
+
+
+def _n_embeddings_needed(piece_ids: Iterable[int], bos_id: int | None, stop_ids: Iterable[int]) -> int:
+    """How many rows a model's embedding must have: for all pieces, and for what begins or ends a text.
+
+    Added tokens after these, such as the pad token that some checkpoints have without a row for it, occur in no text.
+    The marks of a chat format are those of a template.
+    """
+    begin = [] if bos_id is None else [bos_id]
+    return max([*piece_ids, *begin, *stop_ids], default=-1) + 1
 
 
 def load_tokenizer(directory: str | Path) -> SentencePieceTokenizer | FastTokenizer:

@@ -338,6 +338,49 @@ def test_a_template_is_chosen_or_read_from_the_directory(smollm2_dir, tmp_path):
     assert type(load_template(tmp_path / "first", "alpaca")) is LlamaTemplate
 
 
+def with_a_token_beyond_the_embeddings(source, directory, said):
+    """A model's directory whose tokenizer has a <pad> that the model has no embedding for."""
+    shutil.copytree(source, directory)
+    content = json.loads((directory / "tokenizer.json").read_text())
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 49_152, "content": "<pad>"})
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    (directory / "chat_template.jinja").unlink()
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": SMOLLM2} | said))
+    return directory
+
+
+def test_a_pad_token_beyond_the_embeddings_is_no_reason_to_refuse(smollm2_dir, tmp_path):
+    directory = with_a_token_beyond_the_embeddings(smollm2_dir, tmp_path / "padded", {"pad_token": "<pad>"})
+    for template in ("alpaca", "chat"):
+        ours, theirs = (load_template(path, template) for path in (directory, smollm2_dir))
+        for question in ("How many?", "Say <pad>!"):
+            assert ours.prompt_ids(question) == theirs.prompt_ids(question)
+        assert (ours.eos_id, ours.stop_ids) == (theirs.eos_id, theirs.stop_ids)
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        ({"eos_token": "<pad>"}, "the tokenizer has 49,153 pieces, the model 49,152 embeddings"),
+        ({"add_bos_token": True, "bos_token": "<pad>"}, "the tokenizer has 49,153 pieces, the model 49,152 embeddings"),
+        (
+            {"chat_template": SMOLLM2.replace("<|im_start|>", "<pad>")},
+            "special token of id 49,152, the model 49,152 emb",
+        ),
+        ({"chat_template": SMOLLM2.replace("<|im_end|>", "<pad>")}, "special token of id 49,152, the model 49,152 emb"),
+        (
+            {"chat_template": SMOLLM2.replace("message['content'] + '<|im_end|>'", "message['content'] + '<pad>'")},
+            "special token of id 49,152, the model 49,152 embeddings",
+        ),
+    ],
+)
+def test_a_token_beyond_the_embeddings_that_a_prompt_or_target_has_is_named(smollm2_dir, tmp_path, said, complaint):
+    directory = with_a_token_beyond_the_embeddings(smollm2_dir, tmp_path / "broken", said)
+    with pytest.raises(UserError, match=complaint) as error:
+        load_template(directory, "chat")
+    assert str(directory) in str(error.value)
+
+
 def test_a_template_that_there_is_not_is_named(smollm2_dir, tiny_model_dir):
     with pytest.raises(UserError, match="no template 'vicuna'; known are alpaca and chat"):
         load_template(smollm2_dir, "vicuna")
