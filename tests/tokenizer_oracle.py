@@ -31,14 +31,29 @@ def llama3_of_transformers(path: Path):
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=names[0], eos_token=names[1])
 
 
-def llama2_of_transformers(llama2):
-    """transformers' Llama tokenizer, given the pieces of a SentencePiece model that we have read."""
+def llama2_of_transformers(llama2, legacy=False):
+    """transformers' Llama tokenizer, given the pieces of a SentencePiece model that we have read.
+
+    `legacy` as in tokenizer_config.json; transformers' own default is false.
+    """
     from transformers import LlamaTokenizer
     from transformers.convert_slow_tokenizer import generate_merges
 
     pieces = {llama2._model.id_to_piece(i): i for i in range(llama2.vocab_size)}
     scores = {piece: llama2._model.get_score(i) for piece, i in pieces.items()}
-    return LlamaTokenizer(vocab=pieces, merges=generate_merges(pieces, scores), add_bos_token=True)
+    return LlamaTokenizer(vocab=pieces, merges=generate_merges(pieces, scores), add_bos_token=True, legacy=legacy)
+
+
+def with_user_defined_pieces(content: bytes, names: list[str], last_piece: str) -> bytes:
+    """A SentencePiece model with user-defined pieces after its last one, as Yi has its chat marks."""
+    last = last_piece.encode()
+    head = b"\x0a" + bytes([len(last)]) + last + b"\x15"
+    end = content.index(head) + len(head) + 4  # the score; a piece of the usual type says nothing more
+    pieces = b""
+    for name in names:
+        piece = b"\x0a" + bytes([len(name)]) + name.encode() + b"\x15" + bytes(4) + b"\x18\x04"
+        pieces += b"\x0a" + bytes([len(piece)]) + piece
+    return content[:end] + pieces + content[end:]
 
 
 def with_legacy_normalizer(tokenizer):

@@ -37,7 +37,7 @@ from minidpost.models.weights import (
 )
 from minidpost.storage import sha256_of
 from minidpost.text.chat import CHAT_FILES
-from minidpost.text.tokenizer import FILE_NAMES
+from minidpost.text.tokenizer import ADDED_TOKENS, FILE_NAMES
 
 WEIGHTS_DIR = Path(__file__).resolve().parents[2] / "weights"
 BUNDLED = ("tiny-t5", "tiny-t5-sft", "tiny-t5-dpo-st", "tiny-llama")  # base models, and what SFT and DPO-ST make of one
@@ -61,7 +61,7 @@ PUBLISHED: dict[str, tuple[str, str]] = {  # name: repository, and its tokenizer
     "mistral-7b": ("mistralai/Mistral-7B-v0.3", "tokenizer.model"),  # of the three, the one without sliding window
 }
 BROKEN_INDEX = (OSError, ValueError, KeyError, AttributeError, TypeError)  # what reading one may raise
-SETTINGS = (*CHAT_FILES, "special_tokens_map.json", "generation_config.json", RECORD)  # fetched where they are there
+SETTINGS = (*CHAT_FILES, ADDED_TOKENS, "generation_config.json", RECORD)  # fetched where they are there
 
 _PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"  # of a repository's id: neither `.` nor `-` at its ends
 _HUB_ID = re.compile(rf"({_PART}/{_PART})(?:@(.+))?", re.ASCII)
@@ -275,7 +275,11 @@ def _fetch(source: _Source) -> None:
         _check_readable(files, commit, source)
 
         # 2) The small files, and whether a command would take the model that they describe.
-        tokenizer_files = FILE_NAMES if source.tokenizer_file is None else (source.tokenizer_file,)
+        tokenizer_files: tuple[str, ...] = FILE_NAMES
+        if source.tokenizer_file == "tokenizer.model":  # which does not say how a text after a special token begins
+            tokenizer_files = ("tokenizer.model", "tokenizer.json")
+        elif source.tokenizer_file is not None:
+            tokenizer_files = (source.tokenizer_file,)
         index = [] if WEIGHTS in files else [INDEX]
         download([name for name in ("config.json", *tokenizer_files, *SETTINGS, *index) if name in files])
         _check_small_files(unfinished, files, source)

@@ -27,13 +27,13 @@ from minidpost.processes import rank, whole
 from minidpost.storage import read_json, write_json
 from minidpost.text.chat import CHAT_FILES, ChatTemplate, chat_format_of
 from minidpost.text.templates import Template, Tokenizer, template_for
-from minidpost.text.tokenizer import FILE_NAMES, load_tokenizer
+from minidpost.text.tokenizer import ADDED_TOKENS, FILE_NAMES, load_tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"  # peft's
 RECORD = "minidpost.json"  # how the model of a directory writes: {"template": "chat"}
-TOKENIZER_FILES = (*FILE_NAMES, *CHAT_FILES, "generation_config.json", RECORD)
+TOKENIZER_FILES = (*FILE_NAMES, *CHAT_FILES, ADDED_TOKENS, "generation_config.json", RECORD)
 TEMPLATES = ("alpaca", "chat")  # of decoder-only models
 READABLE_DTYPES = ("F32", "BF16", "F16")  # in the words of safetensors
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -185,7 +185,14 @@ def load_template(directory: str | Path, template: str | None = None) -> Templat
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, config.vocab_size, directory)
     if family != "t5" and (template or recorded_template(directory)) == "chat":
-        return ChatTemplate(tokenizer, chat_format_of(directory, tokenizer))
+        chat = ChatTemplate(tokenizer, chat_format_of(directory, tokenizer))
+        largest_id = max(*chat.prompt_ids(""), chat.eos_id)
+        if largest_id >= config.vocab_size:
+            raise UserError(
+                f"{directory}: the chat format has a special token of id {largest_id:,}, the model "
+                f"{config.vocab_size:,} embeddings; they do not belong together"
+            )
+        return chat
     return template_for(family, tokenizer)
 
 
@@ -206,8 +213,8 @@ def recorded_template(directory: str | Path) -> str:
 
 
 def check_vocabulary(tokenizer: Tokenizer, n_embeddings: int, directory: Path) -> None:
-    """UserError where a tokenizer has ids that its model has no embedding for, or no id that ends a text."""
-    if tokenizer.vocab_size > n_embeddings:
+    """UserError where a model lacks embeddings that its tokenizer needs, or the tokenizer an id that ends a text."""
+    if tokenizer.n_embeddings_needed > n_embeddings:
         raise UserError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size:,} pieces, the model {n_embeddings:,} embeddings; "
             "they do not belong together"

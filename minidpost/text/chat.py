@@ -17,7 +17,9 @@ Departures from transformers' `apply_chat_template`: the marks of the frame are 
 question are ordinary text; the question is tidied, as in the Alpaca-style prompt; Qwen3's assistant begins with its
 empty block of thoughts, as in that template's own training text (`enable_thinking=False`); templates that state the
 day (Llama-3.1 and later) have the one that they fall back to, not today's, so that the same question has the same
-prompt every day; what a template puts between prompt and answer (Llama-2's space) is left out.
+prompt every day; what a template puts between prompt and answer (Llama-2's space) is left out. Whether a text after a
+mark of a Llama's begins with a space is tokenizer.json's word where there is one, as in transformers 4; transformers 5
+goes by `legacy` in tokenizer_config.json even where the two disagree.
 """
 
 import json

@@ -47,6 +47,10 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
+    def n_embeddings_needed(self) -> int:
+        """How many embeddings a model must have for the ids of pieces, BOS and `stop_ids`."""
+
+    @property
     def bos_id(self) -> int | None: ...
 
     @property

@@ -15,15 +15,16 @@ cuts or pads texts, or drops merges at random, does so no longer.
 Both kinds have `vocab_size`; `bos_id`, what stands in front of every text, None where nothing does; `eos_id`, what ends
 a text that is trained on, None where nothing does; `stop_ids`, any of which ends a completion; `pad_id` and `unk_id`,
 None where the vocabulary has none; `special_ids`, the ids of special tokens by their names; `begins_anew_after_marks`,
-whether a text after one of them gets the space in front that the vocabulary puts before a text; `token_texts`, what
-each id adds to a text; and `files`, what a model directory must contain for `load_tokenizer`.
+whether a text after one of them gets the space in front that the vocabulary puts before a text; `n_embeddings_needed`,
+how many rows a model's embedding must have; `token_texts`, what each id adds to a text; and `files`, what a model
+directory must contain for `load_tokenizer`.
 """
 
 import base64
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from minidpost.errors import UserError
 from minidpost.storage import read_json, write_json
 
 FILE_NAMES = ("spiece.model", "tokenizer.model", "original/tokenizer.model", "tokenizer.json")
+ADDED_TOKENS = "added_tokens.json"  # beside a tokenizer.model
 MAX_IDS = 2**20  # in a vocabulary
 
 # Llama-3: how many pieces of words there are, and how many special ids after them.
@@ -65,17 +67,41 @@ class SpecialTokens:
     eos: str | None = None
     pad: str | None = None
     adds_bos: bool | None = None
+    is_legacy: bool = False  # of Llama's SentencePiece models: a space is put before every text after a special token
     end_ids: tuple[int, ...] = ()  # `eos_token_id` of config.json and of generation_config.json
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that a file beside a SentencePiece model lists: one of its pieces, or one with an id after them."""
+
+    name: str
+    token_id: int
+    is_special: bool
 
 
 class SentencePieceTokenizer:
     """A SentencePiece vocabulary."""
 
-    def __init__(self, path: Path, said: SpecialTokens | None = None):
-        """Read a SentencePiece model file; UserError if it is not one, or if `said` does not fit it."""
+    def __init__(
+        self,
+        path: Path,
+        said: SpecialTokens | None = None,
+        *,
+        added: Sequence[AddedToken] = (),
+        begins_anew_after_marks: bool = False,
+    ):
+        """Read a SentencePiece model file; UserError if it is not one, or if `said` does not fit it.
+
+        It says neither which tokens were `added`, nor whether it `begins_anew_after_marks`. All that have ids after its
+        pieces are special ids, and so are the special ones among its user-defined pieces.
+        """
         model = sentencepiece.SentencePieceProcessor()
         try:
             content = path.read_bytes()
+            for token in added:
+                if token.is_special:
+                    content = _with_control_piece(content, token.name)
             model.LoadFromSerializedProto(content)
             if _last_field(content) < 3:  # the normalizer, without which the default one would be taken
                 raise RuntimeError
@@ -87,15 +113,18 @@ class SentencePieceTokenizer:
         self._model = model
         self._n_line_break_ids = len(model.encode("\n"))
         self.files = [path]
-        self.vocab_size = model.get_piece_size()
-        self.special_ids: dict[str, int] = {model.id_to_piece(i): i for i in ids if model.is_control(i)}
-        self.begins_anew_after_marks = True  # each text between special ids is encoded by itself
+        self._n_pieces = len(ids)
+        after_pieces = {token.name: token.token_id for token in added if token.token_id >= self._n_pieces}
+        self.vocab_size = max([*ids, *after_pieces.values()]) + 1
+        self.special_ids: dict[str, int] = after_pieces | {model.id_to_piece(i): i for i in ids if model.is_control(i)}
+        self.begins_anew_after_marks = begins_anew_after_marks
         self.unk_id = _id_or_none(model.unk_id())
         self.pad_id = _id_or_none(model.pad_id())
         own_bos_id = _id_or_none(model.bos_id())
         self.bos_id, self.eos_id, self.stop_ids = _begin_and_end(
             self.special_ids, said, own_bos_id=own_bos_id, own_eos_id=_id_or_none(model.eos_id())
         )
+        self.n_embeddings_needed = _n_embeddings_needed(ids, self.bos_id, self.stop_ids)
         self._silent_ids = {self.pad_id, self.eos_id, own_bos_id, *self.stop_ids}
         self.token_texts = [self._token_text(token_id) for token_id in range(self.vocab_size)]
 
@@ -112,13 +141,15 @@ class SentencePieceTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; pad, EOS and BOS ids and ids outside the vocabulary contribute nothing."""
-        shown = [int(i) for i in ids if 0 <= i < self.vocab_size and i not in self._silent_ids]
+        """The text of `ids`; pad, EOS, BOS and added ids and ids outside the vocabulary contribute nothing."""
+        shown = [int(i) for i in ids if 0 <= i < self._n_pieces and i not in self._silent_ids]
         text: str = self._model.decode(shown)
         return text
 
     def _token_text(self, token_id: int) -> str:
-        """One id's text: '▁' is a space, control ids are empty, bytes beyond ASCII and the unknown id are U+FFFD."""
+        """One id's text: '▁' is a space, bytes beyond ASCII and the unknown id are U+FFFD; nothing for special ids."""
+        if token_id >= self._n_pieces:
+            return ""
         piece: str = self._model.id_to_piece(token_id)
         if self._model.is_control(token_id):
             return ""
@@ -128,6 +159,23 @@ class SentencePieceTokenizer:
             byte = int(piece[1:-1], 16)  # <0x41>
             return chr(byte) if byte < 128 else "\ufffd"
         return piece.replace("▁", " ")
+
+
+def _with_control_piece(content: bytes, name: str) -> bytes:
+    """A SentencePiece model in which the user-defined piece of this name, if any, is a control piece: no text has it.
+
+    A piece lies there as its name (field 1), its score (field 2, four bytes) and its type (field 3): 4 is user-defined,
+    3 is control.
+    """
+    spelt = name.encode("utf-8", "replace")
+    if len(spelt) > 127:  # a length of more than a byte
+        return content
+    before_score = b"\x0a" + bytes([len(spelt)]) + spelt + b"\x15"
+    position = content.find(before_score)
+    type_position = position + len(before_score) + 4
+    if position < 0 or content[type_position : type_position + 2] != b"\x18\x04":
+        return content
+    return content[:type_position] + b"\x18\x03" + content[type_position + 2 :]
 
 
 def _id_or_none(token_id: int) -> int | None:
@@ -156,7 +204,16 @@ class FastTokenizer:
             own_bos_id = _first_of_template(content.get("post_processor"))
             if own_bos_id is not None and own_bos_id not in ids:
                 raise ValueError
-            self.unk_id = _unknown_id(model)
+            unknown_id = _unknown_id(model)
+        named = [self.special_ids[name] for name in COMMON_EOS if name in self.special_ids]
+        ends = [end_id for end_id in said.end_ids if end_id in self.special_ids.values()]
+        self.bos_id, self.eos_id, self.stop_ids = _begin_and_end(
+            self.special_ids, said, own_bos_id=own_bos_id, own_eos_id=next(iter([*ends, *named]), None)
+        )
+        self.n_embeddings_needed = _n_embeddings_needed(pieces.values(), self.bos_id, self.stop_ids)
+        # What begins or ends a text stands for no text, though some vocabularies name it for what they cannot write.
+        self.unk_id = None if unknown_id in {self.bos_id, self.eos_id, *self.stop_ids} else unknown_id
+        with _one_line_for_any_fault(path):
             self._unknown_text = next((_hidden(name) for name, i in self.special_ids.items() if i == self.unk_id), None)
             self.files = [path]
             self._unspeakable = frozenset(self.special_ids.values()) - {self.unk_id}
@@ -171,11 +228,6 @@ class FastTokenizer:
             if self.encode("\n24>>") != [*line_break_ids, *self.encode("24>>")]:
                 self._lead = "\n"
             self._n_lead_ids = len(line_break_ids) if self._lead else 0
-        named = [self.special_ids[name] for name in COMMON_EOS if name in self.special_ids]
-        ends = [end_id for end_id in said.end_ids if end_id in self._unspeakable]
-        self.bos_id, self.eos_id, self.stop_ids = _begin_and_end(
-            self.special_ids, said, own_bos_id=own_bos_id, own_eos_id=next(iter([*ends, *named]), None)
-        )
         self.pad_id = self.special_ids.get(said.pad) if said.pad else None
 
     def encode(self, text: str, continued: bool = False) -> list[int]:
@@ -335,6 +387,16 @@ def _begin_and_end(
     return bos_id, eos_id, frozenset(stop_ids)
 
 
+def _n_embeddings_needed(piece_ids: Iterable[int], bos_id: int | None, stop_ids: Iterable[int]) -> int:
+    """How many rows a model's embedding must have: for all pieces, and for what begins or ends a text.
+
+    Added tokens after these, such as the pad token that some checkpoints have without a row for it, occur in no text.
+    The marks of a chat format are those of a template.
+    """
+    begin = [] if bos_id is None else [bos_id]
+    return max([*piece_ids, *begin, *stop_ids], default=-1) + 1
+
+
 def load_tokenizer(directory: str | Path) -> SentencePieceTokenizer | FastTokenizer:
     """The tokenizer in a model directory; UserError if there is none or its file is broken.
 
@@ -352,19 +414,70 @@ def load_tokenizer(directory: str | Path) -> SentencePieceTokenizer | FastTokeni
     with path.open("rb") as stream:
         if _RANKED_PIECE.match(stream.readline()):
             return _from_ranked_pieces(path, said)
-    added = _added_tokens(fast_path)
-    if added and max(added) >= SentencePieceTokenizer(path).vocab_size:
+    in_json = _added_in_tokenizer_json(fast_path)
+    n_pieces = SentencePieceTokenizer(path).vocab_size
+    if any(token.token_id >= n_pieces for token in in_json):
         return FastTokenizer(fast_path, _read_object(fast_path), said)
-    return SentencePieceTokenizer(path, said)
+    return SentencePieceTokenizer(
+        path,
+        said,
+        added=[*_added_beside(directory), *in_json],
+        begins_anew_after_marks=_begins_anew_after_marks(fast_path, said),
+    )
 
 
-def _added_tokens(path: Path) -> list[int]:
-    """The ids that a tokenizer.json lists as added, T5's `<extra_id_0>` and so on left out; none where it is broken."""
+def _begins_anew_after_marks(fast_path: Path, said: SpecialTokens) -> bool:
+    """Whether the spaces that a SentencePiece model puts before a text stand after special tokens too.
+
+    The steps of a tokenizer.json beside it say so. Where there is none, or a broken one, it is `legacy` in
+    tokenizer_config.json, false where absent, as in transformers 5.
+    """
     try:
-        tokens = _read_object(path)["added_tokens"]
-        return [int(token["id"]) for token in tokens if not token["content"].startswith("<extra_id_")]
+        content = _read_object(fast_path)
+        return _puts_spaces_everywhere(content) if content else said.is_legacy
+    except (UserError, LookupError, TypeError, AttributeError):
+        return said.is_legacy
+
+
+def _added_in_tokenizer_json(path: Path) -> list[AddedToken]:
+    """The tokens that a tokenizer.json lists as added, but T5's `<extra_id_0>` and so on; none where it is broken."""
+    try:
+        return _without_extra_ids(
+            AddedToken(str(token["content"]), int(token["id"]), bool(token.get("special")))
+            for token in _read_object(path)["added_tokens"]
+        )
     except (UserError, LookupError, TypeError, ValueError, AttributeError):
         return []
+
+
+def _added_beside(directory: Path) -> list[AddedToken]:
+    """The tokens that tokenizer_config.json lists as added, or else added_tokens.json, which old checkpoints have.
+
+    As above without T5's. UserError where a list is broken: a chat format needs all of its marks.
+    """
+    path = directory / "tokenizer_config.json"
+    listed = _read_object(path).get("added_tokens_decoder")
+    expected = 'added_tokens_decoder is expected to be {"ID": {"content": NAME, "special": true or false}, ...}'
+    try:
+        if listed is not None:
+            tokens = [
+                AddedToken(token["content"], int(token_id), token.get("special") is True)
+                for token_id, token in listed.items()
+            ]
+        else:
+            path = directory / ADDED_TOKENS
+            expected = "{NAME: ID, ...} is expected"
+            tokens = [AddedToken(name, int(token_id), True) for name, token_id in _read_object(path).items()]
+        if not all(isinstance(token.name, str) and 0 <= token.token_id < MAX_IDS for token in tokens):
+            raise ValueError
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path}: {expected}") from None
+    return _without_extra_ids(tokens)
+
+
+def _without_extra_ids(tokens: Iterable[AddedToken]) -> list[AddedToken]:
+    """All but T5's `<extra_id_0>` and so on, which no text of ours has."""
+    return [token for token in tokens if not token.name.startswith("<extra_id_")]
 
 
 def add_end_id(directory: Path, eos_id: int) -> None:
@@ -389,9 +502,10 @@ def read_special_tokens(directory: str | Path) -> SpecialTokens:
     directory = Path(directory)
     path = directory / "tokenizer_config.json"
     content = _read_object(path)
-    adds_bos = content.get("add_bos_token")
-    if adds_bos is not None and not isinstance(adds_bos, bool):
-        raise UserError(f"{path}: add_bos_token is {adds_bos!r:.40}, true or false is expected")
+    for key in ("add_bos_token", "legacy"):
+        found = content.get(key)
+        if found is not None and not isinstance(found, bool):
+            raise UserError(f"{path}: {key} is {found!r:.40}, true or false is expected")
     end_ids: list[int] = []
     for file in (directory / "config.json", directory / "generation_config.json"):
         found = _read_object(file).get("eos_token_id")
@@ -401,7 +515,8 @@ def read_special_tokens(directory: str | Path) -> SpecialTokens:
                 raise UserError(f"{file}: eos_token_id is {found!r:.60}, a number or a list of numbers is expected")
         end_ids += listed
     bos, eos, pad = (_token_name(content, key, path) for key in ("bos_token", "eos_token", "pad_token"))
-    return SpecialTokens(path, bos, eos, pad, adds_bos, tuple(end_ids))
+    adds_bos, is_legacy = content.get("add_bos_token"), bool(content.get("legacy"))
+    return SpecialTokens(path, bos, eos, pad, adds_bos, is_legacy, tuple(end_ids))
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ OTHER_WANTED = {
     "generation_config.json": b'{"eos_token_id": [1, 2]}',
     "tokenizer.json": b'{"model": {}}',
     "tokenizer_config.json": b'{"add_bos_token": false}',
-    "special_tokens_map.json": b"{}",
+    "added_tokens.json": b"{}",
     "chat_template.jinja": b"{{ bos_token }}",
     "minidpost.json": b'{"template": "chat"}',  # of a model that was trained here
     "tokenizer.model": (LLAMA / "tokenizer.model").read_bytes(),
@@ -51,6 +51,7 @@ OTHER_FILES = OTHER_WANTED | {
     "model.safetensors.index.json": b"of shards that are not there",
     "training_args.bin": b"a pickle",
     "vocab.json": b"{}",
+    "special_tokens_map.json": b"{}",
 }
 
 
@@ -287,6 +288,13 @@ def test_any_repository_is_fetched_with_its_tokenizer_files(server, tmp_path):
     assert contents(directory) == OTHER_WANTED
     assert sorted(server.served) == sorted(OTHER_WANTED)  # nothing twice, and no weights of other formats
     assert [*(tmp_path / "weights").iterdir()] == [directory]
+
+
+def test_beside_a_published_tokenizer_model_lies_its_tokenizer_json(server, tmp_path):
+    server.repositories["TinyLlama/TinyLlama-1.1B-Chat-v1.0"] = OTHER_FILES
+    result = find_in_new_process(address(server), tmp_path, "tinyllama-1.1b")
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "weights/tinyllama-1.1b") == OTHER_WANTED
 
 
 def test_revisions_have_directories_of_their_own(server, tmp_path):

@@ -184,10 +184,13 @@ def test_a_question_may_be_as_long_as_the_limit_and_no_longer():
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "eos_id", "complaint"),
+    ("n_pieces", "eos_id", "complaint"),
     [(101, 1, "the tokenizer has 101 pieces, the model 100 embeddings"), (99, None, "the tokenizer has no end token")],
 )
-def test_a_tokenizer_that_does_not_fit_is_refused(vocab_size, eos_id, complaint):
-    check_vocabulary(SimpleNamespace(vocab_size=100, eos_id=1), 100, Path("model"))
+def test_a_tokenizer_that_does_not_fit_is_refused(n_pieces, eos_id, complaint):
+    def tokenizer(n_pieces, eos_id):
+        return SimpleNamespace(vocab_size=n_pieces, n_embeddings_needed=n_pieces, eos_id=eos_id)
+
+    check_vocabulary(tokenizer(100, 1), 100, Path("model"))
     with pytest.raises(UserError, match=f"model: {complaint}"):
-        check_vocabulary(SimpleNamespace(vocab_size=vocab_size, eos_id=eos_id), 100, Path("model"))
+        check_vocabulary(tokenizer(n_pieces, eos_id), 100, Path("model"))

@@ -6,7 +6,12 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from tokenizer_oracle import llama2_of_transformers, llama3_of_transformers, with_legacy_normalizer
+from tokenizer_oracle import (
+    llama2_of_transformers,
+    llama3_of_transformers,
+    with_legacy_normalizer,
+    with_user_defined_pieces,
+)
 
 from minidpost.errors import UserError
 from minidpost.models.llama import Llama, LlamaConfig
@@ -70,7 +75,38 @@ FORMATS = {
     "llama2-inst": INST,
     "llama2.legacy-inst": INST,  # whose vocabulary puts a space before every text between marks
     "llama2.legacy-zephyr": ZEPHYR,
+    # The same vocabulary as a SentencePiece model: what transformers makes of it depends on `legacy`, or on the
+    # tokenizer.json beside it.
+    "llama2.model-zephyr": ZEPHYR,
+    "llama2.model.legacy_false-zephyr": ZEPHYR,
+    "llama2.model.legacy_true-zephyr": ZEPHYR,
+    "llama2.model.legacy_true-inst": INST,
+    "llama2.model.json-zephyr": ZEPHYR,
+    "llama2.model.json-inst": INST,
+    "llama2.model.json.legacy-zephyr": ZEPHYR,
+    # Marks that the SentencePiece model lacks, or has as pieces that texts can spell.
+    "llama2.model.added_decoder-chatml": SMOLLM2,
+    "llama2.model.added_json-chatml": SMOLLM2,
+    "llama2.model.user_defined_decoder-chatml": SMOLLM2,
+    "llama2.model.user_defined.json-chatml": SMOLLM2,
 }
+
+
+def add_marks(directory, theirs, kinds):
+    """Give both vocabularies ChatML's marks, ours in the files of these kinds; what tokenizer_config.json has of it."""
+    marks = ["<|im_start|>", "<|im_end|>"]
+    theirs.add_tokens(marks, special_tokens=True)
+    ids = dict(zip(marks, theirs.convert_tokens_to_ids(marks), strict=True))
+    assert [*ids.values()] == [32_000, 32_001]
+    path = directory / "tokenizer.model"
+    if {"user_defined", "user_defined_decoder"} & {*kinds}:
+        path.chmod(0o600)
+        path.write_bytes(with_user_defined_pieces(path.read_bytes(), marks, theirs.convert_ids_to_tokens(31_999)))
+    if "added_json" in kinds:
+        (directory / "added_tokens.json").write_text(json.dumps(ids))
+    listed = {str(i): {"content": mark, "special": True} for mark, i in ids.items()}
+    has_decoder = {"added_decoder", "user_defined_decoder"} & {*kinds}
+    return {"eos_token": "<|im_end|>"} | ({"added_tokens_decoder": listed} if has_decoder else {})
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -82,11 +118,20 @@ def chat(request, shared, tmp_path_factory):
     name = re.split(r"[-.]", request.param)[0]
     source = shared / "tokenizers" / name
     directory = tmp_path_factory.mktemp(request.param)
+    said = {}
     if name == "llama2":
-        theirs = llama2_of_transformers(load_tokenizer(source))
-        if "legacy" in request.param:
+        kinds = request.param.partition("-")[0].split(".")
+        theirs = llama2_of_transformers(load_tokenizer(source), legacy="legacy_true" in kinds)
+        if "legacy" in kinds:
             theirs = with_legacy_normalizer(theirs)
-        theirs.backend_tokenizer.save(str(directory / "tokenizer.json"))
+        if "model" in kinds:
+            shutil.copy(source / "tokenizer.model", directory)
+        if request.param.endswith("chatml"):
+            said |= add_marks(directory, theirs, kinds)
+        if "model" not in kinds or "json" in kinds:
+            theirs.backend_tokenizer.save(str(directory / "tokenizer.json"))
+        if "legacy_true" in kinds or "legacy_false" in kinds:
+            said["legacy"] = "legacy_true" in kinds
     else:
         for path in source.iterdir():
             shutil.copy(path, directory)
@@ -96,7 +141,7 @@ def chat(request, shared, tmp_path_factory):
         )
     if template is not None:
         theirs.chat_template = template
-        said = {"chat_template": template}
+        said["chat_template"] = template
         if name == "smollm2":
             said["eos_token"] = theirs.eos_token
         (directory / "tokenizer_config.json").write_text(json.dumps(said))
@@ -317,6 +362,49 @@ def test_a_template_is_chosen_or_read_from_the_directory(smollm2_dir, tmp_path):
         assert isinstance(load_template(tmp_path / name), ChatTemplate) == (recorded == "chat")
     assert load_template(tmp_path / "second").prompt_ids("How many?") == chat.prompt_ids("How many?")
     assert type(load_template(tmp_path / "first", "alpaca")) is LlamaTemplate
+
+
+def with_a_token_beyond_the_embeddings(source, directory, said):
+    """A model's directory whose tokenizer has a <pad> that the model has no embedding for."""
+    shutil.copytree(source, directory)
+    content = json.loads((directory / "tokenizer.json").read_text())
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 49_152, "content": "<pad>"})
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    (directory / "chat_template.jinja").unlink()
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": SMOLLM2} | said))
+    return directory
+
+
+def test_a_pad_token_beyond_the_embeddings_is_no_reason_to_refuse(smollm2_dir, tmp_path):
+    directory = with_a_token_beyond_the_embeddings(smollm2_dir, tmp_path / "padded", {"pad_token": "<pad>"})
+    for template in ("alpaca", "chat"):
+        ours, theirs = (load_template(path, template) for path in (directory, smollm2_dir))
+        for question in ("How many?", "Say <pad>!"):
+            assert ours.prompt_ids(question) == theirs.prompt_ids(question)
+        assert (ours.eos_id, ours.stop_ids) == (theirs.eos_id, theirs.stop_ids)
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        ({"eos_token": "<pad>"}, "the tokenizer has 49,153 pieces, the model 49,152 embeddings"),
+        ({"add_bos_token": True, "bos_token": "<pad>"}, "the tokenizer has 49,153 pieces, the model 49,152 embeddings"),
+        (
+            {"chat_template": SMOLLM2.replace("<|im_start|>", "<pad>")},
+            "special token of id 49,152, the model 49,152 emb",
+        ),
+        ({"chat_template": SMOLLM2.replace("<|im_end|>", "<pad>")}, "special token of id 49,152, the model 49,152 emb"),
+        (
+            {"chat_template": SMOLLM2.replace("message['content'] + '<|im_end|>'", "message['content'] + '<pad>'")},
+            "special token of id 49,152, the model 49,152 embeddings",
+        ),
+    ],
+)
+def test_a_token_beyond_the_embeddings_that_a_prompt_or_target_has_is_named(smollm2_dir, tmp_path, said, complaint):
+    directory = with_a_token_beyond_the_embeddings(smollm2_dir, tmp_path / "broken", said)
+    with pytest.raises(UserError, match=complaint) as error:
+        load_template(directory, "chat")
+    assert str(directory) in str(error.value)
 
 
 def test_a_template_that_there_is_not_is_named(smollm2_dir, tiny_model_dir):

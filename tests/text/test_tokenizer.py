@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizer_oracle import llama2_of_transformers, llama3_of_transformers, ranks_of_llama3
 
 from minidpost.errors import UserError
+from minidpost.models.weights import tokenizer_files
 from minidpost.text.templates import T5Template, template_for
 from minidpost.text.tokenizer import load_tokenizer
 
@@ -435,6 +436,7 @@ def test_a_sentencepiece_model_obeys_its_files_too(tmp_path, shared):
         ({"eos_token": "<nowhere>"}, {}, "tokenizer_config.json: eos_token is '<nowhere>', which the tokenizer"),
         ({"bos_token": 5}, {}, "tokenizer_config.json: bos_token is 5, the name of a token is expected"),
         ({"add_bos_token": "yes"}, {}, "tokenizer_config.json: add_bos_token is 'yes', true or false is expected"),
+        ({"legacy": 1}, {}, "tokenizer_config.json: legacy is 1, true or false is expected"),
         ({"add_bos_token": True}, {}, "tokenizer_config.json: add_bos_token is true, but bos_token names none"),
         ([], {}, "tokenizer_config.json: not readable as a JSON object"),
         ({}, {"config": {"eos_token_id": "2"}}, "config.json: eos_token_id is '2', a number or a list"),
@@ -627,6 +629,77 @@ def test_added_tokens_of_tokenizer_json_count_beside_a_sentencepiece_model(llama
         assert load_tokenizer(tmp_path).files == [tmp_path / "tokenizer.model"]
 
 
+MARKS = {"<pad>": 32_001, "<|im_end|>": 32_000}
+
+
+@pytest.mark.parametrize(
+    ("files", "stop_ids"),
+    [
+        ({"added_tokens": MARKS, "tokenizer_config": {"eos_token": "<|im_end|>"}}, {32_000}),
+        ({"added_tokens": MARKS, "config": {"eos_token_id": 32_000}}, {2, 32_000}),
+        (
+            {
+                "tokenizer_config": {
+                    "eos_token": "<|im_end|>",
+                    "added_tokens_decoder": {
+                        "2": {"content": "</s>", "special": True},
+                        "32000": {"content": "<|im_end|>", "special": False},
+                        "32001": {"content": "<pad>"},
+                        "32099": {"content": "<extra_id_0>"},
+                    },
+                },
+                "added_tokens": {"not": 40_000},
+            },
+            {32_000},
+        ),
+    ],
+)
+def test_tokens_that_are_added_beside_a_sentencepiece_model(llama2, shared, tmp_path, files, stop_ids):
+    """Old checkpoints have no tokenizer.json."""
+    shutil.copy(shared / "tokenizers" / "llama2" / "tokenizer.model", tmp_path)
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    found = load_tokenizer(tmp_path)
+    assert found.special_ids == llama2.special_ids | MARKS
+    assert (found.stop_ids, found.vocab_size) == (stop_ids, 32_002)
+    assert found.token_texts == [*llama2.token_texts, "", ""]
+    for text in ("two apples", "Say <|im_end|>, <pad>!"):
+        ids = found.encode(text)
+        assert ids == llama2.encode(text) and found.decode([*ids, 32_000, 32_001, 32_002]) == text
+    assert {path.stem for path in tokenizer_files(tmp_path)} >= {"tokenizer"} | files.keys() - {"config"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("added_tokens", [], "added_tokens.json: not readable as a JSON object"),
+        ("added_tokens", {"<pad>": None}, "added_tokens.json: {NAME: ID, ...} is expected"),
+        ("added_tokens", {"<pad>": -1}, "added_tokens.json: {NAME: ID, ...} is expected"),
+        ("added_tokens", {"<pad>": 2**40}, "added_tokens.json: {NAME: ID, ...} is expected"),
+        ("tokenizer_config", {"added_tokens_decoder": []}, "tokenizer_config.json: added_tokens_decoder is expected"),
+        ("tokenizer_config", {"added_tokens_decoder": {"5": {}}}, "tokenizer_config.json: added_tokens_decoder is"),
+        ("tokenizer_config", {"added_tokens_decoder": {"5": {"content": 5}}}, "added_tokens_decoder is expected"),
+        ("tokenizer_config", {"added_tokens_decoder": {"x": {"content": "x"}}}, "added_tokens_decoder is expected"),
+    ],
+)
+def test_a_broken_list_of_added_tokens_is_named(shared, tmp_path, name, content, complaint):
+    shutil.copy(shared / "tokenizers" / "llama2" / "tokenizer.model", tmp_path)
+    (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(UserError) as error:
+        load_tokenizer(tmp_path)
+    assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+def test_how_texts_after_marks_begin_is_told_by_tokenizer_json_before_legacy(llama2_oracle, shared, tmp_path):
+    shutil.copy(shared / "tokenizers" / "llama2" / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"legacy": true}')
+    for content, begins_anew in ((llama2_oracle.backend_tokenizer.to_str(), False), ("{", True), ("{}", True)):
+        (tmp_path / "tokenizer.json").write_text(content)
+        found = load_tokenizer(tmp_path)
+        assert found.files == [tmp_path / "tokenizer.model"]
+        assert found.begins_anew_after_marks == begins_anew
+
+
 def test_what_no_piece_can_write_is_shown_as_such(llama2_oracle, tmp_path):
     content = json.loads(llama2_oracle.backend_tokenizer.to_str())
     content["model"]["unk_token"] = "<unk>"
@@ -635,3 +708,14 @@ def test_what_no_piece_can_write_is_shown_as_such(llama2_oracle, tmp_path):
     ids = found.encode("two apples")
     assert (found.unk_id, found.token_texts[0]) == (0, "\ufffd")
     assert found.decode([*ids, found.unk_id, *found.encode("!", continued=True)]) == "two apples\ufffd!"
+
+
+@pytest.mark.parametrize("name", ["<|im_end|>", "<|endoftext|>"])
+def test_an_end_that_also_stands_for_the_unknown_has_no_text(tmp_path, small, name):
+    changed = small | {"model": small["model"] | {"unk_token": name}}
+    end_id = {"<|endoftext|>": 0, "<|im_end|>": 2}[name]
+    found = load_tokenizer(directory_with(tmp_path, changed, None, {"config": {"eos_token_id": end_id}}))
+    assert (found.eos_id, found.stop_ids, found.unk_id) == (end_id, {end_id}, None)
+    template = template_for("llama", found)
+    assert template.decode(template.target_ids("It is 2.\n#### 2")) == "It is 2.\n#### 2"
+    assert found.token_texts[end_id] == "" and end_id not in found.encode(f"Say {name}!")
