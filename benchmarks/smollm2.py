@@ -117,7 +117,7 @@ SCALES = {
             *("--micro-batch-tokens", "4096", "--pass-questions", "50"),
         ),
         iterations=1,
-        n_test=300,
+        n_test=200,
         n_other_test=200,
         n_dev=100,
         n_base=100,

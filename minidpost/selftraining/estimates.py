@@ -67,7 +67,7 @@ TIGHT = 1.25  # free disk space below this multiple of what is needed is warned 
 MIN_PARAMETERS_FOR_WARNING = 50_000_000  # from here on training on a CPU takes long enough for a warning
 # [ours] On a CPU, of the operations a second that products of large square matrices alone reach: measured for
 # SmolLM2-135M in bf16 on two cores, in SFT and in sampling with 128 slots (results/smollm2-few.md).
-CPU_EFFICIENCY = {"training": 0.45, "inference": 0.3}
+CPU_EFFICIENCY = {"training": 0.4, "inference": 0.25}
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

@@ -502,7 +502,7 @@ def test_a_published_model_on_a_cpu_is_warned_of_its_hours(monkeypatch):
         asked.append(dtype)
         stages = planned_stages(plan(), model_size(large)).values()
         training, sampling = (sum(s.flops for s in stages if s.work == work) for work in ("training", "inference"))
-        return (training / 0.45 + sampling / 0.3) / 3600 / 250  # 250 hours
+        return (training / 0.4 + sampling / 0.25) / 3600 / 250  # 250 hours
 
     monkeypatch.setattr(estimates, "product_flops_per_second", rate)
     with pytest.warns(
@@ -522,7 +522,7 @@ def test_of_a_run_that_goes_on_the_hours_are_those_of_the_rest(monkeypatch):
     large = empty_model(replace(CONFIG, vocab_size=10**6))
     *finished, last = planned_stages(plan(), model_size(large))
     flops = planned_stages(plan(), model_size(large))[last].flops
-    monkeypatch.setattr(estimates, "product_flops_per_second", lambda dtype: flops / 0.3 / 3600 / 7)
+    monkeypatch.setattr(estimates, "product_flops_per_second", lambda dtype: flops / 0.25 / 3600 / 7)
     with pytest.warns(UserWarning, match=r"a CPU: the rest of the run takes about 7.0 hours, by an estimate"):
         warn_of_hours(plan(), large, finished)
 
