@@ -597,6 +597,8 @@ def pass_at_table(found: Sequence[dict[str, Any]]) -> str:
         if not of_seeds:
             continue
         rows.append([key, *(percent(np.stack([pass_at(n_correct, k) for n_correct in of_seeds])) for k in ks)])
+    if not rows:
+        return ""
     n = len(found[0]["sft"]["dev"])
     return markdown_table([f"gsm8k/dev, n {n:,}", *(f"pass@{k}" for k in ks)], rows)
 
