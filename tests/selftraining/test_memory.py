@@ -557,6 +557,10 @@ def test_on_a_gpu_slots_are_by_its_memory(monkeypatch):
         needed = [sampling_bytes(model, replace(preset, slots=n), torch.bfloat16, "cuda") for n in (slots, 2 * slots)]
         assert needed[0] <= size * 1e9 / 3 < needed[1]
     assert estimates.slots_for(model, preset, torch.bfloat16, "cpu") == 64
+    # Of several processes all have as many as the one with the smallest GPU.
+    of_small_gpu = slots_with(24)
+    monkeypatch.setattr(estimates, "max_over_ranks", lambda number: [max(number, -24 * 10**9)])
+    assert slots_with(140) == of_small_gpu < 1024
 
 
 def test_a_micro_batch_is_no_larger_than_a_step_and_no_smaller_than_an_example():
