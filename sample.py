@@ -64,8 +64,6 @@ def main() -> None:
             options.chunk = on_rank_0(lambda: default_chunk(options, questions, model, identity))
         write(options, questions, identity | {"chunk": options.chunk}, model=model, template=template)
     else:
-        if options.chunk is None:
-            options.chunk = shared_chunk_size(model, options.slots, questions.n * options.samples)
         answer(options, [row["question"] for row in questions.rows()], model=model, template=template)
 
 

@@ -47,7 +47,6 @@ from minidpost.selftraining.presets import n_parameters
 from minidpost.selftraining.steps import (
     less_for_sampling,
     less_for_training,
-    load_for_reference,
     load_for_training,
 )
 from minidpost.training.batching import (
@@ -167,7 +166,7 @@ def rehearse_training(plan: Plan, progress: Progress) -> None:
     sft = preset.sft(0, plan.training_dtype)
     if plan.has_dpo:
         reference_log_probabilities(
-            load_for_reference(plan.base, preset, dtype=plan.training_dtype, device=plan.device),
+            load_for_training(plan.base, preset, dtype=plan.training_dtype, device=plan.device, seed=None),
             largest_pairs_of_reference(plan),
             micro_batch_tokens=preset.micro_batch_tokens,
             stage="rehearsal, DPO's reference",

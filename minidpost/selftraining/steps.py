@@ -20,7 +20,7 @@ are trained on as they are.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -99,44 +99,28 @@ def load_with_adapters(run: Run, directory: Path, stage: str) -> Model:
     return load_for_training(directory, run.preset, dtype=run.training_dtype, device=run.device, seed=seed)
 
 
-def load_for_training(directory: Path, preset: Preset, *, dtype: torch.dtype | None, device: str, seed: int) -> Model:
+def load_for_training(
+    directory: Path, preset: Preset, *, dtype: torch.dtype | None, device: str, seed: int | None
+) -> Model:
     """A model as training needs it: fp32, or with a `lora_rank` frozen, with fresh adapters drawn from `seed`.
 
-    `dtype` is the precision of forward passes (precision.autocast), in which frozen weights are held.
+    `dtype` is the precision of forward passes (precision.autocast), in which frozen weights are held. Without a seed
+    there are no adapters: that is the policy before its first step, DPO's reference.
     """
+    free_models()
+    weights_dtype = preset.weights_dtype(device, dtype)
 
     def add(model: Model) -> None:
-        if preset.lora_rank is not None:
+        if preset.lora_rank is not None and seed is not None:
             alpha = 2.0 * preset.lora_rank if preset.lora_alpha is None else preset.lora_alpha
             add_adapters(model, rank=preset.lora_rank, alpha=alpha, seed=seed)
 
-    return load_with(add, directory, preset, dtype=dtype, device=device, seed=seed)
-
-
-def load_for_reference(directory: Path, preset: Preset, *, dtype: torch.dtype | None, device: str) -> Model:
-    """The policy before its first step: with LoRA the frozen model alone, in the precision that it has then."""
-    return load_with(None, directory, preset, dtype=dtype, device=device)
-
-
-def load_with(
-    add: Callable[[Model], None] | None,
-    directory: Path,
-    preset: Preset,
-    *,
-    dtype: torch.dtype | None,
-    device: str,
-    seed: int = 0,
-) -> Model:
-    """A model in the precision of training, after `add` has given it adapters; of several processes each has slices."""
-    free_models()
-    weights_dtype = preset.weights_dtype(device, dtype)
     if world_size() > 1:
         return load_spread(
-            directory, weights_dtype=weights_dtype, dtype=dtype, device=device, add=add, adapter_seed=seed
+            directory, weights_dtype=weights_dtype, dtype=dtype, device=device, add=add, adapter_seed=seed or 0
         )
     model = load_model(directory, weights_dtype, device)
-    if add is not None:
-        add(model)
+    add(model)
     return model
 
 
@@ -371,7 +355,7 @@ def compute_reference(run: Run, iteration: int, *, model: Path) -> None:
         reference_P2 = torch.empty(0, 2)
         flops = 0.0
         if pairs:
-            policy = load_for_reference(model, run.preset, dtype=run.training_dtype, device=run.device)
+            policy = load_for_training(model, run.preset, dtype=run.training_dtype, device=run.device, seed=None)
             reference_P2 = reference_log_probabilities(
                 policy,
                 pairs,
