@@ -576,13 +576,18 @@ def difference_table(found: Sequence[dict[str, Any]]) -> str:
         both = [of_seed for of_seed in found if after in of_seed and before in of_seed]
         if not both or after == before:
             continue
+        of_tests = []
         for test in TESTS:
             name = f"{test}/on"
             graded = [of_seed for of_seed in both if name in of_seed[after] and name in of_seed[before]]
             if not graded:
                 continue
             values = np.stack([bits(of_seed[after][name]) - bits(of_seed[before][name]) for of_seed in graded])
+            of_tests.append(values)
             rows.append([f"{after} − {before}", test, str(len(graded)), *points(values)])
+        if len(of_tests) == len(TESTS) and len({len(values) for values in of_tests}) == 1:  # the same seeds in each
+            values = np.concatenate(of_tests, axis=1)
+            rows.append([f"{after} − {before}", f"all {values.shape[1]:,}", str(len(values)), *points(values)])
     return markdown_table(
         ["difference", "questions", "seeds", "points", "95 % over questions", "95 % over seeds too"], rows
     )
