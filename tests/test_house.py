@@ -99,17 +99,17 @@ def test_some_modules_import_no_other(module):
     assert our_modules(MODULES[f"minidpost.{module}"]) == set()
 
 
-def test_triton_is_imported_for_the_kernel_alone():
-    """By one module, which layers.py imports where it is needed and not at its top: torch for CPUs has no Triton."""
+def test_triton_is_imported_for_the_kernels_alone():
+    """By modules that one other imports where they are needed and not at its top: torch for CPUs has no Triton."""
+    chosen_by = {"decode_attention": "layers", "packed_kernels": "packed_attention"}
     users = {path for path in PRODUCT if "triton" in {name.split(".")[0] for name in imported(path)}}
-    assert users == {MODULES["minidpost.models.decode_attention"]}
-    importers = {name for name, path in MODULES.items() if "minidpost.models.decode_attention" in our_modules(path)}
-    assert importers == {"minidpost.models.layers"}
-    layers = MODULES["minidpost.models.layers"]
-    assert our_modules(layers) == {"minidpost.models.decode_attention"}
-    top = ast.parse(layers.read_text(encoding="utf-8")).body
-    imports = [ast.unparse(node) for node in top if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert not any("decode_attention" in line for line in imports)
+    assert users == {MODULES[f"minidpost.models.{kernel}"] for kernel in chosen_by}
+    for kernel, chooser in chosen_by.items():
+        importers = {name for name, path in MODULES.items() if f"minidpost.models.{kernel}" in our_modules(path)}
+        assert importers == {f"minidpost.models.{chooser}"}
+        top = ast.parse(MODULES[f"minidpost.models.{chooser}"].read_text(encoding="utf-8")).body
+        imports = [ast.unparse(node) for node in top if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert not any(kernel in line for line in imports)
 
 
 def test_the_sampler_knows_nothing_of_text_and_models():
@@ -121,7 +121,8 @@ def test_the_sampler_knows_nothing_of_text_and_models():
 )
 def test_models_know_nothing_of_sampling(family, further):
     ours = our_modules(MODULES[f"minidpost.models.{family}"])
-    assert ours == {f"minidpost.{name}" for name in {"models.layers", "models.kvcache", "models.packing"} | further}
+    common = {"models.layers", "models.kvcache", "models.packing", "models.packed_attention"}
+    assert ours == {f"minidpost.{name}" for name in common | further}
 
 
 @each_file

@@ -24,7 +24,8 @@ from minidpost.errors import UserError
 from minidpost.models.dropped_attention import dropped_attention
 from minidpost.models.kvcache import CachedTokens, KVCache, StepPlan, indices
 from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, linear
-from minidpost.models.packing import PackedAttention, Packing
+from minidpost.models.packed_attention import AttentionInPaddedRows, PackedAttention, packed_kernel
+from minidpost.models.packing import Packing, rows_of
 from minidpost.precision import to_device
 
 
@@ -289,11 +290,17 @@ class Llama(LanguageModel):
             mask_B1TT = ((causal_TT & mask_BT[:, None]) | itself_TT)[:, None]
             position_BT = mask_BT.long().cumsum(1).sub(1).clamp(min=0)  # a row's first token is at position 0
 
-        own: Attendable = CausalAttention(mask_B1TT, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        own: Attendable = CausalAttention(mask_B1TT, dropout)
         if packing is not None:
             ids_BT = packing.pack(ids_BT)
             position_BT = packing.column_1N
-            own = PackedAttention(own, packing, packing)
+            kernel = packed_kernel(self.embedding.weight, self.config.d_head)
+            if kernel is None:
+                own = AttentionInPaddedRows(own, packing, packing)
+            else:
+                scale = self.config.d_head**-0.5
+                own = PackedAttention(kernel, rows_of(packing, packing), scale=scale, is_causal=True, dropout=dropout)
         rotation = self.rotation(position_BT)
         x_BTD = self.embedding(ids_BT)  # (1, N, D) if packed
         for layer in self.stack.layers:

@@ -2,7 +2,8 @@
 
 Everything in a layer but attention looks at one token at a time, so that padding need not pass through it: of a step's
 micro-batch of 64 examples more than half are padding, as one is as long as the longest. The tokens of all rows stand
-one behind the other, (1, N, …), and are put into padded rows, (B, T, …), for attention alone:
+one behind the other, (1, N, …). Attention finds the rows in them, or has them put into padded rows, (B, T, …), see
+packed_attention.py:
 
     rows            a b c        tokens    a b c d e f g        position_N    0 1 2 3 6 7 8
                     d – –
@@ -12,13 +13,13 @@ On a CPU micro-batches are small and have little padding; there rows stay padded
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minidpost.models.layers import Attendable
 from minidpost.precision import to_device
 
 
@@ -27,21 +28,29 @@ class Packing:
     """Where each token of a padded batch stands.
 
     position_N are the tokens' places in the flattened (B · T), ascending; token_P says for each of those P = B · T
-    places which token stands there, and any token where there is padding.
+    places which token stands there, and any token where there is padding. Row b has the tokens from start_B[b] to
+    start_B[b + 1] (int32, B + 1 of them).
     """
 
     position_N: Tensor
     token_P: Tensor
+    start_B: Tensor
     n_rows: int
 
     def to(self, device: torch.device | str) -> "Packing":
         """The same on a device, which is not waited for."""
-        return Packing(to_device(self.position_N, device), to_device(self.token_P, device), self.n_rows)
+        tensors = (to_device(tensor, device) for tensor in (self.position_N, self.token_P, self.start_B))
+        return Packing(*tensors, self.n_rows)
+
+    @property
+    def longest(self) -> int:
+        """T, the places of a row: its longest row's tokens or more."""
+        return len(self.token_P) // self.n_rows
 
     @property
     def column_1N(self) -> Tensor:
         """The place of each token in its row, (1, N)."""
-        return (self.position_N % (len(self.token_P) // self.n_rows))[None]
+        return (self.position_N % self.longest)[None]
 
     def pack(self, x_BTD: Tensor) -> Tensor:
         """The tokens one behind the other: (B, T, …) to (1, N, …)."""
@@ -97,25 +106,51 @@ def packing_of(mask_BT: Tensor) -> Packing:
     """
     mask_P = mask_BT.flatten()
     token_P = (mask_P.cumsum(0) - 1).clamp(min=0)
-    return Packing(mask_P.nonzero()[:, 0], token_P, len(mask_BT))
+    start_B = F.pad(mask_BT.sum(1).cumsum(0), (1, 0)).int()
+    return Packing(mask_P.nonzero()[:, 0], token_P, start_B, len(mask_BT))
 
 
-@dataclass(frozen=True)
-class PackedAttention:
-    """Attention whose queries, keys and values are packed: it is given padded rows, and what it reads is packed again.
+class Rows(NamedTuple):
+    """Which packed queries read which packed keys. All tensors are int32.
 
-    `attention` is a layers.Attendable (or t5.AttendablePrompt) for padded rows. Of cross-attention the keys have
-    another packing than the queries.
+    Row b of the queries are the tokens from query_start_B[b] to query_start_B[b + 1]; B + 1 numbers. It reads row
+    key_row_B[b] of the keys, which begin at key_start_Q likewise. The other way round, row q of the keys is read by
+    rows reader_B[i] of the queries, for i from first_reader_Q[q] to first_reader_Q[q + 1]. `longest` are the tokens of
+    the longest rows of queries and of keys, or more.
     """
 
-    attention: Attendable
-    queries: Packing
-    keys: Packing
+    query_start_B: Tensor
+    key_start_Q: Tensor
+    key_row_B: Tensor
+    reader_B: Tensor
+    first_reader_Q: Tensor
+    longest: tuple[int, int]
 
-    def attend(self, q_1NHK: Tensor, k_1MGK: Tensor | None, v_1MGK: Tensor | None) -> Tensor:
-        """What each query reads, (1, N, H, K)."""
-        assert k_1MGK is not None and v_1MGK is not None, "keys and values are in no cache here"
-        q_BTHK = self.queries.unpack(q_1NHK)
-        k_BSGK = self.keys.unpack(k_1MGK)
-        v_BSGK = self.keys.unpack(v_1MGK)
-        return self.queries.pack(self.attention.attend(q_BTHK, k_BSGK, v_BSGK))
+
+def rows_of(queries: Packing, keys: Packing, row_B: Tensor | None = None) -> Rows:
+    """Each row of queries reads the row of keys that row_B names (None: the one of its own number).
+
+    Three rows of queries that read rows 1, 0 and 1 have key_row_B = [1, 0, 1], reader_B = [1, 0, 2] and
+    first_reader_Q = [0, 1, 3]: row 0 is read by the first of the readers, row 1 by the two others.
+    """
+    number_Q = torch.arange(keys.n_rows + 1, dtype=torch.int32, device=keys.start_B.device)
+    if row_B is None:
+        key_row_B = reader_B = number_Q[:-1]
+        first_reader_Q = number_Q
+    else:
+        sorted_B, reader_B = row_B.int().sort(stable=True)
+        key_row_B = row_B.int()
+        first_reader_Q = torch.searchsorted(sorted_B, number_Q, out_int32=True)
+        reader_B = reader_B.int()
+    return Rows(queries.start_B, keys.start_B, key_row_B, reader_B, first_reader_Q, (queries.longest, keys.longest))
+
+
+class PositionBias(NamedTuple):
+    """T5's relative positions: to the score of key s for query t is added table_EH[entry_X[s − t + zero]] of each head.
+
+    `zero` is the place in entry_X (int32) of a distance of 0; there is an entry for each distance within a row.
+    """
+
+    table_EH: Tensor
+    entry_X: Tensor
+    zero: int

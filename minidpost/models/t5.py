@@ -27,7 +27,8 @@ from minidpost.models.kvcache import (
     whole_length,
 )
 from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, linear, mask_bias
-from minidpost.models.packing import PackedAttention, Packing
+from minidpost.models.packed_attention import AttentionInPaddedRows, PackedAttention, packed_kernel
+from minidpost.models.packing import Packing, PositionBias, rows_of
 
 
 @dataclass(frozen=True)
@@ -299,21 +300,29 @@ class T5(LanguageModel):
         sources, targets = packings or (None, None)
         encoded_QSD = self.encode(source_QS, source_mask_QS, dropout, sources)  # (1, M, D) if packed
 
-        # A target position sees itself and those before it, with a bias that depends on the distance alone.
-        position_T = torch.arange(target_BT.shape[1], device=target_BT.device)
-        distance_TT = position_T[:, None] - position_T
-        bias_1HTT = self.position_bias(distance_TT).permute(2, 0, 1)[None]
-        own: Attendable = FullAttention(bias_1HTT.masked_fill(distance_TT < 0, -math.inf), dropout)
+        # A target position sees itself and those before it, with a bias that depends on the distance alone; and all
+        # tokens of its source, without position bias: cross-attention has none.
+        own: Attendable
+        prompt: AttendablePrompt
+        kernel = packed_kernel(self.embedding.weight, self.config.d_kv) if packings else None
+        if targets is not None and sources is not None and kernel is not None:
+            bias = self.relative_positions(self.decoder, targets.longest)
+            own = PackedAttention(kernel, rows_of(targets, targets), bias, is_causal=True, dropout=dropout)
+            prompt = PackedAttention(kernel, rows_of(targets, sources, row_B), dropout=dropout)
+        else:
+            position_T = torch.arange(target_BT.shape[1], device=target_BT.device)
+            distance_TT = position_T[:, None] - position_T
+            bias_1HTT = self.position_bias(distance_TT).permute(2, 0, 1)[None]
+            own = FullAttention(bias_1HTT.masked_fill(distance_TT < 0, -math.inf), dropout)
+            source_bias_Q11S = mask_bias(source_mask_QS, encoded_QSD.dtype)
+            source_bias_B11S = source_bias_Q11S if row_B is None else source_bias_Q11S.index_select(0, row_B)
+            prompt = FullAttention(source_bias_B11S, dropout, row_B)
+            if targets is not None and sources is not None:
+                own = AttentionInPaddedRows(own, targets, targets)
+                prompt = AttentionInPaddedRows(prompt, targets, sources)
 
-        # It sees all tokens of its source, without position bias: cross-attention has none.
-        source_bias_Q11S = mask_bias(source_mask_QS, encoded_QSD.dtype)
-        source_bias_B11S = source_bias_Q11S if row_B is None else source_bias_Q11S.index_select(0, row_B)
-        prompt: AttendablePrompt = FullAttention(source_bias_B11S, dropout, row_B)
-
-        if targets is not None and sources is not None:
+        if targets is not None:
             target_BT = targets.pack(target_BT)
-            own = PackedAttention(own, targets, targets)
-            prompt = PackedAttention(prompt, targets, sources)
         x_BTD = drop(self.embedding(target_BT), dropout)  # (1, N, D) if packed
         for layer in self.decoder.layers:
             x_BTD = self.decoder.run(layer, x_BTD, own, prompt, encoded_QSD, dropout)
@@ -325,16 +334,23 @@ class T5(LanguageModel):
     ) -> Tensor:
         """The encoder's output, (B, S, D); with a packing (1, N, D)."""
         # Every source token sees every other, in both directions; the stack's one table serves all its layers.
-        position_S = torch.arange(source_BS.shape[1], device=source_BS.device)
-        offset_SS = position_S[None, :] - position_S[:, None]
-        bucket_SS = relative_bucket(offset_SS, True, self.config.n_buckets, self.config.max_distance)
-        bias_1HSS = self.encoder.relative_bias(bucket_SS).permute(2, 0, 1)[None]
-        bias_BHSS = bias_1HSS.masked_fill(~source_mask_BS[:, None, None, :], -math.inf)
-        own: Attendable = FullAttention(bias_BHSS, dropout)
+        own: Attendable
+        kernel = packed_kernel(self.embedding.weight, self.config.d_kv) if packing else None
+        if packing is not None and kernel is not None:
+            bias = self.relative_positions(self.encoder, packing.longest)
+            own = PackedAttention(kernel, rows_of(packing, packing), bias, dropout=dropout)
+        else:
+            position_S = torch.arange(source_BS.shape[1], device=source_BS.device)
+            offset_SS = position_S[None, :] - position_S[:, None]
+            bucket_SS = relative_bucket(offset_SS, True, self.config.n_buckets, self.config.max_distance)
+            bias_1HSS = self.encoder.relative_bias(bucket_SS).permute(2, 0, 1)[None]
+            bias_BHSS = bias_1HSS.masked_fill(~source_mask_BS[:, None, None, :], -math.inf)
+            own = FullAttention(bias_BHSS, dropout)
+            if packing is not None:
+                own = AttentionInPaddedRows(own, packing, packing)
 
         if packing is not None:
             source_BS = packing.pack(source_BS)
-            own = PackedAttention(own, packing, packing)
         x_BSD = drop(self.embedding(source_BS), dropout)
         for layer in self.encoder.layers:
             x_BSD = self.encoder.run(layer, x_BSD, own, dropout)
@@ -349,6 +365,13 @@ class T5(LanguageModel):
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """The output matrix, which v1.0 shares with the embedding: (…, D) to (…, V)."""
         return linear(hidden_BTD, self.embedding.weight if self.head is None else self.head.weight)
+
+    def relative_positions(self, stack: Stack, longest: int) -> PositionBias:
+        """The biases of a stack for all distances in rows of up to `longest` tokens."""
+        offset_X = torch.arange(1 - longest, longest, device=self.embedding.weight.device)
+        is_encoder = stack is self.encoder
+        bucket_X = relative_bucket(offset_X, is_encoder, self.config.n_buckets, self.config.max_distance)
+        return PositionBias(stack.relative_bias.weight, bucket_X.int(), longest - 1)
 
     def position_bias(self, distance_TS: Tensor) -> Tensor:
         """The decoder's bias for looking so many tokens back (below 0 as at 0): (…) to (…, H)."""

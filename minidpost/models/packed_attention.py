@@ -1,0 +1,104 @@
+"""What packed tokens attend to in training (packing.py): by our kernel on a GPU, in padded rows elsewhere."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from minidpost.models.dropout import new_seed
+from minidpost.models.layers import Attendable
+from minidpost.models.packing import Packing, PositionBias, Rows
+
+Kernel = Callable[..., Tensor]  # packed_kernels.packed_attention
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """Attention of packed queries to packed keys by our kernel (a layers.Attendable, or t5.AttendablePrompt).
+
+    Which queries see which keys is said by `rows`, and by `is_causal`: each sees itself and those before it. `dropout`
+    is the probability with which a weight is dropped.
+    """
+
+    kernel: Kernel
+    rows: Rows
+    bias: PositionBias | None = None
+    scale: float = 1.0
+    is_causal: bool = False
+    dropout: float = 0.0
+
+    def attend(self, q_1NHK: Tensor, k_1MGK: Tensor | None, v_1MGK: Tensor | None) -> Tensor:
+        """What each query reads, (1, N, H, K)."""
+        assert k_1MGK is not None and v_1MGK is not None, "keys and values are in no cache here"
+        seed = new_seed() % 2**31 if self.dropout else 0
+        y_NHK = self.kernel(
+            *(q_1NHK[0], k_1MGK[0], v_1MGK[0], self.rows, self.bias),
+            scale=self.scale,
+            is_causal=self.is_causal,
+            dropout=self.dropout,
+            seed=seed,
+        )
+        return y_NHK[None]
+
+
+@dataclass(frozen=True)
+class AttentionInPaddedRows:
+    """Attention whose queries, keys and values are packed: it is given padded rows, and what it reads is packed again.
+
+    `attention` is a layers.Attendable (or t5.AttendablePrompt) for padded rows. Of cross-attention the keys have
+    another packing than the queries.
+    """
+
+    attention: Attendable
+    queries: Packing
+    keys: Packing
+
+    def attend(self, q_1NHK: Tensor, k_1MGK: Tensor | None, v_1MGK: Tensor | None) -> Tensor:
+        """What each query reads, (1, N, H, K)."""
+        assert k_1MGK is not None and v_1MGK is not None, "keys and values are in no cache here"
+        q_BTHK = self.queries.unpack(q_1NHK)
+        k_BSGK = self.keys.unpack(k_1MGK)
+        v_BSGK = self.keys.unpack(v_1MGK)
+        return self.queries.pack(self.attention.attend(q_BTHK, k_BSGK, v_BSGK))
+
+
+def packed_kernel(weight: Tensor, width: int) -> Kernel | None:
+    """Our kernel for a model with this weight and heads of this width, or None; see `kernel_for`."""
+    kind = weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return kernel_for(weight.device, dtype, width)
+
+
+@cache
+def kernel_for(device: torch.device, dtype: torch.dtype, width: int) -> Kernel | None:
+    """The kernel for numbers of this precision, or None; with a warning where it should run and does not.
+
+    It is for bf16 on CUDA devices, where products of fp32, exactly, would gain nothing. It is tried once, forward and
+    backward, on a single position: see layers.decoding_kernel.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16 or width < 16 or width.bit_count() != 1:
+        return None
+    try:
+        from minidpost.models.packed_kernels import packed_attention  # it needs Triton, which CPUs do not have
+
+        start_B = torch.tensor([0, 1], dtype=torch.int32, device=device)
+        rows = Rows(start_B, start_B, start_B[:1], start_B[:1], start_B, (1, 1))
+        with torch.enable_grad():
+            v_NHK = torch.ones(1, 1, width, dtype=dtype, device=device, requires_grad=True)
+            packed_attention(v_NHK, v_NHK, v_NHK, rows, scale=1.0).sum().backward()
+        if v_NHK.grad is None or not bool((v_NHK.grad == 1).all()):
+            raise RuntimeError("it does not give a gradient of 1 where a token reads itself alone")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever it is, there is another way
+        reason = str(error).strip().splitlines()
+        warnings.warn(
+            "no kernel for attention, training will be slower and take more memory "
+            f"({type(error).__name__}: {reason[0] if reason else ''})",
+            stacklevel=4,
+        )
+        return None
+    return packed_attention

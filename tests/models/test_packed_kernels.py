@@ -1,0 +1,105 @@
+"""The kernels of packed attention where there is no GPU: interpreted, compiled, and where they do not run."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from minidpost.models import packed_attention
+from minidpost.models.packed_attention import kernel_for, packed_kernel
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def untried():
+    """What was found out about the kernel is forgotten, before and after."""
+    kernel_for.cache_clear()
+    yield
+    kernel_for.cache_clear()
+
+
+def test_the_kernels_equal_attention_in_the_interpreter():
+    """All of packed_kernels_cases.py; before 3.7 the interpreter's loops fail with numpy 2.4."""
+    pytest.importorskip("triton", minversion="3.7")
+    cases = str(ROOT / "tests" / "models" / "packed_kernels_cases.py")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", cases]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward of queries", "backward of keys"])
+@pytest.mark.parametrize(("capability", "width", "is_t5"), [(80, 64, True), (86, 128, False), (90, 64, True)])
+def test_the_kernels_compile_for_gpus_that_are_not_here(kernel, capability, width, is_t5, tmp_path, monkeypatch):
+    """Which the interpreter does not show; and they fit into the shared memory of any of these GPUs."""
+    pytest.importorskip("triton", minversion="3.7")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from minidpost.models import packed_kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    function = {
+        "forward": packed_kernels._forward,
+        "backward of queries": packed_kernels._backward_of_queries,
+        "backward of keys": packed_kernels._backward_of_keys,
+    }[kernel]
+    constants = {"HEADS_A_KEY": 1 if is_t5 else 4, "HAS_BIAS": is_t5, "IS_CAUSAL": True, "HAS_DROPOUT": True}
+    constants |= {"WIDTH": width, "BLOCK_T": packed_kernels.BLOCK, "BLOCK_S": packed_kernels.BLOCK, "ENTRIES": 32}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    signature = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in function.arg_names}
+    of_fp32 = {"table_ptr", "log_total_ptr", "delta_ptr", "grad_table_ptr"}
+    of_int32 = {"query_start_ptr", "key_start_ptr", "key_row_ptr", "reader_ptr", "first_reader_ptr", "entry_ptr"}
+    signature |= dict.fromkeys(of_fp32 & set(signature), "*fp32") | {"scale": "fp32", "kept": "fp32"}
+    signature |= dict.fromkeys(of_int32 & set(signature), "*i32") | dict.fromkeys(constants, "constexpr")
+    aligned = [i for i, name in enumerate(function.arg_names) if "_ptr" in name or "_stride" in name]
+    source = ASTSource(
+        function,
+        signature=signature,
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    of_keys = kernel == "backward of keys"
+    options = {
+        "num_warps": 4 if width <= 64 else 8,
+        "num_stages": packed_kernels.N_STAGES_OF_KEYS if of_keys else packed_kernels.N_STAGES,
+    }
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert len(compiled.asm["cubin"]) > 0
+    assert ("wgmma" if capability >= 90 else "mma.sync") in compiled.asm["ptx"]  # products are tensor cores'
+    assert compiled.metadata.shared <= 99 * 1024
+
+
+def test_on_a_cpu_and_for_what_does_not_suit_the_kernel_is_none_without_a_word():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert packed_kernel(torch.zeros(1), 64) is None
+        for dtype, width in ((torch.float32, 64), (torch.bfloat16, 80), (torch.bfloat16, 8)):
+            assert kernel_for(torch.device("cuda"), dtype, width) is None
+
+
+def test_where_it_does_not_run_the_kernel_is_none_with_one_warning():
+    """Here there is no such device: whatever its first launch raises, training goes on."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    with pytest.warns(UserWarning, match="no kernel for attention, training will be slower") as noted:
+        assert [kernel_for(torch.device("cuda"), torch.bfloat16, 64) for _ in range(3)] == [None] * 3
+    assert len(noted) == 1
+
+
+def test_the_kernel_is_chosen_by_the_precision_of_autocast(monkeypatch):
+    asked = []
+    monkeypatch.setattr(packed_attention, "kernel_for", lambda *kind: asked.append(kind))
+    weight = torch.zeros(1)
+    packed_kernel(weight, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        packed_kernel(weight, 32)
+    cpu = torch.device("cpu")
+    assert asked == [(cpu, torch.float32, 64), (cpu, torch.bfloat16, 32)]
