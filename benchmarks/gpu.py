@@ -45,6 +45,7 @@ from benchmarks.scaling import RECIPE_MODEL, Rates, recipe_seconds
 from benchmarks.scripted import SHARED, Work, open_shape, sampled, scripted_work
 from benchmarks.training import gold_sequences, stand_in_pairs
 from minidpost.data import datasets
+from minidpost.models import packed_attention
 from minidpost.models.hf_config import Model
 from minidpost.models.layers import decoding_kernel
 from minidpost.models.t5 import T5Config
@@ -59,7 +60,7 @@ from minidpost.training.optim import read_log
 from minidpost.training.sft import train_sft
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("ceilings", "tests", "attention", "sampling", "training", "peers", "profile")
+PARTS = ("ceilings", "tests", "attention", "sampling", "training", "rows", "peers", "profile")
 # Our kernel, torch's memory-efficient one, cuDNN's, two products and a softmax.
 WAYS = ("ours", "efficient", "cudnn", "products")
 PEER_ROWS = 32  # where transformers is measured beside us
@@ -182,6 +183,7 @@ def main() -> None:
             "attention": attentions,
             "sampling": sampling,
             "training": training,
+            "rows": training_in_rows,
             "peers": peers,
             "profile": profiles,
         }[part]
@@ -556,6 +558,19 @@ def training(bench: Bench) -> None:
             bench.measure(f"dpo/{of}", lambda name=name, tokens=tokens: dpo_of(name, bench, tokens))
 
 
+def training_in_rows(bench: Bench) -> None:
+    """SFT as without the kernels of packed attention: torch's attention, in padded rows."""
+    kernel_for = packed_attention.kernel_for
+    packed_attention.kernel_for = lambda device, dtype, width: None  # type: ignore[assignment]
+    try:
+        for name in bench.scale.models:
+            tokens = MICRO_BATCH_TOKENS.get(name, (None,))[-1]
+            of = f"{name}/{tokens}" if tokens else name
+            bench.measure(f"rows/{of}", lambda name=name, tokens=tokens: sft_of(name, bench, tokens))
+    finally:
+        packed_attention.kernel_for = kernel_for
+
+
 def trained_on(name: str, bench: Bench, micro_batch_tokens: int | None) -> tuple[Model, Any, list[Any], list[Any]]:
     """A model with fp32 weights, its preset, examples and pairs."""
     model, template = open_shape(name, torch.float32, bench.options.device, bench.options.shared)
@@ -725,7 +740,10 @@ def page(found: dict[str, Any], before: dict[str, Any] | None = None, findings: 
             sampling_lines(found, before, bandwidth),
         ),
         (
-            ["training", "tokens/s", "before", "step, ms", "tokens a step", "MFU", "GB", "reference pass, tokens/s"],
+            [
+                *("training", "tokens/s", "before", "in padded rows", "step, ms", "tokens a step", "MFU", "GB"),
+                "reference pass, tokens/s",
+            ],
             training_lines(found, before, peak),
         ),
         (["attention of a step, one layer, µs", "rows", "GB/s, the fastest", *WAYS], attention_lines(found)),
@@ -807,6 +825,7 @@ def training_lines(found: dict[str, Any], before: dict[str, Any], peak: float | 
             name.replace("/", ", "),
             f"{value['tokens_s']:,.0f}",
             rate(before.get(name, before.get("/".join(name.split("/")[:2])))),
+            rate(found.get(name.replace("sft/", "rows/"))) if name.startswith("sft/") else "–",
             f"{value['step_ms']:.0f}",
             f"{value['tokens_a_step']:,.0f}",
             f"{value['tokens_s'] * flops / peak / 1e12:.0%}" if peak and flops else "–",

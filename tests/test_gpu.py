@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from minidpost.models import layers
+from minidpost.models import layers, packed_attention
 from minidpost.models.layers import attention, decoding_kernel, mask_bias
 from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.t5 import T5, T5Config
@@ -79,6 +79,41 @@ def test_packed_tokens_give_the_log_probabilities_and_gradients_of_a_cpu(model):
     for name, expected in results["cpu"][1].items():
         error = (results["cuda"][1][name] - expected).norm() / expected.norm()
         assert error < 1e-3, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_packed_kernels_give_the_gradients_of_torch_s(model, dropout, monkeypatch):
+    """In bf16, which both round to; prompts that several targets share among them. With dropout on the average."""
+    batch = sequences(24)
+    batch += [TokenizedExample(example.prompt_ids, example.target_ids[::-1]) for example in batch[:6]]
+    model.dropout = dropout
+    model.train()
+    inputs = collate(model.config, batch, "cuda")
+
+    def results(n_times: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        found = []
+        for seed in range(n_times):
+            torch.manual_seed(seed)
+            with torch.autocast("cuda", torch.bfloat16):
+                log_probability_BT = log_probabilities(model, inputs)
+            (log_probability_BT.sum() / 100 / n_times).backward()
+            found.append(log_probability_BT.detach().sum(1))
+        gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+        return torch.stack(found).mean(0), gradients
+
+    n_times = 60 if dropout else 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours_B, gradients = results(n_times)
+        assert packed_attention.kernel_for(inputs.label_BT.device, torch.bfloat16, 64) is not None
+    monkeypatch.setattr(packed_attention, "kernel_for", lambda *kind: None)
+    theirs_B, expected_gradients = results(n_times)
+    tolerance = 0.1 if dropout else 0.01
+    assert ((ours_B - theirs_B).abs() / theirs_B.abs()).max() < tolerance
+    for name, expected in expected_gradients.items():
+        error = (gradients[name] - expected).norm() / expected.norm()
+        assert error < (0.5 if dropout else 0.05), f"{name}: {error:.1e}"
 
 
 # Rows, heads of keys, queries of each, positions, width; and whether each row or each head has a bias of its own. The

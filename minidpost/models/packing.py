@@ -39,8 +39,12 @@ class Packing:
 
     def to(self, device: torch.device | str) -> "Packing":
         """The same on a device, which is not waited for."""
-        tensors = (to_device(tensor, device) for tensor in (self.position_N, self.token_P, self.start_B))
-        return Packing(*tensors, self.n_rows)
+        return Packing(
+            to_device(self.position_N, device),
+            to_device(self.token_P, device),
+            to_device(self.start_B, device),
+            self.n_rows,
+        )
 
     @property
     def longest(self) -> int:
