@@ -1,7 +1,8 @@
-"""The kernels of packed attention in Triton's interpreter, against attention in fp64 and against padded batches.
+"""The kernels of packed attention, against attention in fp64 and against padded batches: interpreted, or on a GPU.
 
 test_packed_kernels.py runs this file in a process of its own, as Triton asks for TRITON_INTERPRET where it is first
-imported. By hand: `TRITON_INTERPRET=1 python -m pytest tests/models/packed_kernels_cases.py`.
+imported; so does test_gpu.py, without. By hand: `TRITON_INTERPRET=1 python -m pytest
+tests/models/packed_kernels_cases.py`.
 """
 
 import os
@@ -23,7 +24,8 @@ from minidpost.training.batching import TokenizedExample, collate
 from minidpost.training.losses import log_probabilities
 from minidpost.training.optim import enable_activation_checkpointing
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "see the head of this file"
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Shape:
 
 SHAPES = {
     "T5's encoder": Shape((5, 70, 1), (5, 70, 1), (0, 1, 2), has_bias=True),
-    "T5's decoder": Shape((5, 130, 64), (5, 130, 64), (0, 1, 2), has_bias=True, is_causal=True),
+    "T5's decoder": Shape((5, 100, 64), (5, 100, 64), (0, 1, 2), has_bias=True, is_causal=True),
     "cross-attention, shared prompts": Shape((3, 70, 9, 65), (66, 7), (1, 0, 1, 0), width=32),
     "Llama": Shape((5, 70, 1), (5, 70, 1), (0, 1, 2), 6, 2, 32, is_causal=True, scale=0.2),
     "one token": Shape((1,), (1,), (0,), 1, 1),
@@ -54,6 +56,9 @@ each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.fixture(autouse=True)
 def products_of_bf16(monkeypatch):
     """The interpreter holds bf16 as whole numbers of 16 bits, and multiplies those; here they are made fp32 first."""
+    if not IS_INTERPRETED:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        return
     create_dot = interpreter.InterpreterBuilder.create_dot
 
     def fp32(handle):
@@ -74,7 +79,8 @@ def mask_of(lengths: tuple[int, ...]) -> Tensor:
 
 def rows_for(shape: Shape) -> Rows:
     row_B = None if shape.key_row == (*range(len(shape.keys)),) else torch.tensor(shape.key_row)
-    return rows_of(packing_of(mask_of(shape.queries)), packing_of(mask_of(shape.keys)), row_B)
+    queries, keys = (packing_of(mask_of(lengths)).to(DEVICE) for lengths in (shape.queries, shape.keys))
+    return rows_of(queries, keys, None if row_B is None else row_B.to(DEVICE))
 
 
 def inputs_for(shape: Shape, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], PositionBias | None]:
@@ -82,14 +88,14 @@ def inputs_for(shape: Shape, dtype: torch.dtype = torch.float32) -> tuple[list[T
     torch.manual_seed(0)
     n_queries, n_keys = sum(shape.queries), sum(shape.keys)
     tensors = [
-        torch.randn(n, heads + 1, shape.width + 16).to(dtype)[:, :heads, : shape.width].requires_grad_()
+        torch.randn(n, heads + 1, shape.width + 16).to(DEVICE, dtype)[:, :heads, : shape.width].requires_grad_()
         for n, heads in ((n_queries, shape.heads), (n_keys, shape.key_heads), (n_keys, shape.key_heads))
     ]
     if not shape.has_bias:
         return tensors, None
     zero = max(shape.queries) - 1
-    tensors.append(torch.randn(7, shape.heads, requires_grad=True))
-    return tensors, PositionBias(tensors[3], torch.randint(7, (2 * zero + 1,), dtype=torch.int32), zero)
+    tensors.append(torch.randn(7, shape.heads, device=DEVICE, requires_grad=True))
+    return tensors, PositionBias(tensors[3], torch.randint(7, (2 * zero + 1,), dtype=torch.int32).to(DEVICE), zero)
 
 
 def fp64_attention(
@@ -106,7 +112,7 @@ def fp64_attention(
         k_SHK = k_rows[key_row].repeat_interleave(heads_a_key, 1)
         v_SHK = v_rows[key_row].repeat_interleave(heads_a_key, 1)
         score_HTS = torch.einsum("thk,shk->hts", q_rows[row], k_SHK) * shape.scale
-        distance_TS = torch.arange(len(k_SHK)) - torch.arange(len(q_rows[row]))[:, None]
+        distance_TS = (torch.arange(len(k_SHK)) - torch.arange(len(q_rows[row]))[:, None]).to(DEVICE)
         if bias is not None:
             score_HTS = score_HTS + bias.table_EH.double()[bias.entry_X[distance_TS + bias.zero]].permute(2, 0, 1)
         if shape.is_causal:
@@ -141,9 +147,9 @@ def factors_of(shape: Shape, dropout: float, seed: int) -> dict[int, Tensor]:
     n_keys = max(shape.keys)
     width = 1 << (n_keys - 1).bit_length()
     width = max(width, 16)
-    q_NHK = torch.zeros(sum(shape.queries), shape.heads, width)
-    k_MGK = torch.zeros(sum(shape.keys), shape.key_heads, width)
-    of_row = [torch.eye(width)[:length, None].expand(-1, shape.key_heads, -1) for length in shape.keys]
+    q_NHK = torch.zeros(sum(shape.queries), shape.heads, width, device=DEVICE)
+    k_MGK = torch.zeros(sum(shape.keys), shape.key_heads, width, device=DEVICE)
+    of_row = [torch.eye(width, device=DEVICE)[:length, None].expand(-1, shape.key_heads, -1) for length in shape.keys]
     y_NHK = packed_attention(q_NHK, k_MGK, torch.cat(of_row), rows_for(shape), scale=1.0, dropout=dropout, seed=seed)
     rows = {}
     for row, y_THK in enumerate(y_NHK.split(shape.queries)):
@@ -195,13 +201,13 @@ def test_dropout_is_as_often_as_said_and_each_weight_for_itself():
 
 def a_t5() -> T5:
     torch.manual_seed(0)
-    return T5(T5Config(50, 24, 16, 24, 2, n_encoder_layers=2, n_decoder_layers=2)).initialise()
+    return T5(T5Config(50, 24, 16, 24, 2, n_encoder_layers=2, n_decoder_layers=2)).initialise().to(DEVICE)
 
 
 def a_llama() -> Llama:
     torch.manual_seed(0)
     config = LlamaConfig(50, 24, 40, 2, n_heads=4, n_kv_heads=2, d_head=16, qk_norm=True, tied=True, dropout=0.1)
-    return Llama(config).initialise()
+    return Llama(config).initialise().to(DEVICE)
 
 
 def batch_of(shared_prompts: bool) -> list[TokenizedExample]:
@@ -219,8 +225,8 @@ def batch_of(shared_prompts: bool) -> list[TokenizedExample]:
 def results(model: Model, batch: list[TokenizedExample], *, is_packed: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probabilities of the labels, and each parameter's gradient."""
     model.zero_grad()
-    log_probability_BT = log_probabilities(model, collate(model.config, batch, "cpu", is_packed))
-    weight_BT = torch.linspace(0.5, 2, log_probability_BT.numel()).view(log_probability_BT.shape)
+    log_probability_BT = log_probabilities(model, collate(model.config, batch, DEVICE, is_packed))
+    weight_BT = torch.linspace(0.5, 2, log_probability_BT.numel(), device=DEVICE).view(log_probability_BT.shape)
     (log_probability_BT * weight_BT).sum().backward()
     gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
     return log_probability_BT.detach(), gradients
@@ -228,7 +234,7 @@ def results(model: Model, batch: list[TokenizedExample], *, is_packed: bool) -> 
 
 @pytest.fixture
 def used_kernel(monkeypatch) -> list[int]:
-    """The models take the kernel, here on the CPU; the list has a number for each of its calls."""
+    """The models take the kernel, in fp32; the list has a number for each of its calls."""
     calls: list[int] = []
 
     def counted(*arguments, **keywords):
