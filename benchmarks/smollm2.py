@@ -1,16 +1,18 @@
 """The recipe on a real pretrained model: SmolLM2-135M-Instruct on GSM8K, base model, SFT, ST and DPO-ST.
 
-    python -m benchmarks.smollm2 base   --model FILE.gguf    what the model can before: zero-shot, and with examples
-    python -m benchmarks.smollm2 train  --model FILE.gguf    train.py with --method st and --method dpo-st
-    python -m benchmarks.smollm2 rates  --model FILE.gguf    DPO with several learning rates, on dev
-    python -m benchmarks.smollm2 grade  --model FILE.gguf    its models' greedy answers to the test questions
-    python -m benchmarks.smollm2 report                      its page, smollm2-SCALE.md
-    python -m benchmarks.smollm2 all    --model FILE.gguf    base, train and grade side by side, for a GPU
+    python -m benchmarks.smollm2 base      --model FILE.gguf    what the model can before: zero-shot, and with examples
+    python -m benchmarks.smollm2 train     --model FILE.gguf    train.py with --method st and --method dpo-st
+    python -m benchmarks.smollm2 sft-rates --model FILE.gguf    SFT with several learning rates, on dev
+    python -m benchmarks.smollm2 rates     --model FILE.gguf    DPO with several learning rates, on dev
+    python -m benchmarks.smollm2 grade     --model FILE.gguf    its models' greedy answers to the test questions
+    python -m benchmarks.smollm2 report                         its page, smollm2-SCALE.md
+    python -m benchmarks.smollm2 all       --model FILE.gguf    base, train and grade side by side, for a GPU
 
 Every part goes on where it was stopped; what it finds lies in benchmarks/results/smollm2/ as JSON. `--scale whole` is
 the paper's recipe (6,705 labelled questions, K = 3, three iterations, all of GSM8K's test questions), for a GPU;
 `--scale part` is a part of which two cores do the warm-up and `rates` in some hours, `--scale few` one that they finish
-in about five hours; the page says so. `--scale try` shows that everything works. Nothing is chosen by a test question.
+in about five hours; the page says so. `sft-rates` needs no run: it is the warm-up's SFT with each rate, on a GPU a
+process each side by side. `--scale try` shows that everything works. Nothing is chosen by a test question.
 
 A seed's ST and DPO-ST runs have the same warm-up, bit for bit, so that it is trained once and copied: the difference
 between them is the DPO step's alone.
@@ -33,17 +35,29 @@ import torch
 
 from benchmarks.common import RESULTS, instruction_set, machine_line
 from benchmarks.effect import bits, pass_at, percent, points
+from minidpost.cli import Parser, device, run_command
 from minidpost.data import datasets
 from minidpost.data.example import Example
-from minidpost.models.hf_config import Model
+from minidpost.models.hf_config import Model, read_config
 from minidpost.models.hub import find_model
-from minidpost.models.weights import in_memory, load_model, load_template, open_tensors, write_safetensors
-from minidpost.precision import default_device, prepare_device, sampling_dtype, training_dtype
+from minidpost.models.weights import (
+    empty_model,
+    in_memory,
+    load_model,
+    load_template,
+    open_tensors,
+    write_safetensors,
+)
+from minidpost.precision import default_device, sampling_dtype, training_dtype
 from minidpost.sampling.generate import Sample
 from minidpost.sampling.sampler import SamplingSettings
+from minidpost.selftraining.estimates import micro_batch_tokens_for
 from minidpost.selftraining.evaluation import samples_by_question
-from minidpost.selftraining.presets import Preset
+from minidpost.selftraining.flags import add_hyperparameters, given, reader
+from minidpost.selftraining.presets import Preset, n_parameters, preset_for
+from minidpost.selftraining.run import Data, tokenize
 from minidpost.selftraining.selection import Candidates, preference_pairs
+from minidpost.selftraining.steps import free_models
 from minidpost.storage import markdown_table, read_json, read_jsonl, write_json, write_jsonl
 from minidpost.text.grading import is_correct
 from minidpost.text.templates import LlamaTemplate, Template, Tokenizer
@@ -51,16 +65,21 @@ from minidpost.text.tokenizer import load_tokenizer
 from minidpost.training.batching import TokenizedExample, drop_too_long
 from minidpost.training.dpo import PreferencePair, reference_log_probabilities, train_dpo
 from minidpost.training.optim import read_log
+from minidpost.training.sft import train_sft
 from minidpost.training.state import TrainingState
 
 ROOT = Path(__file__).resolve().parents[1]
 FOUND = RESULTS / "smollm2"
+COMMAND = (sys.executable, "-m", "benchmarks.smollm2")  # in ROOT
 TESTS = ("gsm8k", "multiarith", "asdiv", "svamp")
 METHODS = ("st", "dpo-st")
 N_SHOTS = 3
 N_PARAMETERS = 134_515_008  # of SmolLM2-135M
 N_SAMPLES = 10  # a question, for pass@1 … pass@10
 RATES = (3e-6, 1e-6)  # of the first DPO step, for `rates`
+SFT_RATES = (1e-4, 3e-4, 6e-4, 1e-3)  # for `sft-rates`
+COMPARED_SFT_RATE = 3e-4  # the runs' own, with which the others are compared
+N_LAST_STEPS = 10  # of SFT, whose mean loss the report shows: a single step's is its own few examples'
 
 
 @dataclass(frozen=True)
@@ -141,15 +160,17 @@ SCALES = {
 
 def main() -> None:
     """Run one of the parts."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("part", choices=("base", "train", "rates", "grade", "report", "all"))
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("part", choices=("base", "train", "sft-rates", "rates", "grade", "report", "all"))
     parser.add_argument("--model", help="the GGUF file of SmolLM2-135M-Instruct, or the directory made from it")
     parser.add_argument("--scale", choices=SCALES, default="part", help="how much of the recipe (default: part)")
     parser.add_argument("--seeds", default="1", help="of the runs (default: 1)")
+    rates = ",".join(map(rate_name, SFT_RATES))
+    parser.add_argument("--learning-rates", type=sft_rates, default=SFT_RATES, help=f"of sft-rates (default: {rates})")
     parser.add_argument("--methods", default=",".join(METHODS), help=f"(default: {','.join(METHODS)})")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the datasets lie (default: data)")
     parser.add_argument("--runs", type=Path, default=Path("runs/smollm2"), help="(default: runs/smollm2)")
-    parser.add_argument("--device", default=default_device(), help="(default: cuda if any)")
+    parser.add_argument("--device", type=device, default=default_device(), help="(default: cuda if any)")
     parser.add_argument("--iterations", type=int, help="of the runs (default: the scale's)")
     parser.add_argument("--slots", type=int, default=64, help="rows that are decoded at once (default: 64)")
     options = parser.parse_args()
@@ -158,13 +179,15 @@ def main() -> None:
         return
     if options.model is None:
         parser.error("--model is missing")
-    prepare_device(options.device)
     FOUND.mkdir(parents=True, exist_ok=True)
     base = find_model(options.model)
     if options.part == "base":
         measure_base(base, options)
         return
     seeds = [int(seed) for seed in options.seeds.split(",")]
+    if options.part == "sft-rates":
+        measure_sft_rates(base, seeds, options)
+        return
     if options.part == "rates":
         measure_rates(seeds[0], options)
         return
@@ -307,17 +330,15 @@ def run_all(base: Path, seeds: Sequence[int], options: argparse.Namespace) -> No
 
     A small model's training and sampling leave a GPU idle half of the time, in which others can use it.
     """
-    flags = ["--model", str(base), "--scale", options.scale, "--data-dir", str(options.data_dir)]
-    flags += ["--runs", str(options.runs), "--device", options.device, "--slots", str(options.slots)]
+    flags = common_flags(base, options)
     if options.iterations:
         flags += ["--iterations", str(options.iterations)]
-    command = [sys.executable, "-m", "benchmarks.smollm2"]
     of_base = ["--slots", str(max(1, options.slots // 2))]  # its prompts are long
-    others = [subprocess.Popen([*command, "base", *flags, *of_base], cwd=ROOT)]
+    others = [subprocess.Popen([*COMMAND, "base", *flags, *of_base], cwd=ROOT)]
     for seed in seeds:
         for method in METHODS:
             of_run = ["--seeds", str(seed), "--methods", method]
-            others.append(subprocess.Popen([*command, "train", *flags, *of_run], cwd=ROOT))
+            others.append(subprocess.Popen([*COMMAND, "train", *flags, *of_run], cwd=ROOT))
     try:
         is_over = False
         while not is_over:
@@ -330,6 +351,12 @@ def run_all(base: Path, seeds: Sequence[int], options: argparse.Namespace) -> No
     finally:
         for other in others:
             other.terminate()
+
+
+def common_flags(base: Path, options: argparse.Namespace) -> list[str]:
+    """This command's flags that every process of it has from the one that starts it."""
+    flags = ["--model", str(base), "--scale", options.scale, "--data-dir", str(options.data_dir)]
+    return [*flags, "--runs", str(options.runs), "--device", options.device, "--slots", str(options.slots)]
 
 
 def has_warmed_up(directory: Path) -> bool:
@@ -351,6 +378,125 @@ def take_over_warm_up(done: Path, new: Path, method: str) -> None:
     of_warm_up = [line for line in lines if json.loads(line)["stage"].startswith("iteration-0/")]
     (unfinished / "stages.jsonl").write_text("".join(of_warm_up), encoding="utf-8")
     os.replace(unfinished, new)
+
+
+# -- the learning rate of SFT -----------------------------------------------------------------------------------------
+
+
+def sft_rates(text: str) -> tuple[float, ...]:
+    """The learning rates of --learning-rates, each once, read and checked as train.py's --sft-learning-rate is."""
+    read = reader("sft_learning_rate")
+    return tuple(dict.fromkeys(map(read, text.split(","))))
+
+
+def rate_name(rate: float) -> str:
+    """A learning rate as files and tables have it: 0.0003."""
+    return f"{rate:g}"
+
+
+def sft_rate_path(rate: float, seed: int, options: argparse.Namespace) -> Path:
+    """Where what was found of a learning rate of SFT lies, a file each, so that processes do not write to the same."""
+    return FOUND / f"{options.scale}-sft-rate-{rate_name(rate)}-{seed}.json"
+
+
+def measure_sft_rates(base: Path, seeds: Sequence[int], options: argparse.Namespace) -> None:
+    """SFT with each learning rate that has not been measured yet: on a GPU all at once, each in a process."""
+    rates = [
+        rate
+        for rate in options.learning_rates
+        if not all(sft_rate_path(rate, seed, options).is_file() for seed in seeds)
+    ]
+    if len(rates) <= 1 or torch.device(options.device).type != "cuda":
+        for rate in rates:
+            for seed in seeds:
+                measure_sft_rate(base, rate, seed, options)
+        return
+    flags = [*common_flags(base, options), "--seeds", ",".join(map(str, seeds))]
+    processes = {}
+    try:
+        for rate in rates:
+            of_rate = ["--learning-rates", rate_name(rate)]
+            processes[rate] = subprocess.Popen([*COMMAND, "sft-rates", *flags, *of_rate], cwd=ROOT)
+        failed = [rate_name(rate) for rate, process in processes.items() if process.wait() != 0]
+    finally:
+        for process in processes.values():
+            process.terminate()
+    if failed:
+        sys.exit(f"not measured: {', '.join(failed)}; the same command measures what is missing")
+
+
+def measure_sft_rate(base: Path, rate: float, seed: int, options: argparse.Namespace) -> None:
+    """A run's warm-up with another learning rate, graded on dev alone; with the run's own rate it is that warm-up.
+
+    All rates have the same order of examples, the same seeds of dropout and the same random numbers of samples, so that
+    less of the difference between two is chance.
+    """
+    path = sft_rate_path(rate, seed, options)
+    if path.is_file():
+        return
+    key = rate_name(rate)
+    name = f"SFT, rate {key}, seed {seed}"
+
+    # 1) What train.py makes of the scale's flags, and of the labelled set by them.
+    flags = scale_flags(options.scale)
+    weightless = empty_model(read_config(base))
+    training_precision = training_dtype("auto", options.device, n_parameters(weightless))
+    sampling_precision = sampling_dtype("auto", options.device, n_parameters(weightless))
+    replaced = {**given(flags), "sft_learning_rate": rate}
+    preset = replace(preset_for(base, "sft"), **replaced)
+    tokens_of_device = micro_batch_tokens_for(weightless, preset, training_precision, options.device, has_dpo=False)
+    preset = replace(preset, **{"micro_batch_tokens": tokens_of_device, **replaced})
+    template = load_template(base, flags.template)
+    labelled = questions("gsm8k", "train", options, flags.limit)
+    dev = questions("gsm8k", "dev", options, flags.limit)
+    training_data = Data(labelled, pool=[], dev=[], tests={}, name="gsm8k")  # nothing is sampled for
+    tokens = tokenize(training_data, template, base)
+    examples = drop_too_long(list(tokens.gold.values()), preset.max_source, preset.max_target)
+
+    # 2) SFT from the base model. The stage is the warm-up's: order and dropout are seeded by its name.
+    scratch = Path(options.runs) / f"{options.scale}-sft-rate-{key}-{seed}"
+    scratch.mkdir(parents=True, exist_ok=True)
+    model = load_model(base, torch.float32, options.device)
+    log = scratch / "log.jsonl"
+    print(f"{name}: {len(examples)} examples", flush=True)
+    train_sft(
+        model,
+        examples,
+        preset.sft(seed, training_precision),
+        log_path=log,
+        stage="0/sft",
+        state=TrainingState(scratch / "state.safetensors"),
+    )
+    steps = [*read_log(log)]
+    free_models()  # others may sample on this GPU already
+
+    # 3) Its answers to dev's questions.
+    model = model.to(sampling_precision)
+    completions = greedy_completions(model, template, dev, options, calculator=True, label=f"{name}, greedy")
+    found = {
+        **machine(),
+        "device": torch.cuda.get_device_name() if torch.device(options.device).type == "cuda" else "cpu",
+        "learning_rate": rate,
+        "seed": seed,
+        "preset": asdict(preset),
+        "examples": len(examples),
+        "steps": len(steps),
+        "seconds": round(sum(step["n_tokens"] / step["tokens_per_second"] for step in steps), 1),
+        "last_losses": [step["loss"] for step in steps[-N_LAST_STEPS:]],
+        "greedy": outcomes(completions, dev),
+        "n_correct": correct_samples(model, template, options, label=name),
+    }
+    write_json(path, found)
+    shutil.rmtree(scratch)
+
+
+def scale_flags(scale: str) -> argparse.Namespace:
+    """A scale's flags as train.py reads them."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--template")
+    parser.add_argument("--limit", type=int)
+    add_hyperparameters(parser)
+    return parser.parse_args(SCALES[scale].flags)
 
 
 # -- the learning rate of DPO -----------------------------------------------------------------------------------------
@@ -503,10 +649,12 @@ def report(scale: str) -> None:
     paths = sorted(FOUND.glob(f"{scale}-[0-9]*.json"))
     found = [read_json(path) for path in paths]
     seeds = [path.stem.rpartition("-")[2] for path in paths]
+    of_sft_rates = [read_json(path) for path in sorted(FOUND.glob(f"{scale}-sft-rate-*.json"))]
     path_of_base = FOUND / f"{scale}-base.json"  # which need not have been measured at this scale
-    if not found and not path_of_base.is_file():
+    if not found and not of_sft_rates and not path_of_base.is_file():
         sys.exit(f"nothing has been measured at --scale {scale} yet")
-    base = read_json(path_of_base) if path_of_base.is_file() else {"machine": found[0]["machine"]}
+    base = read_json(path_of_base) if path_of_base.is_file() else {"machine": [*found, *of_sft_rates][0]["machine"]}
+    seeds = seeds or sorted({str(rate["seed"]) for rate in of_sft_rates})
     flags = " ".join(SCALES[scale].flags)
     iterations = found[0]["settings"]["iterations"] if found else SCALES[scale].iterations
     lines = [
@@ -522,9 +670,12 @@ def report(scale: str) -> None:
     findings = FOUND / f"{scale}-findings.md"
     if findings.is_file():
         lines += [findings.read_text(encoding="utf-8").strip(), ""]
-    lines += [accuracy_table(base, found), ""]
+    if found or path_of_base.is_file():
+        lines += [accuracy_table(base, found), ""]
     if found:
         lines += [difference_table(found), "", pass_at_table(found), ""]
+    if of_sft_rates:
+        lines += [sft_rates_text(of_sft_rates), "", sft_rates_table(of_sft_rates), ""]
     for path in sorted(FOUND.glob(f"{scale}-rates-[0-9]*.json")):
         lines += [rates_table(read_json(path)), ""]
     if "zero-shot/gsm8k/off" in base:
@@ -608,6 +759,42 @@ def pass_at_table(found: Sequence[dict[str, Any]]) -> str:
     return markdown_table([f"gsm8k/dev, n {n:,}", *(f"pass@{k}" for k in ks)], rows)
 
 
+def sft_rates_text(found: Sequence[dict[str, Any]]) -> str:
+    """What the table of SFT's learning rates is of."""
+    first = found[0]
+    devices = ", ".join(sorted({rate["device"] for rate in found}))
+    return (
+        f"SFT with other learning rates (`sft-rates`, {devices}): {first['examples']:,} examples, "
+        f"{first['preset']['sft_epochs']} epochs, all else as in the runs; the loss is the mean of the last "
+        f"{len(first['last_losses'])} steps. Graded on dev alone with calculator: greedily {len(first['greedy']):,} "
+        f"questions, pass@k by {N_SAMPLES} samples for each of {len(first['n_correct']):,}. Differences are of the "
+        f"greedy answers to the same questions, from the rate {rate_name(COMPARED_SFT_RATE)}."
+    )
+
+
+def sft_rates_table(found: Sequence[dict[str, Any]]) -> str:
+    """Rows of learning rates of SFT, each with all of its seeds; differences over the seeds that both rates have."""
+    by_rate: dict[float, dict[int, dict[str, Any]]] = {}
+    for entry in sorted(found, key=lambda entry: (entry["learning_rate"], entry["seed"])):
+        by_rate.setdefault(entry["learning_rate"], {})[entry["seed"]] = entry
+    compared = by_rate.get(COMPARED_SFT_RATE, {})
+    rows = []
+    for rate, of_seeds in by_rate.items():
+        entries = [*of_seeds.values()]
+        loss = np.mean([entry["last_losses"] for entry in entries])
+        common = [seed for seed in of_seeds if seed in compared]
+        difference = ["–", "–", "–"]
+        if common and rate != COMPARED_SFT_RATE:
+            values = [bits(of_seeds[seed]["greedy"]) - bits(compared[seed]["greedy"]) for seed in common]
+            difference = points(np.stack(values))
+        samples = [percent(np.stack([pass_at(entry["n_correct"], k) for entry in entries])) for k in (1, N_SAMPLES)]
+        greedy = percent(np.stack([bits(entry["greedy"]) for entry in entries]))
+        first_cells = [rate_name(rate), str(len(entries)), str(entries[0]["steps"]), f"{loss:.3f}"]
+        rows.append([*first_cells, greedy, *difference, *samples])
+    heads = ["SFT's learning rate", "seeds", "steps", "loss", "greedy, dev", "difference"]
+    return markdown_table([*heads, "95 % over questions", "95 % over seeds too", "pass@1", f"pass@{N_SAMPLES}"], rows)
+
+
 def rates_table(found: dict[str, Any]) -> str:
     """Rows of learning rates of the first DPO step; the first is the model before it."""
     rows = []
@@ -644,4 +831,4 @@ def completions_of(base: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "the same command goes on from here")

@@ -1,6 +1,7 @@
 """The benchmarks that need nothing but time: scripted rows say their scripts, peers say what we say, scripts run."""
 
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -34,13 +35,15 @@ from benchmarks.scaling import Clocked, Limits, Rates, least_seconds, recipe_sec
 from benchmarks.scripted import ScriptedModel, Work, natural_work, scripted_work
 from minidpost.data import datasets
 from minidpost.errors import UserError
+from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.t5 import T5
-from minidpost.models.weights import load_model
+from minidpost.models.weights import load_model, save_model, tokenizer_files
 from minidpost.sampling import sampler
 from minidpost.sampling.cuda_graphs import CUDAGraphs, Recorded
 from minidpost.sampling.sampler import Request, SamplingSettings, sample
 from minidpost.selftraining.presets import T5 as T5_PRESET
 from minidpost.storage import read_json, read_jsonl, write_json, write_jsonl
+from minidpost.training.optim import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 END = 1
@@ -387,6 +390,131 @@ def test_learning_rates_of_the_first_dpo_step(tmp_path, tiny_model_dir, monkeypa
     monkeypatch.setattr(smollm2, "correct_samples", None)
     smollm2.measure_rates(1, options)
     assert "0.001" in smollm2.rates_table(found)
+
+
+@pytest.fixture
+def sft_rate_options(tmp_path, monkeypatch) -> SimpleNamespace:
+    """Options of `sft-rates` at the smallest scale, which finds what it finds in a folder of its own."""
+    monkeypatch.setattr(smollm2, "FOUND", tmp_path / "found")
+    (tmp_path / "found").mkdir()
+    options = {"learning_rates": (3e-4, 1e-2), "scale": "try", "slots": 8, "device": "cpu", "data_dir": tmp_path}
+    return SimpleNamespace(**options, runs=tmp_path / "runs")
+
+
+@pytest.mark.slow
+def test_learning_rates_of_sft(tmp_path, shared, sft_rate_options, monkeypatch):
+    """The runs' own rate trains as their warm-up did, another one does not; what is there is not measured again."""
+    options = sft_rate_options
+    options.data_dir = shared / "data"
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    shutil.copy(shared / "tokenizers" / "smollm2" / "tokenizer.json", tokenizer)
+    im_end = "<|im_end|>"  # ChatML's, as in the real checkpoint
+    chatml = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    chatml += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    write_json(tokenizer / "tokenizer_config.json", {"chat_template": chatml, "eos_token": im_end})
+    base = tmp_path / "tiny"
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(49_152, 16, 16, 1, n_heads=2, n_kv_heads=1, d_head=8, dropout=0.1, eos_id=2)).initialise()
+    save_model(model, base, tokenizer_files(tokenizer))
+
+    # 1) A run's warm-up, by train.py itself.
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "train.py", "--model", str(base), "--data", "gsm8k", "--data-dir", str(options.data_dir)]
+    command += ["--method", "sft", "--seed", "3", "--run-dir", str(run_dir), "--test-questions", "0", "--device", "cpu"]
+    command += [*smollm2.SCALES["try"].flags, "--sft-learning-rate", "3e-4"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    log = [*read_log(run_dir / "iteration-0" / "sft" / "log.jsonl")]
+    evaluation = read_json(run_dir / "iteration-0" / "evaluation.json")["sft"]
+
+    # 2) The same by sft-rates, and another rate.
+    smollm2.measure_sft_rates(base, [3], options)
+    own, other = (
+        read_json(options.runs.parent / "found" / f"try-sft-rate-{rate}-3.json") for rate in ("0.0003", "0.01")
+    )
+    assert own["last_losses"] == [step["loss"] for step in log] and own["steps"] == len(log) == 2
+    assert own["greedy"] == "".join(map(str, evaluation["greedy"]["gsm8k/dev"]["correct"]))
+    assert (
+        other["last_losses"][0] == own["last_losses"][0]
+    )  # before the first update: the same examples, the same dropout
+    assert other["last_losses"][1] != own["last_losses"][1]
+    assert (other["examples"], len(other["greedy"]), len(other["n_correct"])) == (6, 6, 2)
+    assert not [*options.runs.iterdir()]  # nothing is left of the trainings
+
+    # 3) What is there is not measured again.
+    monkeypatch.setattr(smollm2, "train_sft", None)
+    smollm2.measure_sft_rates(base, [3], options)
+
+
+def test_on_a_gpu_learning_rates_of_sft_are_tried_at_once(sft_rate_options, monkeypatch):
+    """A process for each rate that has not been measured; one that fails is named when all have ended."""
+    options = sft_rate_options
+    options.device = "cuda"
+    options.learning_rates = (1e-4, 3e-4, 6e-4)
+    write_json(smollm2.sft_rate_path(3e-4, 1, options), {})
+    started = []
+    ended = []
+
+    class Process:
+        def __init__(self, command: list[str], cwd: Path):
+            started.append(command)
+            self.rate = command[command.index("--learning-rates") + 1]
+
+        def wait(self) -> int:
+            assert len(started) == 2  # both run by now
+            ended.append(self.rate)
+            return 1 if self.rate == "0.0001" else 0
+
+        def terminate(self) -> None:
+            pass
+
+    monkeypatch.setattr(smollm2.subprocess, "Popen", Process)
+    monkeypatch.setattr(smollm2, "measure_sft_rate", None)
+    with pytest.raises(SystemExit, match=r"not measured: 0\.0001; the same command"):
+        smollm2.measure_sft_rates(Path("base"), [1], options)
+    assert ended == ["0.0001", "0.0006"]
+    assert all("sft-rates" in command and command[command.index("--seeds") + 1] == "1" for command in started)
+
+
+def test_the_table_of_sfts_learning_rates(sft_rate_options, tmp_path, monkeypatch, capsys):
+    """Differences are over the questions and seeds that both rates have; the report needs nothing else."""
+
+    def entry(rate: float, seed: int, greedy: str) -> None:
+        found = {"machine": "a machine", "device": "a GPU", "learning_rate": rate, "seed": seed, "examples": 6703}
+        found |= {"preset": {"sft_epochs": 3}, "steps": 315, "last_losses": [0.4, 0.6]}
+        write_json(
+            smollm2.sft_rate_path(rate, seed, sft_rate_options),
+            {**found, "greedy": greedy, "n_correct": [0, 1, 5, 10]},
+        )
+
+    entry(1e-3, 1, "1111")
+    entry(3e-4, 1, "0101")
+    entry(3e-4, 2, "0000")
+    entry(1e-4, 3, "0000")  # a seed that 3e-4 has not
+    monkeypatch.setattr(smollm2, "RESULTS", tmp_path)
+    smollm2.report("try")
+    page = (tmp_path / "smollm2-try.md").read_text(encoding="utf-8")
+    assert page.strip() == capsys.readouterr().out.strip()
+    assert "(`sft-rates`, a GPU): 6,703 examples" in page and "| model" not in page
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| 0")
+    ]
+    assert [row[:4] for row in rows] == [
+        ["0.0001", "1", "315", "0.500"],
+        ["0.0003", "2", "315", "0.500"],
+        ["0.001", "1", "315", "0.500"],
+    ]
+    assert [row[4].split()[0] for row in rows] == ["0.0", "25.0", "100.0"]  # greedy, in percent
+    assert [row[5] for row in rows] == ["–", "–", "+50.00"]  # 2 of 4 questions more, of seed 1
+    assert rows[2][6] == "[-6.58, +106.58]"
+    assert rows[2][8].startswith("40.0 ±") and rows[2][9].startswith("75.0 ±")  # pass@1, pass@10
+
+
+@pytest.mark.parametrize("wrong", [["--learning-rates", "1e-4,x"], ["--model", "nonsense"], ["--device", "nonsense"]])
+def test_a_mistake_in_smollm2s_flags_is_one_line(wrong):
+    command = [sys.executable, "-m", "benchmarks.smollm2", "sft-rates", "--model", "weights/tiny-llama", *wrong]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and wrong[1].split(",")[-1] in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("overlap", [False, True])
