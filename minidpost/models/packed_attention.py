@@ -34,8 +34,9 @@ class PackedAttention:
         """What each query reads, (1, N, H, K)."""
         assert k_1MGK is not None and v_1MGK is not None, "keys and values are in no cache here"
         seed = new_seed() % 2**31 if self.dropout else 0
+        # Not q_1NHK[0] and so on: the backward pass would copy the gradient of such a part into a tensor of zeros.
         y_NHK = self.kernel(
-            *(q_1NHK[0], k_1MGK[0], v_1MGK[0], self.rows, self.bias),
+            *(q_1NHK.squeeze(0), k_1MGK.squeeze(0), v_1MGK.squeeze(0), self.rows, self.bias),
             scale=self.scale,
             is_causal=self.is_causal,
             dropout=self.dropout,

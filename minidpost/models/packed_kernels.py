@@ -4,15 +4,21 @@
 
 Source: FlashAttention-2 (arXiv 2307.08691): the forward pass keeps of each query only log Σ exp(score), and the
 backward pass computes the weights again, once a block of queries for their gradient, once a block of keys for theirs.
-Ours in it: rows of different lengths lie one behind the other (packing.py); T5's bias is looked up by the distance in
-a table of a few learnt numbers, and its gradient is summed up here, where torch's kernels are given a bias for each
-pair of tokens and write a gradient as large; a prompt that several targets read is there once; and random bits are a
-function of seed, head, query and key, so that the backward pass finds again what was dropped.
+Ours in it: rows of different lengths lie one behind the other (packing.py); T5's bias is read by its distance, and the
+gradient of its table of a few learnt numbers is summed up here, first along the diagonals of a block of scores and
+then by the table's entries, where torch's kernels are given a bias for each pair of tokens and write a gradient as
+large; a prompt that several targets read is there once; and random bits are a function of seed, head, query and key,
+so that the backward pass finds again what was dropped.
+
+A small model's step waits for Python to launch kernels, not for the GPU. Each argument costs Triton time at each
+launch: tensors must therefore be contiguous, so that no stride need be passed, and what a model has but one of (heads,
+width) is compiled into its kernels.
 
 Triton comes with torch's CUDA builds alone, so that packed_attention.py imports this file where it is first needed.
 """
 
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -24,9 +30,7 @@ from minidpost.models.packing import PositionBias, Rows
 
 # Queries and keys that a program multiplies at once. A product of 64 × 64 is what a warp group's tensor cores take.
 BLOCK = 64
-# [ours] Blocks that are on their way or at work. With two the keys' gradients need more registers than there are.
-N_STAGES = 2
-N_STAGES_OF_KEYS = 1
+N_STAGES = 2  # [ours] blocks that are on their way or at work
 N_RANDOM = 2**31  # values of a random number that decides whether a weight is dropped
 
 
@@ -46,139 +50,116 @@ def packed_attention(
 
     Each of the G heads of keys and values is read by H / G heads of queries. With `is_causal` a query sees keys up to
     its own place; rows of queries and keys are then the same. `dropout` is the probability with which a weight is
-    dropped, decided by `seed` (31 bits). K is a power of two from 16 on, columns are neighbours in memory. Scores,
-    softmax and sums are fp32; weights, and gradients of scores, are rounded to the precision of the values. Every
-    token must be in a row.
+    dropped, decided by `seed` (31 bits). K is a power of two from 16 on. Scores, softmax and sums are fp32; weights,
+    and gradients of scores, are rounded to the precision of the values. Every token must be in a row.
     """
-    table_EH, entry_X, zero = bias or PositionBias(q_NHK.new_zeros(1, 1), rows.query_start_B, 0)
-    call = _Call(rows, entry_X, zero, bias is not None, scale, is_causal, dropout, seed)
-    y_NHK: Tensor = _PackedAttention.apply(q_NHK, k_MGK, v_MGK, table_EH, call)  # type: ignore[no-untyped-call]
+    y_NHK: Tensor = _PackedAttention.apply(  # type: ignore[no-untyped-call]
+        *(q_NHK.contiguous(), k_MGK.contiguous(), v_MGK.contiguous(), None if bias is None else bias.table_EH),
+        *(rows, bias, scale, is_causal, dropout, seed),
+    )
     return y_NHK
-
-
-class _Call(NamedTuple):
-    """All arguments of one call that have no gradient."""
-
-    rows: Rows
-    entry_X: Tensor
-    zero: int
-    has_bias: bool
-    scale: float
-    is_causal: bool
-    dropout: float
-    seed: int
-
-    def arguments(self, q_NHK: Tensor, k_MGK: Tensor, v_MGK: Tensor) -> dict[str, Any]:
-        """Those that all kernels have."""
-        rows = self.rows
-        width = q_NHK.shape[2]
-        return {
-            "query_start_ptr": rows.query_start_B,
-            "key_start_ptr": rows.key_start_Q,
-            "entry_ptr": self.entry_X,
-            "zero": self.zero,
-            "seed": self.seed,
-            "drops_below": min(round(self.dropout * N_RANDOM), N_RANDOM - 1),
-            "n_queries": q_NHK.shape[0],
-            "n_heads": q_NHK.shape[1],
-            "q_stride_n": q_NHK.stride(0),
-            "q_stride_h": q_NHK.stride(1),
-            "k_stride_m": k_MGK.stride(0),
-            "k_stride_g": k_MGK.stride(1),
-            "v_stride_m": v_MGK.stride(0),
-            "v_stride_g": v_MGK.stride(1),
-            "scale": self.scale,
-            "kept": 1.0 / (1.0 - self.dropout) if self.dropout < 1 else 0.0,
-            "HEADS_A_KEY": q_NHK.shape[1] // k_MGK.shape[1],
-            "HAS_BIAS": self.has_bias,
-            "IS_CAUSAL": self.is_causal,
-            "HAS_DROPOUT": self.dropout > 0,
-            "WIDTH": width,
-            "BLOCK_T": BLOCK,
-            "BLOCK_S": BLOCK,
-            "num_warps": 4 if width <= 64 else 8,
-        }
 
 
 class _PackedAttention(torch.autograd.Function):
     """`packed_attention` and its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, q_NHK: Tensor, k_MGK: Tensor, v_MGK: Tensor, table_EH: Tensor, call: _Call) -> Tensor:
-        n_queries, n_heads, _ = q_NHK.shape
-        n_rows = len(call.rows.key_row_B)
-        y_NHK = q_NHK.new_empty(q_NHK.shape)  # contiguous
+    def forward(
+        ctx: Any,
+        q_NHK: Tensor,
+        k_MGK: Tensor,
+        v_MGK: Tensor,
+        table_EH: Tensor | None,
+        rows: Rows,
+        bias: PositionBias | None,
+        scale: float,
+        is_causal: bool,
+        dropout: float,
+        seed: int,
+    ) -> Tensor:
+        n_queries, n_heads, width = q_NHK.shape
+        bias_HX, entry_X, zero = (bias.bias_HX, bias.entry_X, bias.zero) if bias else (None, None, 0)
+        drops_below = min(round(dropout * N_RANDOM), N_RANDOM - 1)
+        kept = 1.0 / (1.0 - dropout) if dropout < 1 else 0.0
+        # What the arguments of all kernels end with; the kernels name them.
+        numbers = (zero, seed, drops_below, n_queries, scale, kept)
+        constants = (n_heads, k_MGK.shape[1], width, is_causal, dropout > 0, BLOCK)
+        n_warps = 4 if width <= 64 else 8
+        y_NHK = torch.empty_like(q_NHK)
         log_total_HN = torch.empty(n_heads, n_queries, dtype=torch.float32, device=q_NHK.device)
-        grid = (triton.cdiv(call.rows.longest[0], BLOCK), n_heads, n_rows)
-        with torch.cuda.device_of(q_NHK):  # Triton launches on the current device, whichever the tensors are on
+        grid = (_n_blocks(rows.longest[0]), n_heads, rows.key_row_B.shape[0])
+        with _device_of(q_NHK):
             _forward[grid](
-                q_NHK,
-                k_MGK,
-                v_MGK,
-                table_EH,
-                y_NHK,
-                log_total_HN,
-                call.rows.key_row_B,
+                *(q_NHK, k_MGK, v_MGK, bias_HX, y_NHK, log_total_HN),
+                *(rows.query_start_B, rows.key_start_Q, rows.key_row_B),
+                *numbers,
+                *constants,
+                num_warps=n_warps,
                 num_stages=N_STAGES,
-                **call.arguments(q_NHK, k_MGK, v_MGK),
             )
-        ctx.save_for_backward(q_NHK, k_MGK, v_MGK, table_EH, y_NHK, log_total_HN)
-        ctx.call = call
+        ctx.save_for_backward(q_NHK, k_MGK, v_MGK, bias_HX, entry_X, y_NHK, log_total_HN)
+        ctx.rows = rows
+        ctx.arguments = (numbers, constants, n_warps)
+        if table_EH is not None:
+            ctx.n_entries = table_EH.shape[0]
+            ctx.table_dtype = table_EH.dtype
         return y_NHK
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y_NHK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
-        q_NHK, k_MGK, v_MGK, table_EH, y_NHK, log_total_HN = ctx.saved_tensors
-        call: _Call = ctx.call
-        rows = call.rows
+    def backward(ctx: Any, grad_y_NHK: Tensor) -> tuple[Tensor | None, ...]:
+        q_NHK, k_MGK, v_MGK, bias_HX, entry_X, y_NHK, log_total_HN = ctx.saved_tensors
+        rows: Rows = ctx.rows
+        numbers, constants, n_warps = ctx.arguments
+        n_heads, n_key_heads = constants[:2]
+        n_rows, n_key_rows = rows.key_row_B.shape[0], rows.key_start_Q.shape[0] - 1
+        n_query_blocks, n_key_blocks = _n_blocks(rows.longest[0]), _n_blocks(rows.longest[1])
         grad_y_NHK = grad_y_NHK.contiguous()
-        n_entries, n_heads = table_EH.shape if call.has_bias else (1, q_NHK.shape[1])
-        n_rows, n_key_rows = len(rows.key_row_B), len(rows.key_start_Q) - 1
-        n_query_blocks, n_key_blocks = (triton.cdiv(longest, BLOCK) for longest in rows.longest)
-        arguments = call.arguments(q_NHK, k_MGK, v_MGK)
-        grad_q_NHK = q_NHK.new_empty(q_NHK.shape)
-        grad_k_MGK = k_MGK.new_empty(k_MGK.shape)
-        grad_v_MGK = v_MGK.new_empty(v_MGK.shape)
+        grad_q_NHK = torch.empty_like(q_NHK)
+        grad_k_MGK = torch.empty_like(k_MGK)
+        grad_v_MGK = torch.empty_like(v_MGK)
         delta_HN = torch.empty_like(log_total_HN)
-        # Each program has a line of its own for its part of the table's gradient: added up in a fixed order.
-        n_programs = n_rows * n_query_blocks if call.has_bias else 0
-        grad_table_PHE = torch.empty(n_programs, n_heads, n_entries, dtype=torch.float32, device=q_NHK.device)
-        with torch.cuda.device_of(q_NHK):
+        # Each program has a line of its own for its part of the table's gradient: added up in a fixed order. E is here
+        # the next power of two. Of a table that is not trained there is nothing to add up.
+        grad_table_PHE = None
+        n_entries = 1
+        if ctx.needs_input_grad[3]:
+            n_entries = 1 << (ctx.n_entries - 1).bit_length()
+            n_programs = n_rows * n_query_blocks
+            grad_table_PHE = torch.empty(n_programs, n_heads, n_entries, dtype=torch.float32, device=q_NHK.device)
+        with _device_of(q_NHK):
             _backward_of_queries[(n_query_blocks, n_heads, n_rows)](
-                q_NHK,
-                k_MGK,
-                v_MGK,
-                table_EH,
-                y_NHK,
-                log_total_HN,
-                rows.key_row_B,
-                grad_y_NHK,
-                grad_q_NHK,
-                delta_HN,
-                grad_table_PHE,
-                n_entries=n_entries,
-                ENTRIES=triton.next_power_of_2(n_entries),
+                *(q_NHK, k_MGK, v_MGK, bias_HX, entry_X, y_NHK, log_total_HN),
+                *(grad_y_NHK, grad_q_NHK, delta_HN, grad_table_PHE),
+                *(rows.query_start_B, rows.key_start_Q, rows.key_row_B),
+                *numbers,
+                *constants,
+                n_entries,
+                num_warps=n_warps,
                 num_stages=N_STAGES,
-                **arguments,
             )
-            _backward_of_keys[(n_key_blocks, k_MGK.shape[1], n_key_rows)](
-                q_NHK,
-                k_MGK,
-                v_MGK,
-                table_EH,
-                log_total_HN,
-                rows.reader_B,
-                rows.first_reader_Q,
-                grad_y_NHK,
-                delta_HN,
-                grad_k_MGK,
-                grad_v_MGK,
-                num_stages=N_STAGES_OF_KEYS,
-                **arguments,
+            _backward_of_keys[(n_key_blocks, n_key_heads, n_key_rows)](
+                *(q_NHK, k_MGK, v_MGK, bias_HX, log_total_HN, grad_y_NHK, delta_HN, grad_k_MGK, grad_v_MGK),
+                *(rows.query_start_B, rows.key_start_Q, rows.reader_B, rows.first_reader_Q),
+                *numbers,
+                *constants,
+                num_warps=n_warps,
+                num_stages=N_STAGES,
             )
-        grad_table_EH = grad_table_PHE.sum(0).T.to(table_EH.dtype) if call.has_bias else None
-        return grad_q_NHK, grad_k_MGK, grad_v_MGK, grad_table_EH, None
+        grad_table_EH = None
+        if grad_table_PHE is not None:
+            grad_table_EH = grad_table_PHE.sum(0).T[: ctx.n_entries].to(ctx.table_dtype)
+        return (grad_q_NHK, grad_k_MGK, grad_v_MGK, grad_table_EH, *[None] * 6)
+
+
+def _n_blocks(n_tokens: int) -> int:
+    return -(-n_tokens // BLOCK)  # rounded up
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of x the current one, on which Triton launches, whichever the tensors are on."""
+    is_current = not x.is_cuda or x.get_device() == torch.cuda.current_device()
+    return nullcontext() if is_current else torch.cuda.device_of(x)
 
 
 # -- what the kernels share -------------------------------------------------------------------------------------------
@@ -211,48 +192,38 @@ def _stays(start, key, drops_below):  # type: ignore[no-untyped-def]
 # -- the forward pass -------------------------------------------------------------------------------------------------
 
 # Numbers in `do_not_specialize` need no version of the kernel of their own where they are 1 or a multiple of 16.
-_NUMBERS = ["zero", "seed", "drops_below", "n_queries", "n_entries"]
+_NUMBERS = ["zero", "seed", "drops_below", "n_queries"]
 
 
-@triton.jit(do_not_specialize=_NUMBERS[:-1])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=_NUMBERS)  # type: ignore[untyped-decorator]
 def _forward(  # type: ignore[no-untyped-def]
     q_ptr,
     k_ptr,
     v_ptr,
-    table_ptr,
+    bias_ptr,
     y_ptr,
     log_total_ptr,
-    key_row_ptr,
     query_start_ptr,
     key_start_ptr,
-    entry_ptr,
+    key_row_ptr,
     zero,
     seed,
     drops_below,
     n_queries,
-    n_heads,
-    # Strides in numbers: of tokens and heads. y is contiguous.
-    q_stride_n,
-    q_stride_h,
-    k_stride_m,
-    k_stride_g,
-    v_stride_m,
-    v_stride_g,
     scale,
     kept,
-    HEADS_A_KEY: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One program: a block of the queries of one row and head."""
     # 1) Which queries, and which keys do they see?
     row = tl.program_id(2)
     head = tl.program_id(1)
-    first_t = tl.program_id(0) * BLOCK_T
+    first_t = tl.program_id(0) * BLOCK
     first_query = tl.load(query_start_ptr + row)
     row_length = tl.load(query_start_ptr + row + 1) - first_query
     if first_t >= row_length:
@@ -261,36 +232,37 @@ def _forward(  # type: ignore[no-untyped-def]
     first_key = tl.load(key_start_ptr + key_row)
     n_keys = tl.load(key_start_ptr + key_row + 1) - first_key
     if IS_CAUSAL:
-        n_keys = tl.minimum(n_keys, first_t + BLOCK_T)
-    t = first_t + tl.arange(0, BLOCK_T)
+        n_keys = tl.minimum(n_keys, first_t + BLOCK)
+    t = first_t + tl.arange(0, BLOCK)
     column = tl.arange(0, WIDTH)
     is_query_T = t < row_length
     query_T = (first_query + t).to(tl.int64)
-    q_TK = tl.load(
-        q_ptr + query_T[:, None] * q_stride_n + head * q_stride_h + column[None, :],
-        mask=is_query_T[:, None],
-        other=0.0,
-    )
-    k_ptr += first_key.to(tl.int64) * k_stride_m + (head // HEADS_A_KEY) * k_stride_g
-    v_ptr += first_key.to(tl.int64) * v_stride_m + (head // HEADS_A_KEY) * v_stride_g
+    place_TK = query_T[:, None] * (HEADS * WIDTH) + head * WIDTH + column[None, :]
+    q_TK = tl.load(q_ptr + place_TK, mask=is_query_T[:, None], other=0.0)
+    place_of_keys = first_key.to(tl.int64) * (KEY_HEADS * WIDTH) + head // (HEADS // KEY_HEADS) * WIDTH
+    k_ptr += place_of_keys
+    v_ptr += place_of_keys
+    if bias_ptr is not None:
+        bias_ptr += head * (2 * zero + 1) + zero  # where the head's distance of 0 is
     start_T = _random_start(seed, head, query_T)
 
     # 2) The online softmax, as decode_attention.py explains it.
-    highest_T = tl.full([BLOCK_T], -float("inf"), tl.float32)
-    total_T = tl.zeros([BLOCK_T], tl.float32)
-    y_TK = tl.zeros([BLOCK_T, WIDTH], tl.float32)
-    for first_s in range(0, n_keys, BLOCK_S):
-        s = first_s + tl.arange(0, BLOCK_S)
+    highest_T = tl.full([BLOCK], -float("inf"), tl.float32)
+    total_T = tl.zeros([BLOCK], tl.float32)
+    y_TK = tl.zeros([BLOCK, WIDTH], tl.float32)
+    for first_s in range(0, n_keys, BLOCK):
+        s = first_s + tl.arange(0, BLOCK)
         is_key_S = s < n_keys
-        k_KS = tl.load(k_ptr + s[None, :] * k_stride_m + column[:, None], mask=is_key_S[None, :], other=0.0)
-        v_SK = tl.load(v_ptr + s[:, None] * v_stride_m + column[None, :], mask=is_key_S[:, None], other=0.0)
+        k_KS = tl.load(k_ptr + s[None, :] * (KEY_HEADS * WIDTH) + column[:, None], mask=is_key_S[None, :], other=0.0)
+        v_SK = tl.load(v_ptr + s[:, None] * (KEY_HEADS * WIDTH) + column[None, :], mask=is_key_S[:, None], other=0.0)
         score_TS = tl.dot(q_TK, k_KS, input_precision="ieee") * scale
-        is_seen_TS = is_key_S[None, :] & is_query_T[:, None]
+        if bias_ptr is not None:
+            is_pair_TS = is_key_S[None, :] & is_query_T[:, None]
+            distance_TS = s.to(tl.int64)[None, :] - t.to(tl.int64)[:, None]  # as wide as addresses: fewer registers
+            score_TS += tl.load(bias_ptr + distance_TS, mask=is_pair_TS, other=0.0)
+        is_seen_TS = is_key_S[None, :]
         if IS_CAUSAL:
             is_seen_TS = is_seen_TS & (s[None, :] <= t[:, None])
-        if HAS_BIAS:
-            entry_TS = tl.load(entry_ptr + (s[None, :] - t[:, None] + zero), mask=is_seen_TS, other=0)
-            score_TS += tl.load(table_ptr + entry_TS * n_heads + head).to(tl.float32)
         score_TS = tl.where(is_seen_TS, score_TS, -float("inf"))
 
         new_highest_T = tl.maximum(highest_T, tl.max(score_TS, 1))
@@ -307,12 +279,38 @@ def _forward(  # type: ignore[no-untyped-def]
     total_T = tl.where(total_T == 0.0, 1.0, total_T)
     highest_T = tl.where(highest_T == -float("inf"), 0.0, highest_T)
     y_TK = y_TK / total_T[:, None]
-    y_ptrs = y_ptr + query_T[:, None] * (n_heads * WIDTH) + head * WIDTH + column[None, :]
-    tl.store(y_ptrs, y_TK.to(y_ptr.dtype.element_ty), mask=is_query_T[:, None])
+    tl.store(y_ptr + place_TK, y_TK.to(y_ptr.dtype.element_ty), mask=is_query_T[:, None])
     tl.store(log_total_ptr + head.to(tl.int64) * n_queries + query_T, highest_T + tl.log(total_T), mask=is_query_T)
 
 
 # -- the backward pass ------------------------------------------------------------------------------------------------
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _sums_of_diagonals(x_TS, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sums of a block over its diagonals: those with s − t = x and those with s − t = x − BLOCK, for each x.
+
+    Line t is turned by t places to the left, so that column x has two diagonals, of which one is x above the block's
+    main diagonal and the other BLOCK − x below:
+
+        a b c        a b c        the columns' sums above are  a + e + i,  b + f,  c
+        d e f   →    e f d        and below                    0,          g,      d + h
+        g h i        i g h
+    """
+    t = tl.arange(0, BLOCK)[:, None]
+    column = t + tl.arange(0, BLOCK)[None, :]
+    turned_TX = tl.gather(x_TS, column % BLOCK, 1)
+    above_X = tl.sum(tl.where(column < BLOCK, turned_TX, 0.0), 0)
+    below_X = tl.sum(tl.where(column < BLOCK, 0.0, turned_TX), 0)
+    return above_X, below_X
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _at_entry(x_X, distance_X, entry_ptr, zero, ENTRIES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The number of each distance, in the column of its entry of the table; 0 in the others. (BLOCK, ENTRIES)."""
+    is_in_row_X = (distance_X >= -zero) & (distance_X <= zero)  # there is no other distance, its number is 0
+    entry_X = tl.load(entry_ptr + distance_X + zero, mask=is_in_row_X, other=0)
+    return tl.where(entry_X[:, None] == tl.arange(0, ENTRIES)[None, :], x_X[:, None], 0.0)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)  # type: ignore[untyped-decorator]
@@ -320,38 +318,29 @@ def _backward_of_queries(  # type: ignore[no-untyped-def]
     q_ptr,
     k_ptr,
     v_ptr,
-    table_ptr,
+    bias_ptr,
+    entry_ptr,
     y_ptr,
     log_total_ptr,
-    key_row_ptr,
     grad_y_ptr,
     grad_q_ptr,
     delta_ptr,
     grad_table_ptr,
     query_start_ptr,
     key_start_ptr,
-    entry_ptr,
+    key_row_ptr,
     zero,
     seed,
     drops_below,
     n_queries,
-    n_heads,
-    n_entries,
-    q_stride_n,
-    q_stride_h,
-    k_stride_m,
-    k_stride_g,
-    v_stride_m,
-    v_stride_g,
     scale,
     kept,
-    HEADS_A_KEY: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
     """One program: the gradient of a block of the queries of one row and head, and its part of the table's.
@@ -361,54 +350,55 @@ def _backward_of_queries(  # type: ignore[no-untyped-def]
     """
     row = tl.program_id(2)
     head = tl.program_id(1)
-    first_t = tl.program_id(0) * BLOCK_T
+    first_t = tl.program_id(0) * BLOCK
     first_query = tl.load(query_start_ptr + row)
     row_length = tl.load(query_start_ptr + row + 1) - first_query
     entry = tl.arange(0, ENTRIES)
     grad_entry_E = tl.zeros([ENTRIES], tl.float32)
-    line = ((row * tl.num_programs(0) + tl.program_id(0)) * n_heads + head).to(tl.int64)
+    line = ((row * tl.num_programs(0) + tl.program_id(0)) * HEADS + head).to(tl.int64)
     if first_t >= row_length:
-        if HAS_BIAS:
-            tl.store(grad_table_ptr + line * n_entries + entry, grad_entry_E, mask=entry < n_entries)
+        if grad_table_ptr is not None:
+            tl.store(grad_table_ptr + line * ENTRIES + entry, grad_entry_E)
         return
     key_row = tl.load(key_row_ptr + row)
     first_key = tl.load(key_start_ptr + key_row)
     n_keys = tl.load(key_start_ptr + key_row + 1) - first_key
     if IS_CAUSAL:
-        n_keys = tl.minimum(n_keys, first_t + BLOCK_T)
-    t = first_t + tl.arange(0, BLOCK_T)
+        n_keys = tl.minimum(n_keys, first_t + BLOCK)
+    t = first_t + tl.arange(0, BLOCK)
     column = tl.arange(0, WIDTH)
     is_query_T = t < row_length
     query_T = (first_query + t).to(tl.int64)
-    q_TK = tl.load(
-        q_ptr + query_T[:, None] * q_stride_n + head * q_stride_h + column[None, :],
-        mask=is_query_T[:, None],
-        other=0.0,
-    )
-    place_TK = query_T[:, None] * (n_heads * WIDTH) + head * WIDTH + column[None, :]
+    place_TK = query_T[:, None] * (HEADS * WIDTH) + head * WIDTH + column[None, :]
+    q_TK = tl.load(q_ptr + place_TK, mask=is_query_T[:, None], other=0.0)
     y_TK = tl.load(y_ptr + place_TK, mask=is_query_T[:, None], other=0.0)
     grad_y_TK = tl.load(grad_y_ptr + place_TK, mask=is_query_T[:, None], other=0.0)
     delta_T = tl.sum(y_TK.to(tl.float32) * grad_y_TK.to(tl.float32), 1)
-    tl.store(delta_ptr + head.to(tl.int64) * n_queries + query_T, delta_T, mask=is_query_T)
-    log_total_T = tl.load(log_total_ptr + head.to(tl.int64) * n_queries + query_T, mask=is_query_T, other=0.0)
-    k_ptr += first_key.to(tl.int64) * k_stride_m + (head // HEADS_A_KEY) * k_stride_g
-    v_ptr += first_key.to(tl.int64) * v_stride_m + (head // HEADS_A_KEY) * v_stride_g
+    place_T = head.to(tl.int64) * n_queries + query_T
+    tl.store(delta_ptr + place_T, delta_T, mask=is_query_T)
+    # The weights of a query that is not there are exp(… − ∞) = 0.
+    log_total_T = tl.load(log_total_ptr + place_T, mask=is_query_T, other=float("inf"))
+    place_of_keys = first_key.to(tl.int64) * (KEY_HEADS * WIDTH) + head // (HEADS // KEY_HEADS) * WIDTH
+    k_ptr += place_of_keys
+    v_ptr += place_of_keys
+    if bias_ptr is not None:
+        bias_ptr += head * (2 * zero + 1) + zero  # where the head's distance of 0 is
     start_T = _random_start(seed, head, query_T)
 
-    grad_q_TK = tl.zeros([BLOCK_T, WIDTH], tl.float32)
-    for first_s in range(0, n_keys, BLOCK_S):
-        s = first_s + tl.arange(0, BLOCK_S)
+    grad_q_TK = tl.zeros([BLOCK, WIDTH], tl.float32)
+    for first_s in range(0, n_keys, BLOCK):
+        s = first_s + tl.arange(0, BLOCK)
         is_key_S = s < n_keys
-        k_SK = tl.load(k_ptr + s[:, None] * k_stride_m + column[None, :], mask=is_key_S[:, None], other=0.0)
-        v_SK = tl.load(v_ptr + s[:, None] * v_stride_m + column[None, :], mask=is_key_S[:, None], other=0.0)
+        k_SK = tl.load(k_ptr + s[:, None] * (KEY_HEADS * WIDTH) + column[None, :], mask=is_key_S[:, None], other=0.0)
+        v_SK = tl.load(v_ptr + s[:, None] * (KEY_HEADS * WIDTH) + column[None, :], mask=is_key_S[:, None], other=0.0)
         score_TS = tl.dot(q_TK, tl.trans(k_SK), input_precision="ieee") * scale
-        is_seen_TS = is_key_S[None, :] & is_query_T[:, None]
+        if bias_ptr is not None:
+            is_pair_TS = is_key_S[None, :] & is_query_T[:, None]
+            distance_TS = s.to(tl.int64)[None, :] - t.to(tl.int64)[:, None]  # as wide as addresses: fewer registers
+            score_TS += tl.load(bias_ptr + distance_TS, mask=is_pair_TS, other=0.0)
+        is_seen_TS = is_key_S[None, :]
         if IS_CAUSAL:
             is_seen_TS = is_seen_TS & (s[None, :] <= t[:, None])
-        entry_TS = tl.zeros([BLOCK_T, BLOCK_S], tl.int32)
-        if HAS_BIAS:
-            entry_TS = tl.load(entry_ptr + (s[None, :] - t[:, None] + zero), mask=is_seen_TS, other=0)
-            score_TS += tl.load(table_ptr + entry_TS * n_heads + head).to(tl.float32)
         weight_TS = tl.where(is_seen_TS, tl.exp(score_TS - log_total_T[:, None]), 0.0)
         grad_weight_TS = tl.dot(grad_y_TK, tl.trans(v_SK), input_precision="ieee")
         if HAS_DROPOUT:
@@ -416,54 +406,44 @@ def _backward_of_queries(  # type: ignore[no-untyped-def]
             grad_weight_TS = tl.where(stays_TS, grad_weight_TS * kept, 0.0)
         grad_score_TS = weight_TS * (grad_weight_TS - delta_T[:, None])
         grad_q_TK += tl.dot(grad_score_TS.to(k_SK.dtype), k_SK, input_precision="ieee")
-        if HAS_BIAS:
-            # A block's distances share few entries of the table, unless it lies at the diagonal.
-            lowest = tl.min(tl.min(tl.where(is_seen_TS, entry_TS, n_entries), 1), 0)
-            highest = tl.max(tl.max(tl.where(is_seen_TS, entry_TS, -1), 1), 0)
-            for e in range(lowest, highest + 1):
-                of_entry = tl.sum(tl.sum(tl.where(entry_TS == e, grad_score_TS, 0.0), 1), 0)
-                grad_entry_E += tl.where(entry == e, of_entry, 0.0)
+        if grad_table_ptr is not None:
+            above_X, below_X = _sums_of_diagonals(grad_score_TS, BLOCK)
+            distance_X = first_s - first_t + tl.arange(0, BLOCK)
+            above_XE = _at_entry(above_X, distance_X, entry_ptr, zero, ENTRIES)
+            below_XE = _at_entry(below_X, distance_X - BLOCK, entry_ptr, zero, ENTRIES)
+            grad_entry_E += tl.sum(above_XE + below_XE, 0)
     tl.store(grad_q_ptr + place_TK, (grad_q_TK * scale).to(grad_q_ptr.dtype.element_ty), mask=is_query_T[:, None])
-    if HAS_BIAS:
-        tl.store(grad_table_ptr + line * n_entries + entry, grad_entry_E, mask=entry < n_entries)
+    if grad_table_ptr is not None:
+        tl.store(grad_table_ptr + line * ENTRIES + entry, grad_entry_E)
 
 
-@triton.jit(do_not_specialize=_NUMBERS[:-1])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=_NUMBERS)  # type: ignore[untyped-decorator]
 def _backward_of_keys(  # type: ignore[no-untyped-def]
     q_ptr,
     k_ptr,
     v_ptr,
-    table_ptr,
+    bias_ptr,
     log_total_ptr,
-    reader_ptr,
-    first_reader_ptr,
     grad_y_ptr,
     delta_ptr,
     grad_k_ptr,
     grad_v_ptr,
     query_start_ptr,
     key_start_ptr,
-    entry_ptr,
+    reader_ptr,
+    first_reader_ptr,
     zero,
     seed,
     drops_below,
     n_queries,
-    n_heads,
-    q_stride_n,
-    q_stride_h,
-    k_stride_m,
-    k_stride_g,
-    v_stride_m,
-    v_stride_g,
     scale,
     kept,
-    HEADS_A_KEY: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One program: the gradients of a block of the keys and values of one row and head, from all that read them.
 
@@ -471,55 +451,49 @@ def _backward_of_keys(  # type: ignore[no-untyped-def]
     """
     key_row = tl.program_id(2)
     key_head = tl.program_id(1)
-    first_s = tl.program_id(0) * BLOCK_S
+    first_s = tl.program_id(0) * BLOCK
     first_key = tl.load(key_start_ptr + key_row)
     n_keys = tl.load(key_start_ptr + key_row + 1) - first_key
     if first_s >= n_keys:
         return
-    s = first_s + tl.arange(0, BLOCK_S)
+    s = first_s + tl.arange(0, BLOCK)
     column = tl.arange(0, WIDTH)
     is_key_S = s < n_keys
     key_S = (first_key + s).to(tl.int64)
-    k_ptrs = k_ptr + key_S[:, None] * k_stride_m + key_head * k_stride_g + column[None, :]
-    v_ptrs = v_ptr + key_S[:, None] * v_stride_m + key_head * v_stride_g + column[None, :]
-    k_SK = tl.load(k_ptrs, mask=is_key_S[:, None], other=0.0)
-    v_SK = tl.load(v_ptrs, mask=is_key_S[:, None], other=0.0)
+    place_SK = key_S[:, None] * (KEY_HEADS * WIDTH) + key_head * WIDTH + column[None, :]
+    k_SK = tl.load(k_ptr + place_SK, mask=is_key_S[:, None], other=0.0)
+    v_SK = tl.load(v_ptr + place_SK, mask=is_key_S[:, None], other=0.0)
 
-    grad_k_SK = tl.zeros([BLOCK_S, WIDTH], tl.float32)
-    grad_v_SK = tl.zeros([BLOCK_S, WIDTH], tl.float32)
+    grad_k_SK = tl.zeros([BLOCK, WIDTH], tl.float32)
+    grad_v_SK = tl.zeros([BLOCK, WIDTH], tl.float32)
     for i in range(tl.load(first_reader_ptr + key_row), tl.load(first_reader_ptr + key_row + 1)):
         row = tl.load(reader_ptr + i)
         first_query = tl.load(query_start_ptr + row)
         row_length = tl.load(query_start_ptr + row + 1) - first_query
         begin = 0
         if IS_CAUSAL:
-            begin = first_s // BLOCK_T * BLOCK_T  # earlier queries see none of these keys
-        for head in range(key_head * HEADS_A_KEY, (key_head + 1) * HEADS_A_KEY):
-            for first_t in range(begin, row_length, BLOCK_T):
-                t = first_t + tl.arange(0, BLOCK_T)
+            begin = first_s  # earlier queries see none of these keys
+        for head in range(key_head * (HEADS // KEY_HEADS), (key_head + 1) * (HEADS // KEY_HEADS)):
+            for first_t in range(begin, row_length, BLOCK):
+                t = first_t + tl.arange(0, BLOCK)
                 is_query_T = t < row_length
                 query_T = (first_query + t).to(tl.int64)
-                q_TK = tl.load(
-                    q_ptr + query_T[:, None] * q_stride_n + head * q_stride_h + column[None, :],
-                    mask=is_query_T[:, None],
-                    other=0.0,
-                )
-                grad_y_TK = tl.load(
-                    grad_y_ptr + query_T[:, None] * (n_heads * WIDTH) + head * WIDTH + column[None, :],
-                    mask=is_query_T[:, None],
-                    other=0.0,
-                )
-                of_head_T = tl.cast(head, tl.int64) * n_queries + query_T
-                log_total_T = tl.load(log_total_ptr + of_head_T, mask=is_query_T, other=0.0)
-                delta_T = tl.load(delta_ptr + of_head_T, mask=is_query_T, other=0.0)
+                place_TK = query_T[:, None] * (HEADS * WIDTH) + head * WIDTH + column[None, :]
+                q_TK = tl.load(q_ptr + place_TK, mask=is_query_T[:, None], other=0.0)
+                grad_y_TK = tl.load(grad_y_ptr + place_TK, mask=is_query_T[:, None], other=0.0)
+                place_T = tl.cast(head, tl.int64) * n_queries + query_T
+                # The weights of a query that is not there are exp(… − ∞) = 0.
+                log_total_T = tl.load(log_total_ptr + place_T, mask=is_query_T, other=float("inf"))
+                delta_T = tl.load(delta_ptr + place_T, mask=is_query_T, other=0.0)
                 score_ST = tl.dot(k_SK, tl.trans(q_TK), input_precision="ieee") * scale
-                is_seen_ST = is_key_S[:, None] & is_query_T[None, :]
+                if bias_ptr is not None:
+                    is_pair_ST = is_key_S[:, None] & is_query_T[None, :]
+                    distance_ST = s.to(tl.int64)[:, None] - t.to(tl.int64)[None, :]
+                    of_head_ptr = bias_ptr + head * (2 * zero + 1) + zero
+                    score_ST += tl.load(of_head_ptr + distance_ST, mask=is_pair_ST, other=0.0)
+                weight_ST = tl.exp(score_ST - log_total_T[None, :])
                 if IS_CAUSAL:
-                    is_seen_ST = is_seen_ST & (s[:, None] <= t[None, :])
-                if HAS_BIAS:
-                    entry_ST = tl.load(entry_ptr + (s[:, None] - t[None, :] + zero), mask=is_seen_ST, other=0)
-                    score_ST += tl.load(table_ptr + entry_ST * n_heads + head).to(tl.float32)
-                weight_ST = tl.where(is_seen_ST, tl.exp(score_ST - log_total_T[None, :]), 0.0)
+                    weight_ST = tl.where(s[:, None] <= t[None, :], weight_ST, 0.0)
                 grad_weight_ST = tl.dot(v_SK, tl.trans(grad_y_TK), input_precision="ieee")
                 dropped_ST = weight_ST
                 if HAS_DROPOUT:
@@ -530,7 +504,5 @@ def _backward_of_keys(  # type: ignore[no-untyped-def]
                 grad_v_SK += tl.dot(dropped_ST.to(grad_y_TK.dtype), grad_y_TK, input_precision="ieee")
                 grad_score_ST = weight_ST * (grad_weight_ST - delta_T[None, :])
                 grad_k_SK += tl.dot(grad_score_ST.to(q_TK.dtype), q_TK, input_precision="ieee")
-    n_key_heads = n_heads // HEADS_A_KEY
-    place_SK = key_S[:, None] * (n_key_heads * WIDTH) + key_head * WIDTH + column[None, :]
     tl.store(grad_k_ptr + place_SK, (grad_k_SK * scale).to(grad_k_ptr.dtype.element_ty), mask=is_key_S[:, None])
     tl.store(grad_v_ptr + place_SK, grad_v_SK.to(grad_v_ptr.dtype.element_ty), mask=is_key_S[:, None])

@@ -63,7 +63,7 @@ class Packing:
 
     def unpack(self, x_1ND: Tensor) -> Tensor:
         """The tokens in padded rows: (1, N, …) to (B, T, …). What stands at padding means nothing."""
-        x_PD: Tensor = _Unpack.apply(x_1ND[0], self)  # type: ignore[no-untyped-call]
+        x_PD: Tensor = _Unpack.apply(x_1ND.squeeze(0), self)  # type: ignore[no-untyped-call]
         x_BTD: Tensor = torch.unflatten(x_PD, 0, (self.n_rows, -1))
         return x_BTD
 
@@ -150,11 +150,14 @@ def rows_of(queries: Packing, keys: Packing, row_B: Tensor | None = None) -> Row
 
 
 class PositionBias(NamedTuple):
-    """T5's relative positions: to the score of key s for query t is added table_EH[entry_X[s − t + zero]] of each head.
+    """T5's relative positions: to the score of key s for query t is added bias_HX[head, s − t + zero].
 
-    `zero` is the place in entry_X (int32) of a distance of 0; there is an entry for each distance within a row.
+    That is table_EH[entry_X[s − t + zero], head], read once for all layers: bias_HX (fp32, contiguous, without
+    gradient) has the numbers of neighbouring distances side by side. The gradient is the table's. There is a number for
+    each distance within a row, X = 2 · zero + 1; entry_X is int32.
     """
 
+    bias_HX: Tensor
     table_EH: Tensor
     entry_X: Tensor
     zero: int

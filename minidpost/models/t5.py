@@ -371,7 +371,9 @@ class T5(LanguageModel):
         offset_X = torch.arange(1 - longest, longest, device=self.embedding.weight.device)
         is_encoder = stack is self.encoder
         bucket_X = relative_bucket(offset_X, is_encoder, self.config.n_buckets, self.config.max_distance)
-        return PositionBias(stack.relative_bias.weight, bucket_X.int(), longest - 1)
+        table_EH = stack.relative_bias.weight
+        bias_HX = table_EH.detach().T.index_select(1, bucket_X).float()
+        return PositionBias(bias_HX, table_EH, bucket_X.int(), longest - 1)
 
     def position_bias(self, distance_TS: Tensor) -> Tensor:
         """The decoder's bias for looking so many tokens back (below 0 as at 0): (…) to (…, H)."""

@@ -94,8 +94,10 @@ def inputs_for(shape: Shape, dtype: torch.dtype = torch.float32) -> tuple[list[T
     if not shape.has_bias:
         return tensors, None
     zero = max(shape.queries) - 1
-    tensors.append(torch.randn(7, shape.heads, device=DEVICE, requires_grad=True))
-    return tensors, PositionBias(tensors[3], torch.randint(7, (2 * zero + 1,), dtype=torch.int32).to(DEVICE), zero)
+    table_EH = torch.randn(7, shape.heads, device=DEVICE, requires_grad=True)
+    entry_X = torch.randint(7, (2 * zero + 1,), dtype=torch.int32).to(DEVICE)
+    bias_HX = table_EH.detach().T[:, entry_X].contiguous()
+    return [*tensors, table_EH], PositionBias(bias_HX, table_EH, entry_X, zero)
 
 
 def fp64_attention(
@@ -140,6 +142,22 @@ def test_results_and_gradients_are_those_of_attention(shape, dtype):
     ):
         error = (ours.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=0.1)
         assert error < tolerance, f"{name}: {error}"
+
+
+def test_a_table_that_is_not_trained_has_no_gradient_and_the_others_theirs():
+    shape = SHAPES["T5's decoder"]
+    tensors, bias = inputs_for(shape)
+
+    def gradients() -> tuple[Tensor | None, ...]:
+        y_NHK = packed_attention(*tensors[:3], rows_for(shape), bias, scale=1.0, is_causal=True)
+        return torch.autograd.grad(y_NHK.square().sum(), [x for x in tensors if x.requires_grad])
+
+    expected = gradients()
+    tensors[3].requires_grad_(False)
+    found = gradients()
+    assert (len(expected), len(found)) == (4, 3)
+    for ours, theirs in zip(found, expected, strict=False):
+        assert torch.equal(ours, theirs)
 
 
 def factors_of(shape: Shape, dropout: float, seed: int) -> dict[int, Tensor]:

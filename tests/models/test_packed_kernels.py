@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from minidpost.models import packed_attention
-from minidpost.models.packed_attention import kernel_for, packed_kernel
+from minidpost.models.packed_attention import PackedAttention, kernel_for, packed_kernel
+from minidpost.models.packing import packing_of, rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +36,9 @@ def test_the_kernels_equal_attention_in_the_interpreter():
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward of queries", "backward of keys"])
-@pytest.mark.parametrize(("capability", "width", "is_t5"), [(80, 64, True), (86, 128, False), (90, 64, True)])
+@pytest.mark.parametrize(
+    ("capability", "width", "is_t5"), [(80, 64, True), (86, 128, False), (86, 128, True), (90, 64, True)]
+)
 def test_the_kernels_compile_for_gpus_that_are_not_here(kernel, capability, width, is_t5, tmp_path, monkeypatch):
     """Which the interpreter does not show; and they fit into the shared memory of any of these GPUs."""
     pytest.importorskip("triton", minversion="3.7")
@@ -51,26 +54,24 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(kernel, capability, widt
         "backward of queries": packed_kernels._backward_of_queries,
         "backward of keys": packed_kernels._backward_of_keys,
     }[kernel]
-    constants = {"HEADS_A_KEY": 1 if is_t5 else 4, "HAS_BIAS": is_t5, "IS_CAUSAL": True, "HAS_DROPOUT": True}
-    constants |= {"WIDTH": width, "BLOCK_T": packed_kernels.BLOCK, "BLOCK_S": packed_kernels.BLOCK, "ENTRIES": 32}
+    constants = {"HEADS": 16, "KEY_HEADS": 16 if is_t5 else 4, "IS_CAUSAL": True, "HAS_DROPOUT": True}
+    constants |= {"WIDTH": width, "BLOCK": packed_kernels.BLOCK, "ENTRIES": 32}
+    if not is_t5:
+        constants |= dict.fromkeys(("bias_ptr", "entry_ptr", "grad_table_ptr"))
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in function.arg_names}
-    of_fp32 = {"table_ptr", "log_total_ptr", "delta_ptr", "grad_table_ptr"}
+    of_fp32 = {"bias_ptr", "log_total_ptr", "delta_ptr", "grad_table_ptr"}
     of_int32 = {"query_start_ptr", "key_start_ptr", "key_row_ptr", "reader_ptr", "first_reader_ptr", "entry_ptr"}
     signature |= dict.fromkeys(of_fp32 & set(signature), "*fp32") | {"scale": "fp32", "kept": "fp32"}
     signature |= dict.fromkeys(of_int32 & set(signature), "*i32") | dict.fromkeys(constants, "constexpr")
-    aligned = [i for i, name in enumerate(function.arg_names) if "_ptr" in name or "_stride" in name]
+    aligned = [i for i, name in enumerate(function.arg_names) if signature[name].startswith("*")]
     source = ASTSource(
         function,
         signature=signature,
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    of_keys = kernel == "backward of keys"
-    options = {
-        "num_warps": 4 if width <= 64 else 8,
-        "num_stages": packed_kernels.N_STAGES_OF_KEYS if of_keys else packed_kernels.N_STAGES,
-    }
+    options = {"num_warps": 4 if width <= 64 else 8, "num_stages": packed_kernels.N_STAGES}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert len(compiled.asm["cubin"]) > 0
     assert ("wgmma" if capability >= 90 else "mma.sync") in compiled.asm["ptx"]  # products are tensor cores'
@@ -103,3 +104,20 @@ def test_the_kernel_is_chosen_by_the_precision_of_autocast(monkeypatch):
         packed_kernel(weight, 32)
     cpu = torch.device("cpu")
     assert asked == [(cpu, torch.float32, 64), (cpu, torch.bfloat16, 32)]
+
+
+def test_the_gradient_of_packed_tokens_is_not_copied():
+    """As that of x[0] would be, into a tensor of zeros: once for each of queries, keys and values of a layer."""
+
+    def kernel(q_NHK, k_NHK, v_NHK, *arguments, **keywords):
+        return q_NHK * k_NHK + v_NHK
+
+    packing = packing_of(torch.ones(1, 3, dtype=torch.bool))
+    tensors = [torch.randn(1, 3, 2, 4, requires_grad=True) for _ in range(3)]
+    read_1NHK = PackedAttention(kernel, rows_of(packing, packing)).attend(*tensors)
+    with torch.profiler.profile() as profiled:
+        packing.unpack(read_1NHK).sum().backward()
+    operations = {event.key for event in profiled.key_averages()}
+    assert "aten::mul" in operations
+    assert not operations & {"aten::zeros", "aten::copy_", "aten::select_backward"}
+    assert torch.equal(tensors[0].grad, tensors[1])
