@@ -548,14 +548,19 @@ def step_bytes(model: Any, cache: Any, plan: Any, rows: int) -> dict[str, float]
 
 def training(bench: Bench) -> None:
     """Tokens a second of SFT and DPO with the model's own preset, or micro-batches of other sizes."""
+    for of, name, tokens in trained_models(bench):
+        bench.measure(f"sft/{of}", lambda name=name, tokens=tokens: sft_of(name, bench, tokens))
+        bench.measure(f"dpo/{of}", lambda name=name, tokens=tokens: dpo_of(name, bench, tokens))
+
+
+def trained_models(bench: Bench) -> Iterator[tuple[str, str, int | None]]:
+    """What each measurement of training is called, its model, and the size of its micro-batches."""
     asked_for = bench.options.micro_batch_tokens
     for name in bench.scale.models:
         if name == "llama-3-8b":
             continue  # 16 bytes a parameter do not fit on one card
         for tokens in (asked_for,) if asked_for else MICRO_BATCH_TOKENS.get(name, (None,)):
-            of = f"{name}/{tokens}" if tokens else name
-            bench.measure(f"sft/{of}", lambda name=name, tokens=tokens: sft_of(name, bench, tokens))
-            bench.measure(f"dpo/{of}", lambda name=name, tokens=tokens: dpo_of(name, bench, tokens))
+            yield f"{name}/{tokens}" if tokens else name, name, tokens
 
 
 def training_in_rows(bench: Bench) -> None:
@@ -563,9 +568,7 @@ def training_in_rows(bench: Bench) -> None:
     kernel_for = packed_attention.kernel_for
     packed_attention.kernel_for = lambda device, dtype, width: None  # type: ignore[assignment]
     try:
-        for name in bench.scale.models:
-            tokens = MICRO_BATCH_TOKENS.get(name, (None,))[-1]
-            of = f"{name}/{tokens}" if tokens else name
+        for of, name, tokens in trained_models(bench):
             bench.measure(f"rows/{of}", lambda name=name, tokens=tokens: sft_of(name, bench, tokens))
     finally:
         packed_attention.kernel_for = kernel_for
