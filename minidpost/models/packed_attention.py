@@ -8,7 +8,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from minidpost.models.dropout import new_seed
 from minidpost.models.layers import Attendable
 from minidpost.models.packing import Packing, PositionBias, Rows
 
@@ -33,14 +32,12 @@ class PackedAttention:
     def attend(self, q_1NHK: Tensor, k_1MGK: Tensor | None, v_1MGK: Tensor | None) -> Tensor:
         """What each query reads, (1, N, H, K)."""
         assert k_1MGK is not None and v_1MGK is not None, "keys and values are in no cache here"
-        seed = new_seed() % 2**31 if self.dropout else 0
         # Not q_1NHK[0] and so on: the backward pass would copy the gradient of such a part into a tensor of zeros.
         y_NHK = self.kernel(
             *(q_1NHK.squeeze(0), k_1MGK.squeeze(0), v_1MGK.squeeze(0), self.rows, self.bias),
             scale=self.scale,
             is_causal=self.is_causal,
             dropout=self.dropout,
-            seed=seed,
         )
         return y_NHK[None]
 

@@ -18,7 +18,7 @@ Triton comes with torch's CUDA builds alone, so that packed_attention.py imports
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minidpost.models.dropout import new_seed
 from minidpost.models.packing import PositionBias, Rows
 
 # Queries and keys that a program multiplies at once. A product of 64 × 64 is what a warp group's tensor cores take.
@@ -44,20 +45,32 @@ def packed_attention(
     scale: float,
     is_causal: bool = False,
     dropout: float = 0.0,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> Tensor:
     """What each of N queries reads of its row's keys and values, (N, H, K), with gradients of all four tensors.
 
     Each of the G heads of keys and values is read by H / G heads of queries. With `is_causal` a query sees keys up to
     its own place; rows of queries and keys are then the same. `dropout` is the probability with which a weight is
-    dropped, decided by `seed` (31 bits). K is a power of two from 16 on. Scores, softmax and sums are fp32; weights,
-    and gradients of scores, are rounded to the precision of the values. Every token must be in a row.
+    dropped, decided by `seed` (31 bits; None: one of torch's generator). K is a power of two from 16 on. Scores,
+    softmax and sums are fp32; weights, and gradients of scores, are rounded to the precision of the values. Every token
+    must be in a row.
     """
+    if seed is None:
+        seed = new_seed() % 2**31 if dropout else 0
     y_NHK: Tensor = _PackedAttention.apply(  # type: ignore[no-untyped-call]
         *(q_NHK.contiguous(), k_MGK.contiguous(), v_MGK.contiguous(), None if bias is None else bias.table_EH),
-        *(rows, bias, scale, is_causal, dropout, seed),
+        *(rows, bias, _Options(scale, is_causal, dropout, seed)),
     )
     return y_NHK
+
+
+class _Options(NamedTuple):
+    """How tokens attend; as `packed_attention` has it."""
+
+    scale: float
+    is_causal: bool
+    dropout: float
+    seed: int
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -72,34 +85,14 @@ class _PackedAttention(torch.autograd.Function):
         table_EH: Tensor | None,
         rows: Rows,
         bias: PositionBias | None,
-        scale: float,
-        is_causal: bool,
-        dropout: float,
-        seed: int,
+        options: _Options,
     ) -> Tensor:
-        n_queries, n_heads, width = q_NHK.shape
         bias_HX, entry_X, zero = (bias.bias_HX, bias.entry_X, bias.zero) if bias else (None, None, 0)
-        drops_below = min(round(dropout * N_RANDOM), N_RANDOM - 1)
-        kept = 1.0 / (1.0 - dropout) if dropout < 1 else 0.0
-        # What the arguments of all kernels end with; the kernels name them.
-        numbers = (zero, seed, drops_below, n_queries, scale, kept)
-        constants = (n_heads, k_MGK.shape[1], width, is_causal, dropout > 0, BLOCK)
-        n_warps = 4 if width <= 64 else 8
-        y_NHK = torch.empty_like(q_NHK)
-        log_total_HN = torch.empty(n_heads, n_queries, dtype=torch.float32, device=q_NHK.device)
-        grid = (_n_blocks(rows.longest[0]), n_heads, rows.key_row_B.shape[0])
-        with _device_of(q_NHK):
-            _forward[grid](
-                *(q_NHK, k_MGK, v_MGK, bias_HX, y_NHK, log_total_HN),
-                *(rows.query_start_B, rows.key_start_Q, rows.key_row_B),
-                *numbers,
-                *constants,
-                num_warps=n_warps,
-                num_stages=N_STAGES,
-            )
+        y_NHK, log_total_HN = _run_forward(q_NHK, k_MGK, v_MGK, bias_HX, zero, rows, options)
         ctx.save_for_backward(q_NHK, k_MGK, v_MGK, bias_HX, entry_X, y_NHK, log_total_HN)
+        ctx.zero = zero
         ctx.rows = rows
-        ctx.arguments = (numbers, constants, n_warps)
+        ctx.options = options
         if table_EH is not None:
             ctx.n_entries = table_EH.shape[0]
             ctx.table_dtype = table_EH.dtype
@@ -108,48 +101,103 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y_NHK: Tensor) -> tuple[Tensor | None, ...]:
+        n_entries = ctx.n_entries if ctx.needs_input_grad[3] else 0
         q_NHK, k_MGK, v_MGK, bias_HX, entry_X, y_NHK, log_total_HN = ctx.saved_tensors
-        rows: Rows = ctx.rows
-        numbers, constants, n_warps = ctx.arguments
-        n_heads, n_key_heads = constants[:2]
-        n_rows, n_key_rows = rows.key_row_B.shape[0], rows.key_start_Q.shape[0] - 1
-        n_query_blocks, n_key_blocks = _n_blocks(rows.longest[0]), _n_blocks(rows.longest[1])
-        grad_y_NHK = grad_y_NHK.contiguous()
-        grad_q_NHK = torch.empty_like(q_NHK)
-        grad_k_MGK = torch.empty_like(k_MGK)
-        grad_v_MGK = torch.empty_like(v_MGK)
-        delta_HN = torch.empty_like(log_total_HN)
-        # Each program has a line of its own for its part of the table's gradient: added up in a fixed order. E is here
-        # the next power of two. Of a table that is not trained there is nothing to add up.
-        grad_table_PHE = None
-        n_entries = 1
-        if ctx.needs_input_grad[3]:
-            n_entries = 1 << (ctx.n_entries - 1).bit_length()
-            n_programs = n_rows * n_query_blocks
-            grad_table_PHE = torch.empty(n_programs, n_heads, n_entries, dtype=torch.float32, device=q_NHK.device)
-        with _device_of(q_NHK):
-            _backward_of_queries[(n_query_blocks, n_heads, n_rows)](
-                *(q_NHK, k_MGK, v_MGK, bias_HX, entry_X, y_NHK, log_total_HN),
-                *(grad_y_NHK, grad_q_NHK, delta_HN, grad_table_PHE),
-                *(rows.query_start_B, rows.key_start_Q, rows.key_row_B),
-                *numbers,
-                *constants,
-                n_entries,
-                num_warps=n_warps,
-                num_stages=N_STAGES,
-            )
-            _backward_of_keys[(n_key_blocks, n_key_heads, n_key_rows)](
-                *(q_NHK, k_MGK, v_MGK, bias_HX, log_total_HN, grad_y_NHK, delta_HN, grad_k_MGK, grad_v_MGK),
-                *(rows.query_start_B, rows.key_start_Q, rows.reader_B, rows.first_reader_Q),
-                *numbers,
-                *constants,
-                num_warps=n_warps,
-                num_stages=N_STAGES,
-            )
-        grad_table_EH = None
-        if grad_table_PHE is not None:
-            grad_table_EH = grad_table_PHE.sum(0).T[: ctx.n_entries].to(ctx.table_dtype)
-        return (grad_q_NHK, grad_k_MGK, grad_v_MGK, grad_table_EH, *[None] * 6)
+        grad_q_NHK, grad_k_MGK, grad_v_MGK, grad_table_EH = _run_backward(
+            *(grad_y_NHK, q_NHK, k_MGK, v_MGK, bias_HX, entry_X, y_NHK, log_total_HN),
+            *(n_entries, ctx.zero, ctx.rows, ctx.options),
+        )
+        if grad_table_EH is not None:
+            grad_table_EH = grad_table_EH.to(ctx.table_dtype)
+        return grad_q_NHK, grad_k_MGK, grad_v_MGK, grad_table_EH, None, None, None
+
+
+# -- launching the kernels --------------------------------------------------------------------------------------------
+
+
+def _run_forward(
+    q_NHK: Tensor, k_MGK: Tensor, v_MGK: Tensor, bias_HX: Tensor | None, zero: int, rows: Rows, options: _Options
+) -> tuple[Tensor, Tensor]:
+    """What each query reads, and log Σ exp(score) of each head's query, (H, N)."""
+    n_queries, n_heads, width = q_NHK.shape
+    y_NHK = torch.empty_like(q_NHK)
+    log_total_HN = torch.empty(n_heads, n_queries, dtype=torch.float32, device=q_NHK.device)
+    grid = (_n_blocks(rows.longest[0]), n_heads, rows.key_row_B.shape[0])
+    with _device_of(q_NHK):
+        _forward[grid](
+            *(q_NHK, k_MGK, v_MGK, bias_HX, y_NHK, log_total_HN),
+            *(rows.query_start_B, rows.key_start_Q, rows.key_row_B),
+            *_common_arguments(q_NHK, k_MGK, zero, options),
+            num_warps=_n_warps(width),
+            num_stages=N_STAGES,
+        )
+    return y_NHK, log_total_HN
+
+
+def _run_backward(
+    grad_y_NHK: Tensor,
+    q_NHK: Tensor,
+    k_MGK: Tensor,
+    v_MGK: Tensor,
+    bias_HX: Tensor | None,
+    entry_X: Tensor | None,
+    y_NHK: Tensor,
+    log_total_HN: Tensor,
+    n_entries: int,
+    zero: int,
+    rows: Rows,
+    options: _Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of queries, keys, values, and of a table of n_entries (0: it has none), (E, H)."""
+    n_heads, n_key_heads, width = q_NHK.shape[1], k_MGK.shape[1], q_NHK.shape[2]
+    n_rows, n_key_rows = rows.key_row_B.shape[0], rows.key_start_Q.shape[0] - 1
+    n_query_blocks, n_key_blocks = _n_blocks(rows.longest[0]), _n_blocks(rows.longest[1])
+    arguments = _common_arguments(q_NHK, k_MGK, zero, options)
+    grad_y_NHK = grad_y_NHK.contiguous()
+    grad_q_NHK = torch.empty_like(q_NHK)
+    grad_k_MGK = torch.empty_like(k_MGK)
+    grad_v_MGK = torch.empty_like(v_MGK)
+    delta_HN = torch.empty_like(log_total_HN)
+    # Each program has a line of its own for its part of the table's gradient: added up in a fixed order. E is here the
+    # next power of two.
+    n_entries_padded = 1 << max(n_entries - 1, 0).bit_length()
+    grad_table_PHE = None
+    if n_entries:
+        n_programs = n_rows * n_query_blocks
+        grad_table_PHE = torch.empty(n_programs, n_heads, n_entries_padded, dtype=torch.float32, device=q_NHK.device)
+    with _device_of(q_NHK):
+        _backward_of_queries[(n_query_blocks, n_heads, n_rows)](
+            *(q_NHK, k_MGK, v_MGK, bias_HX, entry_X, y_NHK, log_total_HN),
+            *(grad_y_NHK, grad_q_NHK, delta_HN, grad_table_PHE),
+            *(rows.query_start_B, rows.key_start_Q, rows.key_row_B),
+            *arguments,
+            n_entries_padded,
+            num_warps=_n_warps(width),
+            num_stages=N_STAGES,
+        )
+        _backward_of_keys[(n_key_blocks, n_key_heads, n_key_rows)](
+            *(q_NHK, k_MGK, v_MGK, bias_HX, log_total_HN, grad_y_NHK, delta_HN, grad_k_MGK, grad_v_MGK),
+            *(rows.query_start_B, rows.key_start_Q, rows.reader_B, rows.first_reader_Q),
+            *arguments,
+            num_warps=_n_warps(width),
+            num_stages=N_STAGES,
+        )
+    grad_table_EH = None if grad_table_PHE is None else grad_table_PHE.sum(0).T[:n_entries]
+    return grad_q_NHK, grad_k_MGK, grad_v_MGK, grad_table_EH
+
+
+def _common_arguments(q_NHK: Tensor, k_MGK: Tensor, zero: int, options: _Options) -> tuple[Any, ...]:
+    """What the arguments of all kernels end with; the kernels name them."""
+    n_queries, n_heads, width = q_NHK.shape
+    scale, is_causal, dropout, seed = options
+    drops_below = min(round(dropout * N_RANDOM), N_RANDOM - 1)
+    kept = 1.0 / (1.0 - dropout) if dropout < 1 else 0.0
+    numbers = (zero, seed, drops_below, n_queries, scale, kept)
+    return (*numbers, n_heads, k_MGK.shape[1], width, is_causal, dropout > 0, BLOCK)
+
+
+def _n_warps(width: int) -> int:
+    return 4 if width <= 64 else 8
 
 
 def _n_blocks(n_tokens: int) -> int:
