@@ -12,7 +12,16 @@ from typing import Any, get_args
 
 from minidpost.errors import UserError
 from minidpost.selftraining.methods import METHODS
-from minidpost.selftraining.presets import LLAMA, MEDIUM_LLAMA, SMALL_LLAMA, T5, TINY_LLAMA, TINY_T5, Preset
+from minidpost.selftraining.presets import (
+    LLAMA,
+    MEDIUM_LLAMA,
+    SMALL_LLAMA,
+    SMALLEST_LLAMA,
+    T5,
+    TINY_LLAMA,
+    TINY_T5,
+    Preset,
+)
 from minidpost.storage import read_json
 
 MANY = 10**6  # of rows, tokens, steps …: what is larger must be a typing error
@@ -135,12 +144,15 @@ def add_hyperparameters(parser: argparse.ArgumentParser) -> None:
 
 def default_text(name: str) -> str:
     """The default of a hyperparameter as --help shows it, by model where the models differ, and by method likewise."""
-    smaller = {"Llama up to 4B": MEDIUM_LLAMA, "up to 700M": SMALL_LLAMA}
+    smaller = {"Llama up to 4B": MEDIUM_LLAMA, "up to 700M": SMALL_LLAMA, "up to 250M": SMALLEST_LLAMA}
     by_model = {"T5": T5, "Llama": LLAMA, **smaller, "tiny-t5": TINY_T5, "tiny-llama": TINY_LLAMA}
     values = {model: written(vars(preset)[name]) for model, preset in by_model.items()}
-    for model in smaller:
-        if values[model] == values["Llama"]:
+    larger = "Llama"
+    for model in smaller:  # named only where it differs from the next larger ones
+        if values[model] == values[larger]:
             del values[model]
+        else:
+            larger = model
     if values["tiny-t5"] == values["tiny-llama"]:
         values["tiny models"] = values.pop("tiny-t5")
         del values["tiny-llama"]

@@ -16,6 +16,7 @@ from minidpost.selftraining.presets import (
     LLAMA,
     MEDIUM_LLAMA,
     SMALL_LLAMA,
+    SMALLEST_LLAMA,
     T5,
     TINY_LLAMA,
     TINY_T5,
@@ -103,7 +104,7 @@ def test_llama_has_the_papers_recipe(shared, model):
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        ("smollm2-135m", SMALL_LLAMA),
+        ("smollm2-135m", SMALLEST_LLAMA),
         ("smollm2-360m", SMALL_LLAMA),
         ("tinyllama-1.1b", MEDIUM_LLAMA),
         ("Llama-3.2-1B", MEDIUM_LLAMA),
@@ -124,14 +125,14 @@ def test_a_shape_between_has_its_preset_by_size():
 
 
 def test_smaller_models_learn_in_larger_and_more_steps():
-    by_size = [SMALL_LLAMA, MEDIUM_LLAMA, LLAMA]
+    by_size = [SMALLEST_LLAMA, SMALL_LLAMA, MEDIUM_LLAMA, LLAMA]
     for name in ("sft_learning_rate", "dpo_learning_rate"):
         rates = [vars(preset)[name] for preset in by_size]
-        assert rates == sorted(rates, reverse=True) and rates[1] > rates[2]
+        assert rates == sorted(rates, reverse=True) and rates[2] > rates[3]
     for name in ("sft_examples_per_step", "dpo_pairs_per_step"):
         sizes = [vars(preset)[name] for preset in by_size]
-        assert sizes == sorted(sizes) and sizes[1] < sizes[2]
-    assert [preset.activation_checkpointing for preset in by_size] == [False, True, True]
+        assert sizes == sorted(sizes) and sizes[2] < sizes[3]
+    assert [preset.activation_checkpointing for preset in by_size] == [False, False, True, True]
 
 
 def test_models_of_less_than_a_million_weights_have_presets_of_their_own():
@@ -182,10 +183,8 @@ def test_methods_differ_by_their_rules_alone():
 
 
 def test_lora_has_ten_times_the_learning_rates_within_a_bound():
-    for preset in (T5, LLAMA, MEDIUM_LLAMA, SMALL_LLAMA, TINY_T5, TINY_LLAMA):
-        sft_rate = (
-            6e-3 if preset.sft_epochs >= 10 else 10 * preset.sft_learning_rate
-        )  # of tiny models ten times is 2e-2
+    for preset in (T5, LLAMA, MEDIUM_LLAMA, SMALL_LLAMA, SMALLEST_LLAMA, TINY_T5, TINY_LLAMA):
+        sft_rate = 6e-3 if preset.sft_learning_rate >= 1e-3 else 10 * preset.sft_learning_rate
         rates = {"sft_learning_rate": sft_rate, "dpo_learning_rate": 10 * preset.dpo_learning_rate}
         assert for_lora(preset) == replace(preset, **rates)
         assert (preset.lora_rank, preset.lora_alpha) == (None, None)
