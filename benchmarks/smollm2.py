@@ -5,7 +5,7 @@
     python -m benchmarks.smollm2 sft-rates --model FILE.gguf    SFT with several learning rates, on dev
     python -m benchmarks.smollm2 rates     --model FILE.gguf    DPO with several learning rates, on dev
     python -m benchmarks.smollm2 grade     --model FILE.gguf    its models' greedy answers to the test questions
-    python -m benchmarks.smollm2 report                         its page, smollm2-SCALE.md
+    python -m benchmarks.smollm2 report                         its page, smollm2-SCALE.md; smollm2.md for whole
     python -m benchmarks.smollm2 all       --model FILE.gguf    base, train and grade side by side, for a GPU
 
 Every part goes on where it was stopped; what it finds lies in benchmarks/results/smollm2/ as JSON. `--scale whole` is
@@ -645,7 +645,7 @@ def machine() -> dict[str, Any]:
 
 
 def report(scale: str) -> None:
-    """Write a scale's page, smollm2-SCALE.md, from what has been found at it."""
+    """Write a scale's page, smollm2-SCALE.md (the whole's is smollm2.md), from what has been found at it."""
     paths = sorted(FOUND.glob(f"{scale}-[0-9]*.json"))
     found = [read_json(path) for path in paths]
     seeds = [path.stem.rpartition("-")[2] for path in paths]
@@ -681,7 +681,8 @@ def report(scale: str) -> None:
     if "zero-shot/gsm8k/off" in base:
         lines += completions_of(base)
     page = "\n".join(lines)
-    (RESULTS / f"smollm2-{scale}.md").write_text(page, encoding="utf-8")
+    name = "smollm2" if scale == "whole" else f"smollm2-{scale}"
+    (RESULTS / f"{name}.md").write_text(page, encoding="utf-8")
     print(page)
 
 

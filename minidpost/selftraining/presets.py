@@ -165,9 +165,9 @@ LLAMA = replace(
 
 # [ours] Smaller decoder-only models need larger steps than the paper's 7B, and more of them: with 128 examples a step
 # SmolLM2-135M has too few on a small labelled set. SFT's learning rate for it was chosen on GSM8K's dev questions: with
-# 1e-3 it answers 15.2 % of them, with 3e-4 12.8 and with 1e-4 8.6 (benchmarks/results/smollm2-whole.md); higher ones
+# 1e-3 it answers 15.2 % of them, with 3e-4 12.8 and with 1e-4 8.6 (benchmarks/results/smollm2.md); higher ones
 # were not tried. DPO's learning rate is the paper's for T5, the model of its that is nearest in size: 5e-6 was far too
-# high, samples were then 2.9 % correct that had been 10.4 % (smollm2.md). The values of MEDIUM_LLAMA and SMALL_LLAMA
+# high, samples were then 2.9 % correct that had been 10.4 % (smollm2-first.md). MEDIUM_LLAMA's and SMALL_LLAMA's values
 # lie between those and the paper's for 7B, and have not been tried on models of their sizes.
 MEDIUM_LLAMA = replace(  # 700M to 4B: Llama-3.2-1B and -3B, TinyLlama, SmolLM2-1.7B, Qwen2.5-1.5B
     LLAMA,
