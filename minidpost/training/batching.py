@@ -27,8 +27,8 @@ PADDING_ID = 0  # any id would do: padding is recognised by the rows' lengths, n
 # of a micro-batch take 80 ms to start, in which SmolLM2-135M and Flan-T5-Large compute more than ten thousand tokens.
 CPU_BATCH_COST = 128
 GPU_BATCH_COST = 16384
-# Where tokens are packed (models/packing.py) padding is computed in attention alone: what a place of it takes, in
-# memory and in time, as a fraction of what a token takes.
+# Where tokens are packed (models/packing.py) padding is computed in attention alone, and there not by our kernels: what
+# a place of it takes at most, in memory and in time, as a fraction of what a token takes.
 PACKED_PADDING = 0.25
 GPU_LENGTH_MULTIPLE = 16  # lengths are padded to multiples of this on a GPU: fewer shapes, and aligned ones
 
