@@ -543,6 +543,7 @@ def test_the_gpus_page_stands_beside_what_was_before():
         "sft/m": {"tokens_s": 1e5, "step_ms": 10.0, "tokens_a_step": 1000.0, "flops_a_token": 1e9, "peak_gb": 5.0},
         "attention/m/32": {"products": 10.0, "efficient": 20.0, "cudnn": "no such kernel", "bytes": 10_000_000},
         "attention/m/64": {"ours": 5.0, "products": 10.0, "bytes": 10_000_000, "ours, bytes": 7_500_000},
+        "rows/m": {"tokens_s": 7e4},
         "dpo/m": {"error": "OutOfMemoryError: 80 GB"},
     }
     page = gpu.page(found, {"sampling/m/32": {"tokens_s": 400.0}}, "It is **fast**.")
@@ -550,7 +551,7 @@ def test_the_gpus_page_stands_beside_what_was_before():
     step = ["2.00", "16,000", "25%", "40%"]
     assert ["m", "32", "800", "400", "820", "40", *step, "3.0", "100 (8.0×)"] in rows
     assert ["m", "64", "900", "–", "920", "–", *["–"] * 4, "4.0", "–"] in rows
-    assert ["sft, m", "100,000", "–", "10", "1,000", "20%", "5.0", "–"] in rows
+    assert ["sft, m", "100,000", "–", "70,000", "10", "1,000", "20%", "5.0", "–"] in rows
     assert ["m", "32", "1,000", "–", "20", "–", "10"] in rows
     assert ["m", "64", "1,500", "5", "–", "–", "10"] in rows
     assert "- dpo/m: OutOfMemoryError: 80 GB" in page
