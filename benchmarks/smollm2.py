@@ -35,7 +35,7 @@ import torch
 
 from benchmarks.common import RESULTS, instruction_set, machine_line
 from benchmarks.effect import bits, pass_at, percent, points
-from minidpost.cli import Parser, device, run_command
+from minidpost.cli import NOT_NEGATIVE, POSITIVE, Parser, checked, device, run_command
 from minidpost.data import datasets
 from minidpost.data.example import Example
 from minidpost.models.hf_config import Model, read_config
@@ -164,15 +164,15 @@ def main() -> None:
     parser.add_argument("part", choices=("base", "train", "sft-rates", "rates", "grade", "report", "all"))
     parser.add_argument("--model", help="the GGUF file of SmolLM2-135M-Instruct, or the directory made from it")
     parser.add_argument("--scale", choices=SCALES, default="part", help="how much of the recipe (default: part)")
-    parser.add_argument("--seeds", default="1", help="of the runs (default: 1)")
+    parser.add_argument("--seeds", type=seeds_of, default=(1,), help="of the runs (default: 1)")
     rates = ",".join(map(rate_name, SFT_RATES))
     parser.add_argument("--learning-rates", type=sft_rates, default=SFT_RATES, help=f"of sft-rates (default: {rates})")
-    parser.add_argument("--methods", default=",".join(METHODS), help=f"(default: {','.join(METHODS)})")
+    parser.add_argument("--methods", type=methods_of, default=METHODS, help=f"(default: {','.join(METHODS)})")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the datasets lie (default: data)")
     parser.add_argument("--runs", type=Path, default=Path("runs/smollm2"), help="(default: runs/smollm2)")
     parser.add_argument("--device", type=device, default=default_device(), help="(default: cuda if any)")
-    parser.add_argument("--iterations", type=int, help="of the runs (default: the scale's)")
-    parser.add_argument("--slots", type=int, default=64, help="rows that are decoded at once (default: 64)")
+    parser.add_argument("--iterations", type=POSITIVE, help="of the runs (default: the scale's)")
+    parser.add_argument("--slots", type=POSITIVE, default=64, help="rows that are decoded at once (default: 64)")
     options = parser.parse_args()
     if options.part == "report":
         report(options.scale)
@@ -184,7 +184,7 @@ def main() -> None:
     if options.part == "base":
         measure_base(base, options)
         return
-    seeds = [int(seed) for seed in options.seeds.split(",")]
+    seeds = options.seeds
     if options.part == "sft-rates":
         measure_sft_rates(base, seeds, options)
         return
@@ -195,11 +195,22 @@ def main() -> None:
         run_all(base, seeds, options)
         return
     for seed in seeds:
-        for method in options.methods.split(","):
+        for method in options.methods:
             if options.part == "train":
                 train(base, method, seed, options)
             else:
                 grade(method, seed, options)
+
+
+def seeds_of(text: str) -> tuple[int, ...]:
+    """The seeds of --seeds."""
+    return tuple(map(NOT_NEGATIVE, text.split(",")))
+
+
+def methods_of(text: str) -> tuple[str, ...]:
+    """The methods of --methods."""
+    read = checked(str, METHODS.__contains__, " or ".join(METHODS))
+    return tuple(map(read, text.split(",")))
 
 
 def questions(name: str, split: str, options: argparse.Namespace, n: int | None) -> list[Example]:

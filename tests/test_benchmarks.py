@@ -510,7 +510,18 @@ def test_the_table_of_sfts_learning_rates(sft_rate_options, tmp_path, monkeypatc
     assert rows[2][8].startswith("40.0 ±") and rows[2][9].startswith("75.0 ±")  # pass@1, pass@10
 
 
-@pytest.mark.parametrize("wrong", [["--learning-rates", "1e-4,x"], ["--model", "nonsense"], ["--device", "nonsense"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--learning-rates", "1e-4,x"],
+        ["--model", "nonsense"],
+        ["--device", "nonsense"],
+        ["--seeds", "1,nonsense"],
+        ["--methods", "st,nonsense"],
+        ["--slots", "0"],
+        ["--iterations", "0"],
+    ],
+)
 def test_a_mistake_in_smollm2s_flags_is_one_line(wrong):
     command = [sys.executable, "-m", "benchmarks.smollm2", "sft-rates", "--model", "weights/tiny-llama", *wrong]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

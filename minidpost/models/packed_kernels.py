@@ -51,9 +51,9 @@ def packed_attention(
 
     Each of the G heads of keys and values is read by H / G heads of queries. With `is_causal` a query sees keys up to
     its own place; rows of queries and keys are then the same. `dropout` is the probability with which a weight is
-    dropped, decided by `seed` (31 bits; None: one of torch's generator). K is a power of two from 16 on. Scores,
-    softmax and sums are fp32; weights, and gradients of scores, are rounded to the precision of the values. Every token
-    must be in a row.
+    dropped, decided by `seed` (31 bits; None: one of torch's generator). K is a power of two from 16 on. Queries, keys
+    and values have one precision. Scores, softmax and sums are fp32; weights, and gradients of scores, are rounded to
+    that precision. Every token must be in a row.
     """
     if seed is None:
         seed = new_seed() % 2**31 if dropout else 0

@@ -17,6 +17,7 @@ from triton.runtime import interpreter
 from minidpost.models import llama, t5
 from minidpost.models.hf_config import Model
 from minidpost.models.llama import Llama, LlamaConfig
+from minidpost.models.packed_attention import try_kernel
 from minidpost.models.packed_kernels import packed_attention
 from minidpost.models.packing import PositionBias, Rows, packing_of, rows_of
 from minidpost.models.t5 import T5, T5Config
@@ -49,6 +50,7 @@ SHAPES = {
     "cross-attention, shared prompts": Shape((3, 70, 9, 65), (66, 7), (1, 0, 1, 0), width=32),
     "Llama": Shape((5, 70, 1), (5, 70, 1), (0, 1, 2), 6, 2, 32, is_causal=True, scale=0.2),
     "one token": Shape((1,), (1,), (0,), 1, 1),
+    "keys that nobody reads, heads no power of two": Shape((3, 66), (7, 65, 70), (2, 0), 6, 3),
 }
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
@@ -158,6 +160,23 @@ def test_a_table_that_is_not_trained_has_no_gradient_and_the_others_theirs():
     assert (len(expected), len(found)) == (4, 3)
     for ours, theirs in zip(found, expected, strict=False):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("gradients", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_the_trial_passes_in_any_mode_and_notices_wrong_gradients(gradients):
+    """The first pass may be one without gradients; and the trial's kernels are those that need most."""
+    given = []
+
+    def kernel(q_NHK, k_MGK, v_MGK, rows, bias, **options):
+        given.append((bias, options))
+        return packed_attention(q_NHK, k_MGK, v_MGK, rows, bias, **options)
+
+    with gradients():
+        try_kernel(kernel, torch.device(DEVICE), torch.float32 if IS_INTERPRETED else torch.bfloat16, 16)
+    (bias, options), *_ = given
+    assert bias.table_EH.grad is not None and options["is_causal"] and 0 < options["dropout"] < 1e-3
+    with gradients(), pytest.raises(RuntimeError, match="a gradient of 1"):
+        try_kernel(lambda *tensors, **options: 2 * kernel(*tensors, **options), torch.device(DEVICE), torch.float32, 16)
 
 
 def factors_of(shape: Shape, dropout: float, seed: int) -> dict[int, Tensor]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minidpost.models import packed_attention
+from minidpost.models import llama, packed_attention
+from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.packed_attention import PackedAttention, kernel_for, packed_kernel
 from minidpost.models.packing import packing_of, rows_of
 
@@ -104,6 +105,27 @@ def test_the_kernel_is_chosen_by_the_precision_of_autocast(monkeypatch):
         packed_kernel(weight, 32)
     cpu = torch.device("cpu")
     assert asked == [(cpu, torch.float32, 64), (cpu, torch.bfloat16, 32)]
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_under_autocast_the_kernel_is_given_the_precision_that_it_was_chosen_for(qk_norm, monkeypatch):
+    """Where queries, keys and values have a bias too (Qwen2.5), which is fp32, as is a sum with it."""
+    given = []
+
+    def kernel(q_NHK, k_MGK, v_MGK, *arguments, **keywords):
+        given.append((q_NHK.dtype, k_MGK.dtype, v_MGK.dtype))
+        return q_NHK
+
+    monkeypatch.setattr(llama, "packed_kernel", lambda weight, width: kernel)
+    config = LlamaConfig(50, 24, 40, 1, n_heads=4, n_kv_heads=2, d_head=16, qkv_bias=True, qk_norm=qk_norm)
+    model = Llama(config).initialise()
+    packing = packing_of(torch.ones(1, 3, dtype=torch.bool))
+    ids_BT = torch.tensor([[1, 2, 3]])
+    model.hidden(ids_BT, packing=packing)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.hidden(ids_BT, packing=packing).sum().backward()
+    assert given == [(torch.float32,) * 3, (torch.bfloat16,) * 3]
+    assert model.stack.layers[0].attention.query.bias.grad.abs().max() > 0
 
 
 def test_the_gradient_of_packed_tokens_is_not_copied():
