@@ -103,13 +103,22 @@ def decoding_kernel(device: torch.device, dtype: torch.dtype, width: int) -> Att
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever it is, there is another way
-        reason = str(error).strip().splitlines()
-        warnings.warn(
-            f"no kernel for attention, decoding will be slower ({type(error).__name__}: {reason[0] if reason else ''})",
-            stacklevel=3,
-        )
+        warn_of_no_kernel("decoding will be slower", error, stacklevel=4)
         return None
     return decode_attention
+
+
+def warn_of_no_kernel(effect: str, error: Exception, stacklevel: int) -> None:
+    """One line: what follows, and why a kernel of ours does not run."""
+    reason = str(error).strip().splitlines()
+    text = f"no kernel for attention, {effect} ({type(error).__name__}: {reason[0] if reason else ''})"
+    warnings.warn(text, stacklevel=stacklevel)
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """The precision that products of x are computed in: autocast's where that is at work, else that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def linear(x_BTD: Tensor, weight_OD: Tensor) -> Tensor:
@@ -147,8 +156,7 @@ class RMSNorm(nn.RMSNorm):
         if x_BTD.device.type != "cpu" or x_BTD.dtype == torch.bfloat16 or torch.is_grad_enabled():
             weight_D = self.weight.to(torch.promote_types(self.weight.dtype, x_BTD.dtype))
             y_BTD = F.rms_norm(x_BTD, self.normalized_shape, weight_D, self.eps)
-            kind = x_BTD.device.type
-            return y_BTD.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y_BTD
+            return y_BTD.to(computed_in(y_BTD))
         # x · weight · √D / √(Σx² + D·eps) is the same number.
         width = x_BTD.shape[-1]
         eps = torch.finfo(x_BTD.dtype).eps if self.eps is None else self.eps

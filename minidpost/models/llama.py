@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from minidpost.errors import UserError
 from minidpost.models.dropped_attention import dropped_attention
 from minidpost.models.kvcache import CachedTokens, KVCache, StepPlan, indices
-from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, linear
+from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, computed_in, linear
 from minidpost.models.packed_attention import AttentionInPaddedRows, PackedAttention, packed_kernel
 from minidpost.models.packing import Packing, rows_of
 from minidpost.precision import to_device
@@ -321,10 +321,7 @@ class Llama(LanguageModel):
         cos_BT1K = torch.cat([cos_BTK, cos_BTK], dim=-1)[..., None, :]  # one for each half of a head
         sin_BT1K = torch.cat([-sin_BTK, sin_BTK], dim=-1)[..., None, :]
         # That of the queries and keys: autocast's where that is at work, else the weights'.
-        dtype = self.embedding.weight.dtype
-        kind = position_BT.device.type
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
+        dtype = computed_in(self.embedding.weight)
         return Rotation(cos_BT1K.to(dtype), sin_BT1K.to(dtype))
 
     @torch.inference_mode()

@@ -1,6 +1,5 @@
 """What packed tokens attend to in training (packing.py): by our kernel on a GPU, in padded rows elsewhere."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -8,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from minidpost.models.layers import Attendable
+from minidpost.models.layers import Attendable, computed_in, warn_of_no_kernel
 from minidpost.models.packing import Packing, PositionBias, Rows
 
 Kernel = Callable[..., Tensor]  # packed_kernels.packed_attention
@@ -70,12 +69,6 @@ def packed_kernel(weight: Tensor, width: int) -> Kernel | None:
     return kernel_for(weight.device, computed_in(weight), width)
 
 
-def computed_in(x: Tensor) -> torch.dtype:
-    """The precision that products of x are computed in: autocast's where that is at work, else that of x."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 @cache
 def kernel_for(device: torch.device, dtype: torch.dtype, width: int) -> Kernel | None:
     """The kernel for numbers of this precision, or None; with a warning where it should run and does not.
@@ -92,12 +85,7 @@ def kernel_for(device: torch.device, dtype: torch.dtype, width: int) -> Kernel |
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever it is, there is another way
-        reason = str(error).strip().splitlines()
-        warnings.warn(
-            "no kernel for attention, training will be slower and take more memory "
-            f"({type(error).__name__}: {reason[0] if reason else ''})",
-            stacklevel=4,
-        )
+        warn_of_no_kernel("training will be slower and take more memory", error, stacklevel=5)
         return None
     return packed_attention
 

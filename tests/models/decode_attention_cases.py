@@ -7,11 +7,10 @@ imported. By hand: `TRITON_INTERPRET=1 python -m pytest tests/models/decode_atte
 import os
 import warnings
 
-import numpy as np
 import pytest
 import torch
+from interpreted import multiply_bf16
 from torch import Tensor
-from triton.runtime import interpreter
 
 from minidpost.models import decode_attention as kernel
 from minidpost.models import kvcache
@@ -28,19 +27,8 @@ TOLERANCES = {torch.float32: {"rtol": 1e-5, "atol": 2e-6}, torch.bfloat16: {"rto
 
 @pytest.fixture(autouse=True)
 def products_of_bf16(monkeypatch):
-    """The interpreter holds bf16 as whole numbers of 16 bits, and multiplies those; here they are made fp32 first."""
-    create_dot = interpreter.InterpreterBuilder.create_dot
-
-    def fp32(handle):
-        if handle.dtype.scalar.name != "bf16":
-            return handle
-        data = (handle.data.astype(np.uint32) << 16).view(np.float32)
-        return interpreter.TensorHandle(data, interpreter.tl.float32)
-
-    def dot(self, a, b, *rest):
-        return create_dot(self, fp32(a), fp32(b), *rest)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    """The interpreter multiplies them right."""
+    multiply_bf16(monkeypatch)
 
 
 def fp64_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, n_valid_B: Tensor, scale: float) -> Tensor:

@@ -8,11 +8,10 @@ tests/models/packed_kernels_cases.py`.
 import os
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 import torch
+from interpreted import multiply_bf16
 from torch import Tensor
-from triton.runtime import interpreter
 
 from minidpost.models import llama, t5
 from minidpost.models.hf_config import Model
@@ -57,22 +56,11 @@ each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 @pytest.fixture(autouse=True)
 def products_of_bf16(monkeypatch):
-    """The interpreter holds bf16 as whole numbers of 16 bits, and multiplies those; here they are made fp32 first."""
-    if not IS_INTERPRETED:
+    """The interpreter multiplies them right."""
+    if IS_INTERPRETED:
+        multiply_bf16(monkeypatch)
+    else:
         torch.backends.cuda.matmul.allow_tf32 = False
-        return
-    create_dot = interpreter.InterpreterBuilder.create_dot
-
-    def fp32(handle):
-        if handle.dtype.scalar.name != "bf16":
-            return handle
-        data = (handle.data.astype(np.uint32) << 16).view(np.float32)
-        return interpreter.TensorHandle(data, interpreter.tl.float32)
-
-    def dot(self, a, b, *rest):
-        return create_dot(self, fp32(a), fp32(b), *rest)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
 
 
 def mask_of(lengths: tuple[int, ...]) -> Tensor:

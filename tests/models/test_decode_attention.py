@@ -1,13 +1,12 @@
 """The decoding kernel where there is no GPU: in Triton's interpreter, and what happens where it does not run."""
 
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from interpreted import run_interpreted
 
 from minidpost.models import layers
 from minidpost.models.layers import attention, decoding_kernel, mask_bias
@@ -25,14 +24,8 @@ def untried():
 
 
 def test_the_kernel_equals_attention_in_the_interpreter():
-    """All of decode_attention_cases.py; before 3.7 the interpreter's loops fail with numpy 2.4."""
-    pytest.importorskip("triton", minversion="3.7")
-    cases = str(ROOT / "tests" / "models" / "decode_attention_cases.py")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", cases]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert "skipped" not in done.stdout.splitlines()[-1]
+    """All of decode_attention_cases.py."""
+    run_interpreted("decode_attention_cases.py")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

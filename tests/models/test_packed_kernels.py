@@ -1,13 +1,11 @@
 """The kernels of packed attention where there is no GPU: interpreted, compiled, and where they do not run."""
 
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from interpreted import run_interpreted
 
 from minidpost.models import llama, packed_attention
 from minidpost.models.llama import Llama, LlamaConfig
@@ -26,14 +24,8 @@ def untried():
 
 
 def test_the_kernels_equal_attention_in_the_interpreter():
-    """All of packed_kernels_cases.py; before 3.7 the interpreter's loops fail with numpy 2.4."""
-    pytest.importorskip("triton", minversion="3.7")
-    cases = str(ROOT / "tests" / "models" / "packed_kernels_cases.py")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", cases]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert "skipped" not in done.stdout.splitlines()[-1]
+    """All of packed_kernels_cases.py."""
+    run_interpreted("packed_kernels_cases.py")
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward of queries", "backward of keys"])
