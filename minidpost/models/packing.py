@@ -1,15 +1,13 @@
-"""Packed tokens: a padded batch without its padding, for training on a GPU.
+"""Packed tokens: a padded batch without its padding, for training.
 
 Everything in a layer but attention looks at one token at a time, so that padding need not pass through it: of a step's
-micro-batch of 64 examples more than half are padding, as one is as long as the longest. The tokens of all rows stand
-one behind the other, (1, N, …). Attention finds the rows in them, or has them put into padded rows, (B, T, …), see
-packed_attention.py:
+64 examples in one micro-batch more than half would be padding, as each row is as long as the longest. The tokens of all
+rows stand one behind the other, (1, N, …). Attention finds the rows in them, or has them put into padded rows,
+(B, T, …), see packed_attention.py:
 
     rows            a b c        tokens    a b c d e f g        position_N    0 1 2 3 6 7 8
                     d – –
                     e f g        (B = 3, T = 3, N = 7; position_N are places in the rows laid end to end, B · T)
-
-On a CPU micro-batches are small and have little padding; there rows stay padded.
 """
 
 from dataclasses import dataclass

@@ -103,8 +103,8 @@ GROUPS: dict[str, dict[str, Flag]] = {
     },
     "memory and speed (results change only by rounding and dropout's units; a run may go on with other values)": {
         "micro_batch_tokens": Flag(
-            "tokens of a forward pass in training, at most, padding included (on a GPU as a quarter); a question's "
-            "pairs stay together even if they are more; on a GPU the default follows from its memory"
+            "tokens of a forward pass in training, at most, padding counted as a quarter; a question's pairs stay "
+            "together even if they are more; on a GPU the default follows from its memory"
         ),
         "activation_checkpointing": Flag("compute activations twice in training, for less memory"),
         "slots": Flag("completions that are sampled at the same time; on a GPU more, by its memory"),

@@ -56,7 +56,6 @@ from minidpost.training.batching import (
     epoch_steps,
     micro_batches,
     padded_shape,
-    padding_weight,
 )
 from minidpost.training.dpo import (
     PreferencePair,
@@ -230,7 +229,7 @@ def largest_sft_batches(plan: Plan, model: Model) -> list[list[TokenizedExample]
 
     def size(batch: list[TokenizedExample]) -> float:
         shape = reduce(PaddedShape.beside, (padded_shape(model.config, [example]) for example in batch))
-        return counted(shape, sum(example.n_tokens for example in batch), padding_weight(plan.device))
+        return counted(shape, sum(example.n_tokens for example in batch))
 
     largest = [max(batches, key=size)]
     if plan.n_iterations:

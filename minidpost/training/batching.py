@@ -1,9 +1,9 @@
 """Examples as padded tensors: collation, micro-batches of similar length, and the order of optimizer steps.
 
 An optimizer step takes its examples in a seeded random order (so that a step is what the paper's is) and then splits
-them by length into micro-batches, of bounded size and with little padding (gradient accumulation). The loss is
-normalised over the whole step, so the split changes nothing. Completions of one prompt stay together, as an encoder
-reads the prompt once for all of them.
+them by length into micro-batches, of bounded size and with little padding (gradient accumulation), which attention
+alone computes (models/packing.py). The loss is normalised over the whole step, so the split changes nothing.
+Completions of one prompt stay together, as an encoder reads the prompt once for all of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,11 +25,11 @@ PADDING_ID = 0  # any id would do: padding is recognised by the rows' lengths, n
 
 # What a micro-batch costs besides its tokens (starting kernels, adding up gradients), in tokens. On an H200 the kernels
 # of a micro-batch take 80 ms to start, in which SmolLM2-135M and Flan-T5-Large compute more than ten thousand tokens.
-CPU_BATCH_COST = 128
+CPU_BATCH_COST = 256
 GPU_BATCH_COST = 16384
-# Where tokens are packed (models/packing.py) padding is computed in attention alone, and there not by our kernels: what
-# a place of it takes at most, in memory and in time, as a fraction of what a token takes.
-PACKED_PADDING = 0.25
+# Tokens are packed (models/packing.py): padding is computed in attention alone, and there not by our kernels. What a
+# place of it takes at most, in memory and in time, as a fraction of what a token takes.
+PADDING_COST = 0.25
 GPU_LENGTH_MULTIPLE = 16  # lengths are padded to multiples of this on a GPU: fewer shapes, and aligned ones
 
 
@@ -109,22 +109,20 @@ class Batch:
 
 
 def collate(
-    config: Config, examples: Sequence[TokenizedExample], device: torch.device | str, is_packed: bool | None = None
+    config: Config, examples: Sequence[TokenizedExample], device: torch.device | str, is_packed: bool = True
 ) -> Batch:
     """Right-pad examples to the longest of the batch, in the form that the model's family takes.
 
-    Attention is masked by length, never by id, so that it does not matter which id pads. With `is_packed` (None: as
-    `packs` has it) the model computes no padding outside attention.
+    Attention is masked by length, never by id, so that it does not matter which id pads. With `is_packed` the model
+    computes no padding outside attention.
     """
-    if is_packed is None:
-        is_packed = packs(device)
     if config.is_encoder_decoder:
         return collate_encoder_decoder(examples, config.start_id, device, is_packed)
     return collate_decoder_only(examples, device, is_packed)
 
 
 def collate_encoder_decoder(
-    examples: Sequence[TokenizedExample], start_id: int, device: torch.device | str, is_packed: bool = False
+    examples: Sequence[TokenizedExample], start_id: int, device: torch.device | str, is_packed: bool = True
 ) -> Batch:
     """A batch in which each distinct prompt is encoded once, however many targets it has.
 
@@ -158,7 +156,7 @@ def collate_encoder_decoder(
 
 
 def collate_decoder_only(
-    examples: Sequence[TokenizedExample], device: torch.device | str, is_packed: bool = False
+    examples: Sequence[TokenizedExample], device: torch.device | str, is_packed: bool = True
 ) -> Batch:
     """A batch of prompt and target as one sequence, of which the target alone has labels.
 
@@ -268,39 +266,29 @@ def micro_batches(
     """Split items 0 … n−1 into micro-batches: first within `max_tokens` padded tokens, then so as to pad little.
 
     Each item is the sequences of one prompt, which stay together; one that is larger than `max_tokens` gets a
-    micro-batch of its own. Where tokens are packed, padding counts as a fraction of them (PACKED_PADDING).
+    micro-batch of its own. Padding counts as a fraction of a token (PADDING_COST).
     """
     batch_cost = CPU_BATCH_COST if torch.device(device).type == "cpu" else GPU_BATCH_COST
-    padding = padding_weight(device)
     shapes = [padded_shape(config, item) for item in items]
     n_tokens = [sum(example.n_tokens for example in item) for item in items]
 
     batches: list[list[int]] = []
-    for bucket in length_buckets(shapes, n_tokens, max_tokens, padding):
+    for bucket in length_buckets(shapes, n_tokens, max_tokens):
         # Neighbours in this order have like target lengths, then like source lengths, so cutting it saves padding.
         order = sorted(bucket, key=lambda i: shapes[i], reverse=True)
-        cuts = optimal_cuts([shapes[i] for i in order], batch_cost / padding)
+        cuts = optimal_cuts([shapes[i] for i in order], batch_cost / PADDING_COST)
         batches += [order[begin:end] for begin, end in pairwise(cuts)]
     return batches
 
 
-def packs(device: torch.device | str) -> bool:
-    """Whether training on a device computes no padding outside attention: on any but a CPU."""
-    return torch.device(device).type != "cpu"
-
-
-def padding_weight(device: torch.device | str) -> float:
-    """What a place of padding counts, as a fraction of a token."""
-    return PACKED_PADDING if packs(device) else 1.0
-
-
 def length_buckets(
-    shapes: Sequence[PaddedShape], n_tokens: Sequence[int], max_tokens: int, padding: float = 1.0
+    shapes: Sequence[PaddedShape], n_tokens: Sequence[int], max_tokens: int, padding: float = PADDING_COST
 ) -> list[list[int]]:
     """Split items 0 … n−1 into buckets of like size, each of one or more, that count `max_tokens` at most (`counted`).
 
     `shapes` and `n_tokens` are those of each item. Targets of 3, 9, 3 and 4 tokens without sources, with 12 tokens a
-    bucket, give [[1], [3, 0, 2]]: 9 alone, as two rows of 9 would be 18; then 3 rows of 4.
+    bucket and padding that counts as tokens do, give [[1], [3, 0, 2]]: 9 alone, as two rows of 9 would be 18; then 3
+    rows of 4.
     """
     largest_first = sorted(range(len(shapes)), key=lambda i: shapes[i].n_places, reverse=True)
     buckets: list[list[int]] = []
@@ -315,7 +303,7 @@ def length_buckets(
     return buckets
 
 
-def counted(shape: PaddedShape, n_tokens: int, padding: float) -> float:
+def counted(shape: PaddedShape, n_tokens: int, padding: float = PADDING_COST) -> float:
     """What a micro-batch of so many tokens counts: them, and a fraction of the padding.
 
     Rows of 9, 4 and 3 tokens have 11 places of padding: they count 27 with a fraction of 1, and 16 + 5.5 with a half.

@@ -11,7 +11,7 @@ from torch import Tensor
 from minidpost.models.hf_config import Model
 from minidpost.training.batching import Batch
 
-LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in fp32
+LOGITS_AT_ONCE = 2**26  # numbers: 256 MiB in fp32
 
 
 def log_probabilities(model: Model, batch: Batch, logits_at_once: int = LOGITS_AT_ONCE) -> Tensor:
