@@ -333,7 +333,9 @@ def train(base: Path, method: str, seed: int, options: argparse.Namespace) -> No
         while not has_warmed_up(warmed_up):  # which another process may be at
             time.sleep(1)
         take_over_warm_up(warmed_up, directory, method)
-    subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], check=True)
+    status = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], check=False).returncode
+    if status:  # it has said why; below 0 it is a signal's number
+        sys.exit(status if status > 0 else 128 - status)
 
 
 def run_all(base: Path, seeds: Sequence[int], options: argparse.Namespace) -> None:

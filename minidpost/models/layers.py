@@ -154,8 +154,9 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x / rms(x) · weight over the last dimension, (…, D)."""
         if x_BTD.device.type != "cpu" or x_BTD.dtype == torch.bfloat16 or torch.is_grad_enabled():
-            weight_D = self.weight.to(torch.promote_types(self.weight.dtype, x_BTD.dtype))
-            y_BTD = F.rms_norm(x_BTD, self.normalized_shape, weight_D, self.eps)
+            # Of one precision, as torch has a kernel for that alone. (Queries and keys are bf16 under autocast.)
+            dtype = torch.promote_types(self.weight.dtype, x_BTD.dtype)
+            y_BTD = F.rms_norm(x_BTD.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
             return y_BTD.to(computed_in(y_BTD))
         # x · weight · √D / √(Σx² + D·eps) is the same number.
         width = x_BTD.shape[-1]

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from minidpost.errors import UserError
-from minidpost.models.hf_config import Model
+from minidpost.models.hf_config import Config, Model
 from minidpost.models.kvcache import KVCache, SharedPromptCache, T5Cache, whole_length
 from minidpost.models.layers import Linear
 from minidpost.models.lora import n_adapter_parameters
@@ -253,14 +253,49 @@ def n_trained_parameters(model: Model, preset: Preset) -> int:
 
 
 def activation_bytes_a_token(model: Model, preset: Preset, dtype: torch.dtype, device: str) -> int:
-    """What a layer keeps of a token for the backward pass.
+    """What a layer keeps of a token for the backward pass."""
+    if torch.device(device).type == "cuda" and dtype == torch.bfloat16:
+        layer_bytes = packed_layer_bytes(model.config)
+    else:
+        layer_bytes = padded_layer_bytes(model.config, preset, dtype, device)
+    adapter_bytes = 0
+    if preset.lora_rank is not None:
+        # Between the two matrices of each adapter there are as many numbers as its rank.
+        last_layer = model.stacks[1].layers[-1]
+        n_adapters = sum(isinstance(module, Linear) for module in last_layer.modules())
+        adapter_bytes = n_adapters * dtype.itemsize * preset.lora_rank
+    return layer_bytes + adapter_bytes
+
+
+def packed_layer_bytes(config: Config) -> int:
+    """What a layer keeps of a token where kernels of ours attend (models/packed_kernels.py), counted one by one.
+
+    That is under bf16 autocast on a GPU, where the stream is fp32. On an H200 steps of SFT took 0.92 (Flan-T5-Large)
+    and 1.01 (SmolLM2-135M) of the memory that this gives (benchmarks/results/gpu.json).
+    """
+    norm = 4 + 2  # its input, and what the linear layers after it take
+    if isinstance(config, T5Config):
+        # Of a decoder's layer, which keeps more than an encoder's: three norms and masks of dropout; queries, keys,
+        # values and what was read; queries and what was read of the prompt, whose tokens have keys and values.
+        inner = config.n_heads * config.d_kv
+        attention = 3 * (norm + 1) * config.d_model + (8 + 4) * inner
+        # Both branches, the activation, the product, dropout's mask and result; of an ungated one the first, and these.
+        hidden = 4 * 2 + 1 if config.gated else 2 + 1 + 2
+        return attention + hidden * config.d_ff
+    n_queries, n_keys = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
+    attention = 2 * norm * config.d_model + 4 * n_queries + 4 * n_keys
+    if config.qk_norm:  # their inputs
+        attention += 4 * (n_queries + n_keys)
+    return attention + 4 * 2 * config.d_ff
+
+
+def padded_layer_bytes(config: Config, preset: Preset, dtype: torch.dtype, device: str) -> int:
+    """What a layer keeps of a token where attention is torch's, in padded rows: on a CPU, and in fp32.
 
     The numbers are fitted to the tensors that autograd keeps (saved_tensors_hooks) with the shapes of Flan-T5 and
     SmolLM2: tensors of the width of the model are fp32 in part even under autocast (the residual stream, the norms),
-    those of the feed-forward are of `dtype`. T5 has more of the former, by its cross-attention and its dropout. On an
-    H200 the estimates for SmolLM2-135M and Flan-T5-Large were up to a fifth above what was measured (results/gpu.md).
+    those of the feed-forward are of `dtype`. T5 has more of the former, by its cross-attention and its dropout.
     """
-    config = model.config
     is_t5 = isinstance(config, T5Config)
     if is_t5:
         width_bytes = 72 if dtype == torch.float32 else 46
@@ -279,13 +314,7 @@ def activation_bytes_a_token(model: Model, preset: Preset, dtype: torch.dtype, d
         n_source, n_target = preset.max_source, preset.max_target
         n_seen = (n_source**2 + n_target * (n_target + n_source)) // (n_source + n_target)
         attention_bytes = (8 + dtype.itemsize) * config.n_heads * n_seen
-    adapter_bytes = 0
-    if preset.lora_rank is not None:
-        # Between the two matrices of each adapter there are as many numbers as its rank.
-        last_layer = model.stacks[1].layers[-1]
-        n_adapters = sum(isinstance(module, Linear) for module in last_layer.modules())
-        adapter_bytes = n_adapters * dtype.itemsize * preset.lora_rank
-    return width_bytes * config.d_model + n_hidden * dtype.itemsize * config.d_ff + attention_bytes + adapter_bytes
+    return width_bytes * config.d_model + n_hidden * dtype.itemsize * config.d_ff + attention_bytes
 
 
 def sampling_bytes(model: Model, preset: Preset, dtype: torch.dtype, device: str = "cpu") -> int:

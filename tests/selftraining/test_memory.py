@@ -40,9 +40,12 @@ from minidpost.selftraining.estimates import (
 from minidpost.selftraining.presets import LLAMA, Preset, n_parameters, preset_of
 from minidpost.selftraining.presets import T5 as T5_PRESET
 from minidpost.selftraining.run import Data, TokenizedData
+from minidpost.storage import read_json
 from minidpost.training import parallel
 from minidpost.training.batching import TokenizedExample, collate
 from minidpost.training.losses import LOGITS_AT_ONCE, log_probabilities
+
+ROOT = Path(__file__).resolve().parents[2]
 
 CONFIG = LlamaConfig(1000, 64, 128, 4, n_heads=4, n_kv_heads=2, d_head=16)
 
@@ -199,6 +202,17 @@ def test_on_a_gpu_a_completion_has_room_for_one_token_more():
     on_cpu, on_gpu = (sampling_bytes(meta(), preset, torch.bfloat16, device) for device in ("cpu", "cuda"))
     numbers_a_position = 2 * (8 + sampler.PREFILL_BATCH) * 4 * 2 * 16
     assert on_cpu - on_gpu == (3 * (30 + 20) - 2 * (32 + 24)) * numbers_a_position
+
+
+@pytest.mark.parametrize("name", ["flan-t5-large", "smollm2-135m"])
+def test_sft_on_a_gpu_is_estimated_near_what_an_h200_took(shared, name):
+    """Steps of 64 examples as one micro-batch, measured; the estimate is of as many tokens as they had on average."""
+    measured = read_json(ROOT / "benchmarks" / "results" / "gpu.json")[f"sft/{name}/65536"]
+    model = empty_model(read_config(shared / "configs" / name))
+    preset = T5_PRESET if "t5" in name else replace(LLAMA, activation_checkpointing=False)
+    preset = replace(preset, micro_batch_tokens=measured["tokens_a_step"], sft_examples_per_step=64)
+    estimated = training_bytes(model, preset, torch.bfloat16, "cuda", has_dpo=False)
+    assert 0.95 < estimated / (1e9 * measured["peak_gb"]) < 1.15
 
 
 @pytest.mark.parametrize("name", ["flan-t5-large", "Meta-Llama-3-8B"])
