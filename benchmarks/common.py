@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from minidpost.precision import cpu_multiplies_bf16
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -51,8 +53,9 @@ def processor() -> str:
 
 
 def instruction_set() -> str:
-    """The widest vector instructions that torch uses on this processor, such as "AVX2"."""
-    return torch.backends.cpu.get_cpu_capability()
+    """What torch uses on this processor, such as "AVX2, without bf16 instructions"."""
+    bf16 = "with" if cpu_multiplies_bf16() else "without"
+    return f"{torch.backends.cpu.get_cpu_capability()}, {bf16} bf16 instructions"
 
 
 def write_result(path: Path, title: str, paragraphs: list[str], is_whole: bool = True) -> None:

@@ -23,7 +23,7 @@ from benchmarks.common import RESULTS, command_line, instruction_set, machine_li
 from minidpost.cli import POSITIVE, Parser, run_command  # noqa: E402
 from minidpost.models.llama import Llama, LlamaConfig  # noqa: E402
 from minidpost.models.t5 import T5, T5Config  # noqa: E402
-from minidpost.precision import DTYPES, autocast, cpu_multiplies_bf16  # noqa: E402
+from minidpost.precision import DTYPES, autocast  # noqa: E402
 from minidpost.selftraining.presets import n_parameters  # noqa: E402
 from minidpost.storage import markdown_table, read_json, write_json  # noqa: E402
 from minidpost.training.batching import TokenizedExample, collate  # noqa: E402
@@ -50,7 +50,7 @@ def main() -> None:
         rows.append(row)
         print(name, row, file=sys.stderr)
     found: dict[str, Any] = read_json(options.output.with_suffix(".json")) if options.output.is_file() else {}
-    kind = f"{instruction_set()}, {'with' if cpu_multiplies_bf16() else 'without'} bf16 instructions"
+    kind = instruction_set()
     found[kind] = {"command": command_line(), "machine": machine_line(), "pairs": options.pairs, "rows": rows}
     write_json(options.output.with_suffix(".json"), found)
     sections = [section(kind, of_kind) for kind, of_kind in found.items()]

@@ -22,10 +22,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import RESULTS, command_line, machine_line, write_result  # noqa: E402
+from benchmarks.common import RESULTS, command_line, instruction_set, machine_line, write_result  # noqa: E402
 from benchmarks.scripted import Work, model_names, open_shape, sampled, scripted_work  # noqa: E402
 from minidpost.cli import POSITIVE, Parser, run_command  # noqa: E402
 from minidpost.models import kvcache, layers, llama, t5  # noqa: E402
+from minidpost.precision import DTYPES  # noqa: E402
 from minidpost.sampling import sampler  # noqa: E402
 from minidpost.sampling.workers import MAX_PARAMETERS_FOR_WORKERS  # noqa: E402
 from minidpost.storage import markdown_table  # noqa: E402
@@ -109,9 +110,10 @@ class Clock:
 
 def main() -> None:
     options = parse()
-    text = [f"`{command_line()}` · {machine_line()}", *__doc__.strip().split("\n\n")[1:]]
+    where = f"{machine_line()}, {instruction_set()}, {options.dtype}"
+    text = [f"`{command_line()}` · {where}", *__doc__.strip().split("\n\n")[1:]]
     for name in options.model:
-        model, template = open_shape(name, torch.float32, "cpu")
+        model, template = open_shape(name, DTYPES[options.dtype], "cpu")
         is_small = sum(weight.numel() for weight in model.parameters()) < MAX_PARAMETERS_FOR_WORKERS
         torch.set_num_threads(1 if is_small else N_THREADS)
         work = scripted_work(template, options.questions or 3 * options.rows)
@@ -130,6 +132,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--rows", type=POSITIVE, default=32, metavar="N", help="slots of the process (default: 32)")
     parser.add_argument("--questions", type=POSITIVE, metavar="N", help="default: 3 a row")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32)")
     parser.add_argument("--output", type=Path, default=RESULTS / "profiling.md")
     options = parser.parse_args()
     if not options.output.absolute().parent.is_dir():
