@@ -263,7 +263,9 @@ def test_a_profile_tells_all_of_the_time_once(run, tiny_model_dir, tmp_path, mon
     monkeypatch.setattr(profiling, "profile", lambda *arguments: clocks.append(profile(*arguments)) or clocks[-1])
     output = tmp_path / "profiling.md"
     model = tiny_model_dir if family == "t5" else "tiny-llama"
-    printed = run(profiling, "--model", model, "--rows", 4, "--questions", 6, "--output", output)
+    dtype = "fp32" if family == "t5" else "bf16"
+    printed = run(profiling, "--model", model, "--rows", 4, "--questions", 6, "--dtype", dtype, "--output", output)
+    assert f"bf16 instructions, {dtype}\n" in printed
     assert T5.decode is decode, "a clock is left behind"
     seconds = clocks[0].seconds
     assert set(seconds) == {part for _, _, part in profiling.PARTS} - not_there | {profiling.REST}
@@ -365,6 +367,17 @@ def test_a_run_has_warmed_up_when_iteration_0_is_evaluated(tmp_path):
     assert not smollm2.has_warmed_up(tmp_path)
     write_jsonl(tmp_path / "stages.jsonl", [{"stage": "iteration-0/sft"}, {"stage": "iteration-0/evaluation.json"}])
     assert smollm2.has_warmed_up(tmp_path)
+
+
+@pytest.mark.parametrize(("returned", "status"), [(2, 2), (-9, 137)], ids=["an error", "killed"])
+def test_a_run_that_fails_ends_the_benchmark_with_its_status(tmp_path, monkeypatch, returned, status):
+    """Without a traceback: train.py has said what was wrong."""
+    done = subprocess.CompletedProcess([], returned)
+    monkeypatch.setattr(smollm2.subprocess, "run", lambda command, **options: done)
+    names = {"scale": "few", "runs": tmp_path, "data_dir": tmp_path, "device": "cpu", "iterations": None, "slots": 8}
+    with pytest.raises(SystemExit) as error:
+        smollm2.train(tmp_path, "st", 1, SimpleNamespace(**names))
+    assert error.value.code == status
 
 
 @pytest.mark.slow
