@@ -23,6 +23,7 @@ def untried():
     decoding_kernel.cache_clear()
 
 
+@pytest.mark.slow
 def test_the_kernel_equals_attention_in_the_interpreter():
     """All of decode_attention_cases.py."""
     run_interpreted("decode_attention_cases.py")

@@ -23,6 +23,7 @@ def untried():
     kernel_for.cache_clear()
 
 
+@pytest.mark.slow
 def test_the_kernels_equal_attention_in_the_interpreter():
     """All of packed_kernels_cases.py."""
     run_interpreted("packed_kernels_cases.py")
