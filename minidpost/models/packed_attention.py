@@ -69,6 +69,11 @@ def packed_kernel(weight: Tensor, width: int) -> Kernel | None:
     return kernel_for(weight.device, computed_in(weight), width)
 
 
+def suits_kernel(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether our kernel is for numbers of this precision in heads of this width, if it runs there."""
+    return device.type == "cuda" and dtype == torch.bfloat16 and width >= 16 and width.bit_count() == 1
+
+
 @cache
 def kernel_for(device: torch.device, dtype: torch.dtype, width: int) -> Kernel | None:
     """The kernel for numbers of this precision, or None; with a warning where it should run and does not.
@@ -76,7 +81,7 @@ def kernel_for(device: torch.device, dtype: torch.dtype, width: int) -> Kernel |
     It is for bf16 on CUDA devices, where products of fp32, exactly, would gain nothing. It is tried once: see
     `try_kernel` and layers.decoding_kernel.
     """
-    if device.type != "cuda" or dtype != torch.bfloat16 or width < 16 or width.bit_count() != 1:
+    if not suits_kernel(device, dtype, width):
         return None
     try:
         from minidpost.models.packed_kernels import packed_attention  # it needs Triton, which CPUs do not have

@@ -33,6 +33,7 @@ from minidpost.models.hf_config import Config, Model
 from minidpost.models.kvcache import KVCache, SharedPromptCache, T5Cache, whole_length
 from minidpost.models.layers import Linear
 from minidpost.models.lora import n_adapter_parameters
+from minidpost.models.packed_attention import suits_kernel
 from minidpost.models.t5 import T5Config
 from minidpost.models.weights import empty_model
 from minidpost.precision import key_dtype
@@ -254,10 +255,12 @@ def n_trained_parameters(model: Model, preset: Preset) -> int:
 
 def activation_bytes_a_token(model: Model, preset: Preset, dtype: torch.dtype, device: str) -> int:
     """What a layer keeps of a token for the backward pass."""
-    if torch.device(device).type == "cuda" and dtype == torch.bfloat16:
-        layer_bytes = packed_layer_bytes(model.config)
+    config = model.config
+    width = config.d_kv if isinstance(config, T5Config) else config.d_head
+    if suits_kernel(torch.device(device), dtype, width):
+        layer_bytes = packed_layer_bytes(config)
     else:
-        layer_bytes = padded_layer_bytes(model.config, preset, dtype, device)
+        layer_bytes = padded_layer_bytes(config, preset, dtype, device)
     adapter_bytes = 0
     if preset.lora_rank is not None:
         # Between the two matrices of each adapter there are as many numbers as its rank.
@@ -290,7 +293,7 @@ def packed_layer_bytes(config: Config) -> int:
 
 
 def padded_layer_bytes(config: Config, preset: Preset, dtype: torch.dtype, device: str) -> int:
-    """What a layer keeps of a token where attention is torch's, in padded rows: on a CPU, and in fp32.
+    """What a layer keeps of a token where attention is torch's, in padded rows: on a CPU, in fp32, with other heads.
 
     The numbers are fitted to the tensors that autograd keeps (saved_tensors_hooks) with the shapes of Flan-T5 and
     SmolLM2: tensors of the width of the model are fp32 in part even under autocast (the residual stream, the norms),
