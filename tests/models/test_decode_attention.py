@@ -2,7 +2,6 @@
 
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from interpreted import run_interpreted
 from minidpost.models import layers
 from minidpost.models.layers import attention, decoding_kernel, mask_bias
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 

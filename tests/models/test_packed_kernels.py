@@ -1,7 +1,6 @@
 """The kernels of packed attention where there is no GPU: interpreted, compiled, and where they do not run."""
 
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +10,6 @@ from minidpost.models import llama, packed_attention
 from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.packed_attention import PackedAttention, kernel_for, packed_kernel
 from minidpost.models.packing import packing_of, rows_of
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
