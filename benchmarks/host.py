@@ -10,6 +10,7 @@ GPU that is hidden behind the device's work as long as it takes less time.
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,6 +69,10 @@ class ReadyModel:
     def parameters(self) -> Iterator[Tensor]:
         """One, so that it is seen to lie on the CPU, and to be too large for worker processes."""
         yield self.weight
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """Nothing: no product is made."""
+        return nullcontext()
 
     def new_cache(self, n_rows: int, max_prompt: int, max_new: int) -> ReadyCache:
         """Room for rows."""

@@ -10,6 +10,7 @@ import argparse
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
@@ -108,6 +109,10 @@ class ScriptedModel:
     def parameters(self) -> Iterator[Tensor]:
         """Those of the model."""
         return self.model.parameters()
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """The model's."""
+        return self.model.decoding()
 
     def new_cache(self, n_rows: int, max_prompt: int, max_new: int) -> ScriptedCache:
         """The model's, and a pointer a row."""

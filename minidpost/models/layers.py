@@ -13,6 +13,7 @@ P places of padded rows laid end to end (packing.py), X entries of the table of 
 
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from minidpost.models.blocked_weights import copy_in_blocks, kept_in_blocks, multiply
 
 MIN_ENTRIES_FOR_SWAP = 2**17  # entries of a matrix from which on the swapped product is faster, see `linear`
 MAX_ROWS_FOR_SWAP = 128
@@ -124,14 +127,18 @@ def computed_in(x: Tensor) -> torch.dtype:
 def linear(x_BTD: Tensor, weight_OD: Tensor) -> Tensor:
     """x weightᵀ, (…, D) to (…, O).
 
-    For few rows and a large matrix on a CPU it is computed as (weight xᵀ)ᵀ: the threads of the library then share the
-    matrix and need not copy it first, which takes a fifth to a half less time.
+    While a model decodes on a CPU its large matrices have copies that are multiplied faster (blocked_weights.py). Where
+    they have none, for few rows and a large matrix the product is computed as (weight xᵀ)ᵀ: the threads of the library
+    then share the matrix and need not copy it first, which takes a fifth to a half less time.
     """
-    has_few_rows = x_BTD.numel() <= MAX_ROWS_FOR_SWAP * x_BTD.shape[-1]
-    is_faster_swapped = weight_OD.numel() >= MIN_ENTRIES_FOR_SWAP and has_few_rows
-    if is_faster_swapped and x_BTD.device.type == "cpu" and not torch.is_grad_enabled():
-        y_ON = torch.mm(weight_OD, x_BTD.flatten(0, -2).T)
-        return torch.unflatten(y_ON.T, 0, x_BTD.shape[:-1])
+    if x_BTD.device.type == "cpu" and not torch.is_grad_enabled():
+        copy_OD = copy_in_blocks(weight_OD)
+        if copy_OD is not None:
+            return multiply(x_BTD, copy_OD)
+        has_few_rows = x_BTD.numel() <= MAX_ROWS_FOR_SWAP * x_BTD.shape[-1]
+        if has_few_rows and weight_OD.numel() >= MIN_ENTRIES_FOR_SWAP:
+            y_ON = torch.mm(weight_OD, x_BTD.flatten(0, -2).T)
+            return torch.unflatten(y_ON.T, 0, x_BTD.shape[:-1])
     return F.linear(x_BTD, weight_OD)
 
 
@@ -142,6 +149,18 @@ class Linear(nn.Linear):
         """x weightᵀ + bias, (…, D) to (…, O)."""
         y_BTO = linear(x_BTD, self.weight)
         return y_BTO if self.bias is None else y_BTO + self.bias
+
+
+def linears(x_BTD: Tensor, *layers: Linear) -> list[Tensor]:
+    """What each of several layers makes of the same x, (…, D) to (…, O); one product where they are copied together."""
+    is_decoding = x_BTD.device.type == "cpu" and not torch.is_grad_enabled()
+    if is_decoding and all(type(layer) is Linear for layer in layers):  # an adapter (lora.py) adds something
+        copy_OD = copy_in_blocks(*[layer.weight for layer in layers])
+        if copy_OD is not None:
+            products = multiply(x_BTD, copy_OD).split([layer.out_features for layer in layers], dim=-1)
+            pairs = zip(products, layers, strict=True)
+            return [y_BTO if layer.bias is None else y_BTO + layer.bias for y_BTO, layer in pairs]
+    return [layer(x_BTD) for layer in layers]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -219,13 +238,30 @@ def position_groups(logits_NV: Tensor) -> Iterator[slice]:
 class LanguageModel(nn.Module):
     """What T5 and Llama have in common: hidden states, logits, and the log-probabilities that both are trained by."""
 
+    embedding: nn.Embedding
+    head: Linear | None  # the output matrix; None where it is the embedding's
+
     def hidden(self, *args: Any, **kwargs: Any) -> Tensor:
         """Final hidden states, (B, T, D), of what the family takes as inputs."""
         raise NotImplementedError
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """The output matrix: (…, D) to (…, V)."""
-        raise NotImplementedError
+        return linear(hidden_BTD, self.output_matrix)
+
+    @property
+    def output_matrix(self) -> Tensor:
+        """(V, D); T5 v1.0 and many Llamas have one matrix for input and output."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """To be open while the model decodes and its weights do not change: products on a CPU are faster."""
+        return kept_in_blocks(self.matrices())
+
+    def matrices(self) -> list[Tensor]:
+        """All matrices that hidden states are multiplied by, each once."""
+        matrices: list[Tensor] = [module.weight for module in self.modules() if isinstance(module, Linear)]
+        return matrices if self.head is not None else [*matrices, self.output_matrix]
 
     def label_log_probabilities(
         self, inputs: tuple[Any, ...], *, label_N: Tensor, position_N: Tensor, positions_at_once: int

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from minidpost.errors import UserError
 from minidpost.models.dropped_attention import dropped_attention
 from minidpost.models.kvcache import CachedTokens, KVCache, StepPlan, indices
-from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, computed_in, linear
+from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, computed_in, linears
 from minidpost.models.packed_attention import AttentionInPaddedRows, PackedAttention, packed_kernel
 from minidpost.models.packing import Packing, rows_of
 from minidpost.precision import to_device
@@ -180,9 +180,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, rotation: Rotation, own: Attendable) -> Tensor:
         """What the positions of x read of `own`, (B, T, D) to (B, T, D)."""
-        q_BTHK = self.query(x_BTD).unflatten(-1, (-1, self.d_head))
-        k_BTGK = self.key(x_BTD).unflatten(-1, (-1, self.d_head))
-        v_BTGK = self.value(x_BTD).unflatten(-1, (-1, self.d_head))
+        projections = linears(x_BTD, self.query, self.key, self.value)
+        q_BTHK, k_BTGK, v_BTGK = (y_BTO.unflatten(-1, (-1, self.d_head)) for y_BTO in projections)
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK = self.query_norm(q_BTHK)
             k_BTGK = self.key_norm(k_BTGK)
@@ -203,7 +202,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Each position by itself, (B, T, D) to (B, T, D)."""
-        y_BTD: Tensor = self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        gate_BTF, up_BTF = linears(x_BTD, self.gate, self.up)
+        y_BTD: Tensor = self.down(F.silu(gate_BTF) * up_BTF)
         return y_BTD
 
 
@@ -307,10 +307,6 @@ class Llama(LanguageModel):
             x_BTD = self.stack.run(layer, x_BTD, rotation, own)
         hidden_BTD: Tensor = self.stack.norm(x_BTD)
         return hidden_BTD if packing is None else packing.unpack(hidden_BTD)
-
-    def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """The output matrix, which may be the embedding's: (…, D) to (…, V)."""
-        return linear(hidden_BTD, self.embedding.weight if self.head is None else self.head.weight)
 
     def rotation(self, position_BT: Tensor) -> Rotation:
         """Cosines and sines of the angles at each position, (B, T) to twice (B, T, 1, K)."""

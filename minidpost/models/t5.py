@@ -26,7 +26,7 @@ from minidpost.models.kvcache import (
     indices,
     whole_length,
 )
-from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, linear, mask_bias
+from minidpost.models.layers import Attendable, LanguageModel, LayerStack, Linear, RMSNorm, linears, mask_bias
 from minidpost.models.packed_attention import AttentionInPaddedRows, PackedAttention, packed_kernel
 from minidpost.models.packing import Packing, PositionBias, rows_of
 
@@ -118,16 +118,13 @@ class Attention(nn.Module):
         self.value = Linear(config.d_model, inner, bias=False)
         self.output = Linear(inner, config.d_model, bias=False)
 
-    def queries(self, x_BTD: Tensor) -> Tensor:
-        """Queries of the heads, (B, T, H, K)."""
-        q_BTHK: Tensor = self.query(x_BTD).unflatten(-1, (self.n_heads, -1))
-        return q_BTHK
+    def heads(self, x_BTD: Tensor, *layers: Linear) -> list[Tensor]:
+        """What each of the layers makes of x, head by head, (B, T, H, K)."""
+        return [y_BTO.unflatten(-1, (self.n_heads, -1)) for y_BTO in linears(x_BTD, *layers)]
 
-    def keys_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the heads, each (B, S, H, K)."""
-        k_BSHK = self.key(x_BSD).unflatten(-1, (self.n_heads, -1))
-        v_BSHK = self.value(x_BSD).unflatten(-1, (self.n_heads, -1))
-        return k_BSHK, v_BSHK
+    def keys_values(self, x_BSD: Tensor) -> list[Tensor]:
+        """Keys and values, each (B, S, H, K)."""
+        return self.heads(x_BSD, self.key, self.value)
 
 
 class SelfAttention(Attention):
@@ -135,8 +132,8 @@ class SelfAttention(Attention):
 
     def forward(self, x_BTD: Tensor, own: Attendable) -> Tensor:
         """What the positions of x read of `own`, (B, T, D) to (B, T, D)."""
-        k_BTHK, v_BTHK = self.keys_values(x_BTD)
-        y_BTHK = own.attend(self.queries(x_BTD), k_BTHK, v_BTHK)
+        k_BTHK, v_BTHK, q_BTHK = self.heads(x_BTD, self.key, self.value, self.query)
+        y_BTHK = own.attend(q_BTHK, k_BTHK, v_BTHK)
         y_BTD: Tensor = self.output(y_BTHK.flatten(2))
         return y_BTD
 
@@ -153,7 +150,8 @@ class CrossAttention(Attention):
         v_QSHK: Tensor | None = None
         if encoded_QSD is not None:
             k_QSHK, v_QSHK = self.keys_values(encoded_QSD)
-        y_BTHK = prompt.attend(self.queries(x_BTD), k_QSHK, v_QSHK)
+        (q_BTHK,) = self.heads(x_BTD, self.query)
+        y_BTHK = prompt.attend(q_BTHK, k_QSHK, v_QSHK)
         y_BTD: Tensor = self.output(y_BTHK.flatten(2))
         return y_BTD
 
@@ -169,11 +167,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor, dropout: float) -> Tensor:
         """Each position by itself, (B, T, D) to (B, T, D)."""
-        up_BTF = self.up(x_BTD)
         if self.gate is None:
-            hidden_BTF = F.relu(up_BTF)
+            hidden_BTF = F.relu(self.up(x_BTD))
         else:
-            hidden_BTF = F.gelu(self.gate(x_BTD), approximate="tanh") * up_BTF
+            up_BTF, gate_BTF = linears(x_BTD, self.up, self.gate)
+            hidden_BTF = F.gelu(gate_BTF, approximate="tanh") * up_BTF
         y_BTD: Tensor = self.down(drop(hidden_BTF, dropout))
         return y_BTD
 
@@ -361,10 +359,6 @@ class T5(LanguageModel):
         x_BTD = drop(self.decoder.norm(x_BTD), dropout)
         # v1.0 shares one matrix between input and output; as an output it is too large by √D.
         return x_BTD * self.config.d_model**-0.5 if self.config.scaled else x_BTD
-
-    def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """The output matrix, which v1.0 shares with the embedding: (…, D) to (…, V)."""
-        return linear(hidden_BTD, self.embedding.weight if self.head is None else self.head.weight)
 
     def relative_positions(self, stack: Stack, longest: int) -> PositionBias:
         """The biases of a stack for all distances in rows of up to `longest` tokens."""

@@ -88,6 +88,7 @@ class DecodingModel(Protocol):
     """What the sampler asks of a model; see T5 and Llama."""
 
     def parameters(self) -> Iterator[Tensor]: ...
+    def decoding(self) -> AbstractContextManager[None]: ...  # while it decodes and its weights do not change
     def new_cache(self, n_rows: int, max_prompt: int, max_new: int, /) -> Cache: ...
     def prefill(self, cache: Any, row_ids: Sequence[int], prompts: Sequence[Sequence[int]], /) -> list[int]: ...
     def decode(self, cache: Any, ids_B: Tensor, /) -> Tensor: ...
@@ -288,7 +289,7 @@ def sample_chunks(job: Job, chunks: Iterable[Chunk], n_slots: int) -> Iterator[R
     else:
         cache = job.model.new_cache(n_cache_rows, job.max_prompt, max_new_tokens)
         step = partial(job.model.decode, cache)
-    with in_use:
+    with in_use, job.model.decoding():
         while chunk is not None:
             cache.clear()
             n_requests = sum(map(len, chunk))

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from minidpost.errors import UserError
+from minidpost.models.blocked_weights import copied
 from minidpost.models.hf_config import Config, Model
 from minidpost.models.kvcache import KVCache, SharedPromptCache, T5Cache, whole_length
 from minidpost.models.layers import Linear
@@ -159,8 +160,8 @@ def training_bytes(
         allocator = CPU_ALLOCATOR_OF_FP32_ADAPTERS if has_many_gaps else CPU_ALLOCATOR
         passing_bytes = int(allocator * passing_bytes) + CPU_LIBRARY_BYTES
         if not preset.freezes_weights:  # a chunk's gradient of the output matrix, beside the sum of those before it
-            output = model.embedding.weight if model.head is None else model.head.weight
-            passing_bytes += (4 if dtype == torch.float32 else 4 + dtype.itemsize) * output.numel()
+            entry_bytes = 4 if dtype == torch.float32 else 4 + dtype.itemsize
+            passing_bytes += entry_bytes * model.output_matrix.numel()
     reference = reference_bytes(model, preset, dtype, device, n_ranks) if has_dpo else 0
     return max(weights_bytes + passing_bytes, reference)
 
@@ -321,7 +322,7 @@ def padded_layer_bytes(config: Config, preset: Preset, dtype: torch.dtype, devic
 
 
 def sampling_bytes(model: Model, preset: Preset, dtype: torch.dtype, device: str = "cpu") -> int:
-    """Weights, KV cache for the longest prompts that the preset trains on, and logits of all slots."""
+    """Weights, their copies on a CPU, KV cache for the longest prompts that the preset trains on, all slots' logits."""
     max_prompt = min(preset.max_source, MAX_PROMPT_TOKENS)
     n_rows = preset.slots + prefill_batch(preset.slots, device)
     max_new_tokens = cached_tokens(preset.max_new_tokens, overlaps(device))
@@ -332,7 +333,8 @@ def sampling_bytes(model: Model, preset: Preset, dtype: torch.dtype, device: str
     n_keys = sum(store.keys_LBGSK.numel() for store in stores)
     cache_bytes = tensor_bytes(cache) + n_keys * (key_dtype(dtype, device).itemsize - dtype.itemsize)
     logits_bytes = 12 * preset.slots * model.config.vocab_size
-    return dtype.itemsize * n_parameters(model) + cache_bytes + logits_bytes
+    n_copied = sum(weight_OD.numel() for weight_OD in copied(model.matrices(), dtype, device))
+    return dtype.itemsize * (n_parameters(model) + n_copied) + cache_bytes + logits_bytes
 
 
 def slots_for(model: Model, preset: Preset, dtype: torch.dtype, device: str) -> int:
@@ -486,10 +488,9 @@ class ModelSize:
 def model_size(model: Model) -> ModelSize:
     """Parameters without the input embedding; the output layer counts with the target tokens, tied or not."""
     source, target = model.stacks
-    head = model.head.weight if model.head is not None else model.embedding.weight
     return ModelSize(
         n_source=n_parameters(source),
-        n_target=n_parameters(target) + head.numel(),
+        n_target=n_parameters(target) + model.output_matrix.numel(),
         n_source_layers=len(source.layers),
         n_target_layers=len(target.layers),
         width=model.config.d_model,

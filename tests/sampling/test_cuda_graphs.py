@@ -5,6 +5,7 @@ other logits here as it would there.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import count
 from types import SimpleNamespace
 
@@ -85,6 +86,9 @@ class RecordedModel:
 
     def parameters(self) -> Iterator[Tensor]:
         return self.model.parameters()
+
+    def decoding(self) -> AbstractContextManager[None]:
+        return self.model.decoding()
 
     def new_cache(self, n_rows: int, max_prompt: int, max_new: int) -> T5Cache | KVCache:
         cache = self.model.new_cache(n_rows, max_prompt, max_new)

@@ -5,6 +5,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
@@ -65,6 +66,9 @@ class FakeModel:
 
     def parameters(self):
         yield torch.zeros(())
+
+    def decoding(self):
+        return nullcontext()
 
     @property
     def n_chunks(self) -> int:

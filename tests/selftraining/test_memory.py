@@ -11,6 +11,7 @@ import torch
 from minidpost import processes
 from minidpost.data.example import Example
 from minidpost.errors import UserError
+from minidpost.models import blocked_weights
 from minidpost.models.hf_config import read_config
 from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.lora import add_adapters, n_adapter_parameters
@@ -183,7 +184,7 @@ def test_activations_with_adapters_are_not_estimated_too_low(family, dtype):
     assert ours < 1.7 * theirs  # the stream is bf16 where the weights are, which the estimate takes for fp32
 
 
-def test_sampling_needs_weights_cache_and_logits():
+def test_sampling_needs_weights_their_copies_cache_and_logits(monkeypatch):
     preset = replace(LLAMA, slots=8, max_source=30, max_new_tokens=20)
     cache = Llama(CONFIG).bfloat16().new_cache(8 + sampler.PREFILL_BATCH, 30, 20)
     n_rows, n_layers, n_kv_heads, n_positions, d_head = 8 + 16, 4, 2, 30 + 20, 16
@@ -193,11 +194,16 @@ def test_sampling_needs_weights_cache_and_logits():
     cache_bytes = keys_and_values + lengths_and_indices
     assert tensor_bytes(cache) == cache_bytes
     n_parameters = sum(p.numel() for p in meta().parameters())
-    assert sampling_bytes(meta(), preset, torch.bfloat16) == 2 * n_parameters + cache_bytes + 12 * 8 * 1000
+    n_copied = n_parameters - 1000 * 64 - 9 * 64  # all but the embedding and the norms
+    for has_copies in (False, True):
+        monkeypatch.setattr(blocked_weights, "has_blocked_products", lambda dtype, has=has_copies: has)
+        weights_bytes = 2 * (n_parameters + has_copies * n_copied)
+        assert sampling_bytes(meta(), preset, torch.bfloat16) == weights_bytes + cache_bytes + 12 * 8 * 1000
 
 
-def test_on_a_gpu_a_completion_has_room_for_one_token_more():
+def test_on_a_gpu_a_completion_has_room_for_one_token_more(monkeypatch):
     """Steps overlap there, so that a row is decoded once after its last token; lengths are whole; keys are bf16 too."""
+    monkeypatch.setattr(blocked_weights, "has_blocked_products", lambda dtype: False)  # copies are a CPU's alone
     preset = replace(LLAMA, slots=8, max_source=30, max_new_tokens=20)
     on_cpu, on_gpu = (sampling_bytes(meta(), preset, torch.bfloat16, device) for device in ("cpu", "cuda"))
     numbers_a_position = 2 * (8 + sampler.PREFILL_BATCH) * 4 * 2 * 16
