@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -43,7 +44,16 @@ from torch import nn
 from benchmarks.common import RESULTS, machine_line
 from benchmarks.scaling import RECIPE_MODEL, Rates, recipe_seconds
 from benchmarks.scripted import SHARED, Work, open_shape, sampled, scripted_work
-from benchmarks.training import gold_sequences, stand_in_pairs
+from benchmarks.training import (
+    BY_LENGTH,
+    TUNED_DPO,
+    Where,
+    dividing,
+    dpo_trainer,
+    gold_sequences,
+    sft_trainer,
+    stand_in_pairs,
+)
 from minidpost.data import datasets
 from minidpost.models import packed_attention
 from minidpost.models.hf_config import Model
@@ -60,10 +70,11 @@ from minidpost.training.optim import read_log
 from minidpost.training.sft import train_sft
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("ceilings", "tests", "attention", "sampling", "training", "rows", "peers", "profile")
+PARTS = ("ceilings", "tests", "attention", "sampling", "training", "rows", "peers", "trainers", "profile")
 # Our kernel, torch's memory-efficient one, cuDNN's, two products and a softmax.
 WAYS = ("ours", "efficient", "cudnn", "products")
 PEER_ROWS = 32  # where transformers is measured beside us
+PEER_MICRO_BATCHES = (16, 64)  # examples, or pairs, that the Trainer and TRL compute at once
 SAMPLES = 8  # of a question, in sampling
 SEED = 0
 
@@ -185,6 +196,7 @@ def main() -> None:
             "training": training,
             "rows": training_in_rows,
             "peers": peers,
+            "trainers": trainers,
             "profile": profiles,
         }[part]
         measurements(bench)
@@ -673,6 +685,88 @@ def peer_sampling(name: str, bench: Bench) -> dict[str, float]:
     return {"tokens": n_tokens, "seconds": seconds, "tokens_s": n_tokens / seconds}
 
 
+def trainers(bench: Bench) -> None:
+    """transformers' Trainer and TRL's DPOTrainer at our steps, in micro-batches of several sizes, by length.
+
+    The Trainer needs accelerate, TRL more: benchmarks.training says how to install both.
+    """
+    for name in bench.scale.models:
+        if name == "llama-3-8b":
+            continue  # as in `trained_models`
+        for size in PEER_MICRO_BATCHES:
+            bench.measure(f"trainer-sft/{name}/{size}", lambda name=name, size=size: trainer_sft(name, bench, size))
+            bench.measure(f"trainer-dpo/{name}/{size}", lambda name=name, size=size: trainer_dpo(name, bench, size))
+
+
+def trainer_sft(name: str, bench: Bench, micro_batch: int) -> dict[str, float]:
+    """The optimizer steps of `sft_of` by the Trainer."""
+    from benchmarks.peers import twin
+
+    model, preset, gold, _ = trained_on(name, bench, None)
+    settings = replace(preset.sft(SEED), epochs=1)
+    examples = gold[: (FIRST_STEPS + bench.scale.steps) * settings.examples_per_step]
+    size = dividing(settings.examples_per_step, micro_batch)
+    with TemporaryDirectory() as scratch:
+        where = Where(Path(scratch), bench.options.device)
+        return speed_of_trainer(sft_trainer(twin(model), examples, settings, size, where, **BY_LENGTH))
+
+
+def trainer_dpo(name: str, bench: Bench, micro_batch: int) -> dict[str, float]:
+    """The optimizer steps of `dpo_of` by TRL, which computes the reference before."""
+    from benchmarks.peers import twin
+
+    model, preset, _, pairs = trained_on(name, bench, None)
+    n_steps = FIRST_STEPS + bench.scale.steps
+    settings = replace(preset.dpo(len(pairs), SEED), steps=n_steps)
+    pairs = pairs[: n_steps * settings.pairs_per_step]
+    size = dividing(settings.pairs_per_step, micro_batch)
+    model.config = replace(model.config, dropout=0.0)  # TRL leaves T5's attention dropout on
+    with TemporaryDirectory() as scratch:
+        where = Where(Path(scratch), bench.options.device)
+        return speed_of_trainer(dpo_trainer(twin(model), pairs, settings, size, where, **TUNED_DPO))
+
+
+def speed_of_trainer(trainer: Any) -> dict[str, float]:
+    """Let it train; tokens a second without its first steps."""
+    from transformers import TrainerCallback
+
+    n_tokens: list[int] = []  # of each micro-batch
+    ended: list[float] = []  # when each optimizer step had ended
+    collate = trainer.data_collator
+
+    def counted(rows: list[dict[str, Any]]) -> Any:
+        n_tokens.append(sum(map(tokens_of_row, rows)))
+        return collate(rows)
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, arguments: Any, *_: object, **__: object) -> None:
+            wait(str(arguments.device))
+            ended.append(time.perf_counter())
+
+    trainer.add_callback(Clock())
+    data_loader = trainer.get_train_dataloader()  # in DPO the reference's log-probabilities are computed here
+    del data_loader
+    trainer.data_collator = counted
+    trainer.train()
+    per_step = trainer.args.gradient_accumulation_steps
+    tokens_a_step = [sum(n_tokens[first : first + per_step]) for first in range(0, len(ended) * per_step, per_step)]
+    seconds = ended[-1] - ended[FIRST_STEPS - 1]
+    return {
+        "tokens_s": sum(tokens_a_step[FIRST_STEPS:]) / seconds,
+        "step_ms": 1000 * median(later - earlier for earlier, later in pairwise(ended[FIRST_STEPS - 1 :])),
+        "tokens_a_step": median(tokens_a_step[FIRST_STEPS:]),
+        "peak_gb": peak_gb(str(trainer.args.device)),
+    }
+
+
+def tokens_of_row(row: dict[str, Any]) -> int:
+    """The tokens of a row of `sft_trainer` or `dpo_trainer`."""
+    if "length" in row:  # a pair's
+        return int(row["length"])
+    is_one_row = row["labels"][0] == -100  # prompt and target, of a decoder-only model
+    return len(row["input_ids"]) + (0 if is_one_row else len(row["labels"]))
+
+
 # -- where the time goes ----------------------------------------------------------------------------------------------
 
 
@@ -745,7 +839,7 @@ def page(found: dict[str, Any], before: dict[str, Any] | None = None, findings: 
         (
             [
                 *("training", "tokens/s", "before", "in padded rows", "step, ms", "tokens a step", "MFU", "GB"),
-                "reference pass, tokens/s",
+                *("reference pass, tokens/s", "Trainer or TRL, tokens/s"),
             ],
             training_lines(found, before, peak),
         ),
@@ -814,7 +908,12 @@ def sampling_lines(found: dict[str, Any], before: dict[str, Any], bandwidth: flo
 
 def rate(value: dict[str, Any] | None) -> str:
     """Tokens a second, where they are known."""
-    return f"{value['tokens_s']:,.0f}" if value and "tokens_s" in value else "–"
+    return f"{rate_of(value):,.0f}" if rate_of(value) else "–"
+
+
+def rate_of(value: dict[str, Any] | None) -> float:
+    """Tokens a second; 0 where they are not known."""
+    return (value or {}).get("tokens_s", 0.0)
 
 
 def training_lines(found: dict[str, Any], before: dict[str, Any], peak: float | None) -> Iterator[list[str]]:
@@ -822,18 +921,21 @@ def training_lines(found: dict[str, Any], before: dict[str, Any], peak: float | 
     for name, value in found.items():
         if not name.startswith(("sft/", "dpo/")) or "error" in value:
             continue
+        kind, model = name.split("/")[:2]
+        peer = max((rate_of(found[of]) for of in found if of.startswith(f"trainer-{kind}/{model}/")), default=0.0)
         reference = value.get("reference_tokens_s")
         flops = value.get("flops_a_token")
         yield [
             name.replace("/", ", "),
             f"{value['tokens_s']:,.0f}",
-            rate(before.get(name, before.get("/".join(name.split("/")[:2])))),
+            rate(before.get(name, before.get(f"{kind}/{model}"))),
             rate(found.get(name.replace("sft/", "rows/"))) if name.startswith("sft/") else "–",
             f"{value['step_ms']:.0f}",
             f"{value['tokens_a_step']:,.0f}",
             f"{value['tokens_s'] * flops / peak / 1e12:.0%}" if peak and flops else "–",
             f"{value['peak_gb']:.1f}",
             f"{reference:,.0f}" if reference else "–",
+            f"{peer:,.0f} ({value['tokens_s'] / peer:.1f}×)" if peer else "–",
         ]
 
 

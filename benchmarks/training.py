@@ -62,7 +62,7 @@ from minidpost.data.example import Example  # noqa: E402
 from minidpost.errors import UserError  # noqa: E402
 from minidpost.models.t5 import T5  # noqa: E402
 from minidpost.models.weights import load_model, load_template  # noqa: E402
-from minidpost.precision import DTYPES  # noqa: E402
+from minidpost.precision import DTYPES, forward_dtype  # noqa: E402
 from minidpost.sampling.generate import generate  # noqa: E402
 from minidpost.selftraining.presets import Preset, preset_for  # noqa: E402
 from minidpost.selftraining.selection import Candidates, preference_pairs  # noqa: E402
@@ -83,6 +83,7 @@ SAMPLES_PER_QUESTION = 5  # as in the paper
 N_STAND_IN_CANDIDATES = 9  # rationales of which the one nearest in length stands in for a sample
 FRACTION_CORRECT = 0.3  # of the stand-ins
 BY_LENGTH = {"train_sampling_strategy": "group_by_length"}
+TUNED_DPO = {"gradient_checkpointing": False, "precompute_ref_log_probs": True, **BY_LENGTH}
 LOGGED = {"logging_strategy": "steps", "logging_steps": 1}
 
 
@@ -101,6 +102,14 @@ class Plan:
 
 PLANS = {"tiny-t5": Plan(16, 32, sft_steps=25, dpo_steps=5, dpo_epochs=3, sft_micro_batch=16, dpo_micro_batch=32)}
 OTHERS = Plan(16, 16, sft_steps=2, dpo_steps=1, dpo_epochs=1, sft_micro_batch=8, dpo_micro_batch=4)
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where the peers train, and a directory that they may write to."""
+
+    scratch: Path
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -306,12 +315,12 @@ def pad_only_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<pad>": 0})), pad_token="<pad>")
 
 
-def common_arguments(task: Task, settings: SFTSettings | DPOSettings, per_step: int, micro_batch: int) -> dict:
+def common_arguments(settings: SFTSettings | DPOSettings, per_step: int, micro_batch: int, where: Where) -> dict:
     """What TrainingArguments and DPOConfig have in common."""
     return {
-        "output_dir": str(task.scratch / "peer"),
-        "use_cpu": True,
-        "bf16": settings.dtype == torch.bfloat16,
+        "output_dir": str(where.scratch / "peer"),
+        "use_cpu": where.device == "cpu",
+        "bf16": forward_dtype(torch.device(where.device), settings.dtype) == torch.bfloat16,
         "seed": SEED,
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": per_step // micro_batch,
@@ -338,31 +347,36 @@ def optimizers(model, schedule: Schedule, n_steps: int) -> tuple:
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, fraction_of_peak)
 
 
-def sft_trainer(task: Task, micro_batch: int, **more):
-    """transformers' Seq2SeqTrainer, ready to train; `more` goes to its arguments."""
-    from datasets import Dataset
+def sft_trainer(model, examples: list[TokenizedExample], settings: SFTSettings, micro_batch: int, where: Where, **more):
+    """transformers' Seq2SeqTrainer of a model of transformers, ready to train; `more` goes to its arguments."""
     from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-    settings, model, tokenizer = task.sft, peer_model(task.sft_model), pad_only_tokenizer()
-    arguments = common_arguments(task, settings, settings.examples_per_step, micro_batch)
+    tokenizer = pad_only_tokenizer()
+    arguments = common_arguments(settings, settings.examples_per_step, micro_batch, where)
     arguments |= {"num_train_epochs": settings.epochs, **more}
-    rows = [
-        {"input_ids": s.prompt_ids, "attention_mask": [1] * len(s.prompt_ids), "labels": s.target_ids}
-        for s in task.examples
-    ]
-    n_steps = settings.epochs * len(rows) // settings.examples_per_step
+    is_encoder_decoder = model.config.is_encoder_decoder
+    n_steps = settings.epochs * len(examples) // settings.examples_per_step
     return Seq2SeqTrainer(
         model,
         Seq2SeqTrainingArguments(**arguments),
         DataCollatorForSeq2Seq(tokenizer, model),
-        Dataset.from_list(rows),
+        [sft_row(example, is_encoder_decoder) for example in examples],
         processing_class=tokenizer,
         optimizers=optimizers(model, settings.schedule, n_steps),
     )
 
 
-def dpo_trainer(task: Task, micro_batch: int, **more):
-    """TRL's DPOTrainer, ready to train; `more` goes to its DPOConfig."""
+def sft_row(example: TokenizedExample, is_encoder_decoder: bool) -> dict[str, list[int]]:
+    """An example as the Trainer takes it: of a decoder-only model prompt and target are one row."""
+    input_ids, labels = [*example.prompt_ids], [*example.target_ids]
+    if not is_encoder_decoder:
+        labels = [-100] * len(input_ids) + labels  # no loss at the prompt
+        input_ids += example.target_ids
+    return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": labels}
+
+
+def dpo_trainer(model, pairs: list[PreferencePair], settings: DPOSettings, micro_batch: int, where: Where, **more):
+    """TRL's DPOTrainer of a model of transformers, ready to train; `more` goes to its DPOConfig."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -372,8 +386,7 @@ def dpo_trainer(task: Task, micro_batch: int, **more):
         def _prepare_dataset(self, dataset, *_):
             return dataset
 
-    settings, model = task.dpo, peer_model(task.dpo_model)
-    arguments = common_arguments(task, settings, settings.pairs_per_step, micro_batch)
+    arguments = common_arguments(settings, settings.pairs_per_step, micro_batch, where)
     arguments |= {"max_steps": settings.steps, "beta": settings.beta}
     arguments |= {"remove_unused_columns": False, **more}  # for `length`, which is what they are grouped by
     rows = [
@@ -383,7 +396,7 @@ def dpo_trainer(task: Task, micro_batch: int, **more):
             "rejected_input_ids": pair.rejected.target_ids,
             "length": pair.n_tokens,
         }
-        for pair in task.pairs
+        for pair in pairs
     ]
     return DPOTrainerOfIds(
         model,
@@ -404,7 +417,8 @@ def sft_section(task: Task, plan: Plan, n_rounds: int) -> list[str]:
         return partial(train_sft, load_model(task.sft_model), task.examples, task.sft)
 
     def peer(micro_batch: int, **more) -> Callable[[], object]:
-        return sft_trainer(task, micro_batch, **more).train
+        model = peer_model(task.sft_model)
+        return sft_trainer(model, task.examples, task.sft, micro_batch, Where(task.scratch), **more).train
 
     default, size = (dividing(plan.examples_per_step, size) for size in (DEFAULT_MICRO_BATCH, plan.sft_micro_batch))
     variants = {
@@ -424,14 +438,14 @@ def dpo_section(task: Task, plan: Plan, n_rounds: int) -> list[str]:
         return partial(dpo_with_reference, load_model(task.dpo_model), task)
 
     def peer(micro_batch: int, **more) -> Callable[[], object]:
-        return dpo_trainer(task, micro_batch, **more).train
+        model = peer_model(task.dpo_model)
+        return dpo_trainer(model, task.pairs, task.dpo, micro_batch, Where(task.scratch), **more).train
 
     default, size = (dividing(plan.pairs_per_step, size) for size in (DEFAULT_MICRO_BATCH, plan.dpo_micro_batch))
-    tuned = {"gradient_checkpointing": False, "precompute_ref_log_probs": True, **BY_LENGTH}
     variants = {
         "ours": ours,
         "TRL, as it comes": partial(peer, default),
-        f"TRL, tuned: micro-batches of {size}, by length, reference before": partial(peer, size, **tuned),
+        f"TRL, tuned: micro-batches of {size}, by length, reference before": partial(peer, size, **TUNED_DPO),
     }
     n_tokens = plan.dpo_epochs * sum(pair.n_tokens for pair in task.pairs)
     what = f"DPO, {plan.pairs_per_step} pairs a step, steps: {task.dpo.steps}, epochs: {plan.dpo_epochs};"
@@ -443,10 +457,11 @@ def compare_sft(task: Task) -> str:
     """A few steps of both sides on one small batch, in fp32 and without dropout."""
     model = without_dropout(task.sft_model, task.scratch / "sft-compared")
     settings = replace(task.sft, epochs=N_STEPS_COMPARED, examples_per_step=N_ROWS_COMPARED, dtype=torch.float32)
-    small = replace(task, sft_model=model, examples=task.examples[:N_ROWS_COMPARED], sft=settings)
+    examples = task.examples[:N_ROWS_COMPARED]
     log = task.scratch / "sft.jsonl"
-    train_sft(load_model(model), small.examples, settings, log_path=log)
-    return agreement(list(read_log(log)), sft_trainer(small, N_ROWS_COMPARED, **LOGGED))
+    train_sft(load_model(model), examples, settings, log_path=log)
+    trainer = sft_trainer(peer_model(model), examples, settings, N_ROWS_COMPARED, Where(task.scratch), **LOGGED)
+    return agreement(list(read_log(log)), trainer)
 
 
 def dpo_with_reference(model: T5, task: Task, log_path: Path | None = None) -> None:
@@ -464,7 +479,8 @@ def compare_dpo(task: Task) -> str:
     small = replace(task, pairs=task.pairs[:N_ROWS_COMPARED], dpo=settings)
     log = task.scratch / "dpo.jsonl"
     dpo_with_reference(load_model(task.dpo_model), small, log)
-    trainer = dpo_trainer(small, N_ROWS_COMPARED, **LOGGED)
+    model = peer_model(task.dpo_model)
+    trainer = dpo_trainer(model, small.pairs, settings, N_ROWS_COMPARED, Where(task.scratch), **LOGGED)
     trainer.data_collator = partial(with_spare_column, trainer.data_collator)
     return agreement(list(read_log(log)), trainer)
 
