@@ -101,9 +101,10 @@ def sampling_rate(model: T5 | Llama, dtype: torch.dtype) -> float:
     ids_BT = torch.tensor(random_ids(N_ROWS, N_NEW, model.config.vocab_size))
 
     def work() -> None:
-        model.prefill(cache, range(N_ROWS), prompts)
-        for ids_B in ids_BT.T:
-            model.decode(cache, ids_B).argmax(-1)
+        with model.decoding():
+            model.prefill(cache, range(N_ROWS), prompts)
+            for ids_B in ids_BT.T:
+                model.decode(cache, ids_B).argmax(-1)
 
     return N_ROWS * N_NEW / timed(work)
 

@@ -141,17 +141,18 @@ def rehearse_sampling(plan: Plan) -> None:
         cache = model.new_cache(*sizes)
         step = partial(model.decode, cache)
 
-    # 1) Prefill as many prompts as are prefilled together, and give every slot one of them.
-    first_ids = model.prefill(cache, range(n_slots, n_slots + n_prompts), [prompt] * n_prompts)
-    for slot in range(n_slots):
-        cache.copy_rows([n_slots + slot % n_prompts], [slot])
-    # 2) All rows stand at the last position that there is.
-    tokens = cache.own if isinstance(cache, T5Cache) else cache
-    last_position = tokens.keys_LBGSK.shape[3] - 1
-    with torch.inference_mode():
-        tokens.set_lengths(range(n_slots), [last_position] * n_slots)
-    # 3) One step.
-    logits_BV = step(torch.tensor([first_ids[0]] * n_slots).to(plan.device))
+    with model.decoding():
+        # 1) Prefill as many prompts as are prefilled together, and give every slot one of them.
+        first_ids = model.prefill(cache, range(n_slots, n_slots + n_prompts), [prompt] * n_prompts)
+        for slot in range(n_slots):
+            cache.copy_rows([n_slots + slot % n_prompts], [slot])
+        # 2) All rows stand at the last position that there is.
+        tokens = cache.own if isinstance(cache, T5Cache) else cache
+        last_position = tokens.keys_LBGSK.shape[3] - 1
+        with torch.inference_mode():
+            tokens.set_lengths(range(n_slots), [last_position] * n_slots)
+        # 3) One step.
+        logits_BV = step(torch.tensor([first_ids[0]] * n_slots).to(plan.device))
     uniform_B = torch.full((n_slots,), 0.5, dtype=torch.float64).to(plan.device)
     choose(logits_BV, uniform_B, settings).tolist()
 

@@ -12,6 +12,7 @@ from minidpost.data import toy
 from minidpost.errors import UserError
 from minidpost.models.hf_config import read_config
 from minidpost.models.kvcache import KVCache
+from minidpost.models.layers import LanguageModel
 from minidpost.models.llama import Llama, LlamaConfig
 from minidpost.models.lora import adapted_layers, adapters
 from minidpost.models.weights import empty_model, load_model, load_template, save_model
@@ -294,6 +295,20 @@ def test_the_rehearsed_cache_is_the_samplers(plan, monkeypatch, overlap):
     rehearsed, sampled = shapes
     assert rehearsed == sampled
     assert rehearsed[2] == PRESET.max_new_tokens + overlap
+
+
+def test_the_rehearsal_decodes_as_the_sampler_does(plan, monkeypatch):
+    """With the copies of matrices that a CPU has, which are as large as the weights."""
+    opened = []
+    decoding = LanguageModel.decoding
+
+    def recorded(model):
+        opened.append(model)
+        return decoding(model)
+
+    monkeypatch.setattr(LanguageModel, "decoding", recorded)
+    rehearsal.rehearse_sampling(plan)
+    assert len(opened) == 1
 
 
 def test_tiny_models_on_a_cpu_are_not_rehearsed(plan, monkeypatch):
