@@ -12,9 +12,9 @@ So the whole randomness of a row is a list of numbers, one a position (`row_unif
 seed, question and sample: not on other rows, not on the device, not on the order of work.
 
 A large vocabulary is cumulated in two levels: the sums of blocks of 64 ids say which block u falls into, and only that
-block is looked at id by id. Logits may lie in memory row by row or id by id: on a CPU the output matrix gives them id
-by id (see layers.linear), where reductions that keep the rows side by side are an order of magnitude faster than an
-argmax or a cumulated sum along a row.
+block is looked at id by id. Logits may lie in memory row by row or id by id, as a CPU's product for few rows gives them
+(see layers.linear): there reductions that keep the rows side by side are an order of magnitude faster than an argmax or
+a cumulated sum along a row.
 """
 
 import hashlib
