@@ -1,6 +1,6 @@
 """What one GPU gives: sampling and training at true shapes, beside transformers, and the parts of the recipe added up.
 
-    python -m benchmarks.gpu --output FILE.md     everything, in under 25 minutes (by estimate 11 to 13 on an H200)
+    python -m benchmarks.gpu --output FILE.md     everything, in under 25 minutes (by estimate 15 to 18 on an H200)
     python -m benchmarks.gpu --output FILE.md --parts sampling --models flan-t5-large --rows 32,256      a part of it
     python -m benchmarks.gpu --scale try --device cpu       a minute on two cores: that the script itself has no faults
 

@@ -12,6 +12,7 @@ torch gives its public functions no such order, but torch.compile uses it for we
 private operations. They are tried once, and where they are missing all is computed as without them.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -24,9 +25,9 @@ MIN_ENTRIES_FOR_BLOCKS = 2**16  # entries of a matrix from which on blocks are f
 # a number and not the memory that is free, as a run must repeat, and in fp32 sums are rounded otherwise.)
 MAX_ENTRIES_FOR_BLOCKS = 2_000_000_000
 
-# Of the models that decode: their matrices, and the copies of those that have been multiplied by. (A tensor as a key is
-# told apart by its identity.)
-_decoding: set[Tensor] = set()
+# Of the models that decode: how many times each of their matrices is kept, and the copies of those that have been
+# multiplied by. (A tensor as a key is told apart by its identity.)
+_decoding: Counter[Tensor] = Counter()
 _copies: dict[tuple[Tensor, ...], Tensor] = {}
 
 
@@ -36,13 +37,16 @@ def kept_in_blocks(weights: Sequence[Tensor]) -> Iterator[None]:
 
     A copy is made when a matrix is first multiplied by; 100 million entries take a tenth to a fifth of a second.
     """
-    added = set(copied(weights, weights[0].dtype, weights[0].device) if weights else ()) - _decoding
-    _decoding.update(added)
+    kept = copied(weights, weights[0].dtype, weights[0].device) if weights else []
+    _decoding.update(kept)
     try:
         yield
     finally:
-        _decoding.difference_update(added)
-        for joined in [joined for joined in _copies if not added.isdisjoint(joined)]:
+        _decoding.subtract(kept)
+        ended = {weight_OD for weight_OD in kept if not _decoding[weight_OD]}
+        for weight_OD in ended:
+            del _decoding[weight_OD]
+        for joined in [joined for joined in _copies if not ended.isdisjoint(joined)]:
             del _copies[joined]
 
 
@@ -59,7 +63,7 @@ def copy_in_blocks(*weights: Tensor) -> Tensor | None:
     if weights in _copies:
         return _copies[weights]
     n_entries = sum(weight_OD.numel() for weight_OD in weights)
-    if n_entries < MIN_ENTRIES_FOR_BLOCKS or not _decoding.issuperset(weights):
+    if n_entries < MIN_ENTRIES_FOR_BLOCKS or not all(weight_OD in _decoding for weight_OD in weights):
         return None
     _copies[weights] = in_blocks(torch.cat([weight_OD.detach() for weight_OD in weights]))
     return _copies[weights]

@@ -1,6 +1,6 @@
 """Products with copies in oneDNN's order: the same numbers, made where they may be, let go at the end."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -112,6 +112,18 @@ def test_copies_end_with_the_decoding_whatever_ends_it(all_sizes):
         assert copy_in_blocks(second.weight) is None and copy_in_blocks(first.weight) is not None
         raise KeyboardInterrupt
     assert copy_in_blocks(first.weight) is None
+    assert not blocked_weights._copies and not blocked_weights._decoding
+
+
+@needs_blocks
+def test_of_two_decodings_of_a_model_the_later_one_keeps_its_copies(all_sizes):
+    """As of two samplings that take turns and do not end together."""
+    layer = Linear(8, 8)
+    with ExitStack() as later:
+        with kept_in_blocks([layer.weight]):
+            later.enter_context(kept_in_blocks([layer.weight]))
+            copy = copy_in_blocks(layer.weight)
+        assert copy is not None and copy_in_blocks(layer.weight) is copy
     assert not blocked_weights._copies and not blocked_weights._decoding
 
 
