@@ -65,9 +65,9 @@ from minidpost.sampling.sampler import cached_tokens, overlaps
 from minidpost.selftraining.presets import T5, n_parameters, preset_of
 from minidpost.storage import markdown_table, read_json, write_json
 from minidpost.text.templates import Template
-from minidpost.training.dpo import reference_log_probabilities, train_dpo
+from minidpost.training.dpo import DPOSettings, reference_log_probabilities, train_dpo
 from minidpost.training.optim import read_log
-from minidpost.training.sft import train_sft
+from minidpost.training.sft import SFTSettings, train_sft
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("ceilings", "tests", "attention", "sampling", "training", "rows", "peers", "trainers", "profile")
@@ -568,11 +568,14 @@ def training(bench: Bench) -> None:
 def trained_models(bench: Bench) -> Iterator[tuple[str, str, int | None]]:
     """What each measurement of training is called, its model, and the size of its micro-batches."""
     asked_for = bench.options.micro_batch_tokens
-    for name in bench.scale.models:
-        if name == "llama-3-8b":
-            continue  # 16 bytes a parameter do not fit on one card
+    for name in names_of_trained(bench):
         for tokens in (asked_for,) if asked_for else MICRO_BATCH_TOKENS.get(name, (None,)):
             yield f"{name}/{tokens}" if tokens else name, name, tokens
+
+
+def names_of_trained(bench: Bench) -> list[str]:
+    """The models of which 16 bytes a parameter fit on one card."""
+    return [name for name in bench.scale.models if name != "llama-3-8b"]
 
 
 def training_in_rows(bench: Bench) -> None:
@@ -598,25 +601,34 @@ def trained_on(name: str, bench: Bench, micro_batch_tokens: int | None) -> tuple
     return model, preset, gold, stand_in_pairs(gold[:500], preset)
 
 
+def sft_work(name: str, bench: Bench, micro_batch_tokens: int | None) -> tuple[Model, list[Any], SFTSettings]:
+    """A model, and the examples and settings of a few optimizer steps of SFT."""
+    model, preset, gold, _ = trained_on(name, bench, micro_batch_tokens)
+    settings = replace(preset.sft(SEED), epochs=1)
+    return model, gold[: (FIRST_STEPS + bench.scale.steps) * settings.examples_per_step], settings
+
+
+def dpo_work(name: str, bench: Bench, micro_batch_tokens: int | None) -> tuple[Model, list[Any], DPOSettings]:
+    """A model, and the pairs and settings of a few optimizer steps of DPO."""
+    model, preset, _, pairs = trained_on(name, bench, micro_batch_tokens)
+    n_steps = FIRST_STEPS + bench.scale.steps
+    settings = replace(preset.dpo(len(pairs), SEED), steps=n_steps)
+    return model, pairs[: n_steps * settings.pairs_per_step], settings
+
+
 def sft_of(name: str, bench: Bench, micro_batch_tokens: int | None) -> dict[str, float]:
     """A few optimizer steps of SFT."""
-    model, preset, gold, _ = trained_on(name, bench, micro_batch_tokens)
-    n_steps = FIRST_STEPS + bench.scale.steps
-    settings = preset.sft(SEED)
+    model, examples, settings = sft_work(name, bench, micro_batch_tokens)
     with TemporaryDirectory() as scratch:
         log = Path(scratch) / "log.jsonl"
-        examples = gold[: n_steps * settings.examples_per_step]
-        train_sft(model, examples, replace(settings, epochs=1), log_path=log)
+        train_sft(model, examples, settings, log_path=log)
         return speed_of(model, log, bench.options.device)
 
 
 def dpo_of(name: str, bench: Bench, micro_batch_tokens: int | None) -> dict[str, float]:
     """A few optimizer steps of DPO, and the reference's log-probabilities before."""
-    model, preset, _, pairs = trained_on(name, bench, micro_batch_tokens)
+    model, pairs, settings = dpo_work(name, bench, micro_batch_tokens)
     device = bench.options.device
-    n_steps = FIRST_STEPS + bench.scale.steps
-    settings = replace(preset.dpo(len(pairs), SEED), steps=n_steps)
-    pairs = pairs[: n_steps * settings.pairs_per_step]
     with TemporaryDirectory() as scratch:
         log = Path(scratch) / "log.jsonl"
         reference_log_probabilities(model, pairs[:32], micro_batch_tokens=settings.micro_batch_tokens)
@@ -690,9 +702,7 @@ def trainers(bench: Bench) -> None:
 
     The Trainer needs accelerate, TRL more: benchmarks.training says how to install both.
     """
-    for name in bench.scale.models:
-        if name == "llama-3-8b":
-            continue  # as in `trained_models`
+    for name in names_of_trained(bench):
         for size in PEER_MICRO_BATCHES:
             bench.measure(f"trainer-sft/{name}/{size}", lambda name=name, size=size: trainer_sft(name, bench, size))
             bench.measure(f"trainer-dpo/{name}/{size}", lambda name=name, size=size: trainer_dpo(name, bench, size))
@@ -702,9 +712,7 @@ def trainer_sft(name: str, bench: Bench, micro_batch: int) -> dict[str, float]:
     """The optimizer steps of `sft_of` by the Trainer."""
     from benchmarks.peers import twin
 
-    model, preset, gold, _ = trained_on(name, bench, None)
-    settings = replace(preset.sft(SEED), epochs=1)
-    examples = gold[: (FIRST_STEPS + bench.scale.steps) * settings.examples_per_step]
+    model, examples, settings = sft_work(name, bench, None)
     size = dividing(settings.examples_per_step, micro_batch)
     with TemporaryDirectory() as scratch:
         where = Where(Path(scratch), bench.options.device)
@@ -715,10 +723,7 @@ def trainer_dpo(name: str, bench: Bench, micro_batch: int) -> dict[str, float]:
     """The optimizer steps of `dpo_of` by TRL, which computes the reference before."""
     from benchmarks.peers import twin
 
-    model, preset, _, pairs = trained_on(name, bench, None)
-    n_steps = FIRST_STEPS + bench.scale.steps
-    settings = replace(preset.dpo(len(pairs), SEED), steps=n_steps)
-    pairs = pairs[: n_steps * settings.pairs_per_step]
+    model, pairs, settings = dpo_work(name, bench, None)
     size = dividing(settings.pairs_per_step, micro_batch)
     model.config = replace(model.config, dropout=0.0)  # TRL leaves T5's attention dropout on
     with TemporaryDirectory() as scratch:
@@ -744,8 +749,7 @@ def speed_of_trainer(trainer: Any) -> dict[str, float]:
             ended.append(time.perf_counter())
 
     trainer.add_callback(Clock())
-    data_loader = trainer.get_train_dataloader()  # in DPO the reference's log-probabilities are computed here
-    del data_loader
+    trainer.get_train_dataloader()  # in DPO the reference's log-probabilities are computed here, once
     trainer.data_collator = counted
     trainer.train()
     per_step = trainer.args.gradient_accumulation_steps
